@@ -1,0 +1,64 @@
+"""Adapter Studio's engine: parameter-efficient fine-tuning, implemented from the papers.
+
+The public names follow PEFT's, so `from peft import LoraConfig, get_peft_model` becomes `from engine import ...`. Names
+are imported on first use: `import engine` alone loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "AdapterConfig": "engine.adapters.base",
+    "AutoPeftModel": "engine.auto",
+    "AutoPeftModelForCausalLM": "engine.auto",
+    "AutoPeftModelForFeatureExtraction": "engine.auto",
+    "AutoPeftModelForQuestionAnswering": "engine.auto",
+    "AutoPeftModelForSeq2SeqLM": "engine.auto",
+    "AutoPeftModelForSequenceClassification": "engine.auto",
+    "AutoPeftModelForTokenClassification": "engine.auto",
+    "JobSpec": "engine.train.job",
+    "LoraConfig": "engine.adapters.lora",
+    "PeftConfig": "engine.auto",
+    "PeftModel": "engine.model",
+    "PeftModelForCausalLM": "engine.model",
+    "PeftModelForFeatureExtraction": "engine.model",
+    "PeftModelForQuestionAnswering": "engine.model",
+    "PeftModelForSeq2SeqLM": "engine.model",
+    "PeftModelForSequenceClassification": "engine.model",
+    "PeftModelForTokenClassification": "engine.model",
+    "PeftType": "engine.adapters.base",
+    "TaskType": "engine.adapters.base",
+    "expand_lora_rank": "engine.resize",
+    "get_optimal_config": "engine.auto",
+    "get_peft_config": "engine.auto",
+    "get_peft_model": "engine.model",
+    "get_peft_model_state_dict": "engine.auto",
+    "set_peft_model_state_dict": "engine.auto",
+}
+
+__all__ = sorted(_NAMES)
+
+if TYPE_CHECKING:
+    from engine.adapters.base import AdapterConfig as AdapterConfig
+    from engine.adapters.base import PeftType as PeftType
+    from engine.adapters.base import TaskType as TaskType
+    from engine.adapters.lora import LoraConfig as LoraConfig
+    from engine.model import PeftModel as PeftModel
+    from engine.model import get_peft_model as get_peft_model
+    from engine.train.job import JobSpec as JobSpec
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        value = getattr(importlib.import_module(_NAMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'engine' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_NAMES])

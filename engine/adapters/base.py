@@ -1,0 +1,223 @@
+"""What every adapter method is made of: a config, the weights at one layer, and one frozen record.
+
+A method supplies its maths in a subclass of `AdapterWeights`; wrapping, switching, mixing, merging and saving are
+written once, in `engine.inject`, `engine.model` and `engine.checkpoint`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from engine.errors import ConfigError, TargetError
+
+
+class TaskType(str, enum.Enum):
+    """What the model is trained for, by PEFT's names."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+class PeftType(str, enum.Enum):
+    """The method's name in `adapter_config.json`."""
+
+    LORA = "LORA"
+
+
+LINEAR, CONV1D, EMBEDDING, CONV2D = "linear", "conv1d", "embedding", "conv2d"
+
+
+def layer_kind(module: nn.Module) -> str | None:
+    """Which of the kinds that methods can serve `module` is: linear, conv1d (GPT-2's), embedding, conv2d; or None.
+
+    Conv1D is recognised by name and shape, so that the engine's core does not import transformers.
+    """
+    if isinstance(module, nn.Linear):
+        return LINEAR
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return CONV1D
+    if isinstance(module, nn.Embedding):
+        return EMBEDDING
+    if isinstance(module, nn.Conv2d):
+        return CONV2D
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What every method's config holds. Fields and JSON names are PEFT's, so files travel both ways.
+
+    Attributes:
+        base_model_name_or_path: the base that the adapter was made for.
+        revision: its revision on the hub.
+        inference_mode: True freezes the adapter's parameters.
+        task_type: a `TaskType` or its name; None for a plain module.
+    """
+
+    PEFT_TYPE: ClassVar[PeftType]
+    # Fields that PEFT writes and this method has no use for, with the only value that means "not used".
+    UNUSED: ClassVar[Mapping[str, Any]] = {}
+
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+    task_type: TaskType | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.task_type is not None:
+            try:
+                object.__setattr__(self, "task_type", TaskType(self.task_type))
+            except ValueError:
+                known = ", ".join(item.value for item in TaskType)
+                raise ConfigError(f"task_type is {self.task_type!r}; needed: one of {known}, or None.") from None
+        found = self.faults()
+        if found:
+            name = type(self).__name__
+            raise ConfigError(f"{name} cannot be used:\n" + "\n".join(f"- {fault}" for fault in found))
+
+    @property
+    def peft_type(self) -> PeftType:
+        return self.PEFT_TYPE
+
+    def faults(self) -> list[str]:
+        """Every fault of the fields, each with the value received and what was needed."""
+        return []
+
+    def replace(self, **changes: Any) -> AdapterConfig:
+        return dataclasses.replace(self, **changes)
+
+    def exported(self) -> AdapterConfig:
+        """The config that goes with `AdapterWeights.export`, where the file's form differs from the trained one."""
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, with the unused fields that PEFT expects, and sets as sorted lists."""
+        plain: dict[str, Any] = {**self.UNUSED, "peft_type": self.PEFT_TYPE.value}
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, enum.Enum):
+                value = value.value
+            elif isinstance(value, set | frozenset):
+                value = sorted(value)
+            elif isinstance(value, tuple):
+                value = list(value)
+            plain[item.name] = value
+        return plain
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> AdapterConfig:
+        """The config of `adapter_config.json`.
+
+        Raises:
+            ConfigError: a key that this method does not know, or one that asks for something it does not do.
+        """
+        known = {item.name for item in dataclasses.fields(cls)}
+        found = []
+        for key, value in raw.items():
+            if key in known or key in ("peft_type", "peft_version", "auto_mapping"):
+                continue
+            if key not in cls.UNUSED:
+                found.append(f"{key} is not a field of {cls.__name__}")
+            elif value and value != cls.UNUSED[key]:
+                found.append(f"{key} is {value!r}, which this version does not do; needed: {cls.UNUSED[key]!r}")
+        if found:
+            raise ConfigError(
+                f"The adapter's config cannot be used as {cls.__name__}:\n" + "\n".join(f"- {item}" for item in found)
+            )
+        return cls(**{key: value for key, value in raw.items() if key in known})
+
+
+@dataclass
+class Switchboard:
+    """Which adapters contribute, with which weight, to which rows; one object shared by all layers of a model.
+
+    Attributes:
+        weights: active adapter -> weight; a dictionary lookup is all that switching and mixing cost.
+        rows: the adapter of each batch row (None for the base alone), or None when all rows use `weights`.
+        disabled: True leaves the base alone.
+    """
+
+    weights: dict[str, float] = field(default_factory=dict)
+    rows: list[str | None] | None = None
+    disabled: bool = False
+
+
+class AdapterWeights(nn.Module):
+    """One adapter's parameters at one layer; a method's subclass holds the maths.
+
+    The parameter names are those of the file: `lora_A.weight` here is `<module>.lora_A.weight` there. `frozen_names`
+    are buffers that training needs and the exported file does not hold (see `export`).
+    """
+
+    def delta(self, x: Tensor, y: Tensor, base: nn.Module, weight: float) -> Tensor:
+        """What the adapter adds to the layer's output, times `weight`.
+
+        Args:
+            x: the layer's input; (..., in) for linear layers, token ids for embeddings, (N, C, H, W) for Conv2d.
+            y: the base layer's output for `x`.
+            base: the base layer.
+            weight: the mixing weight.
+
+        Returns:
+            A tensor of `y`'s shape.
+        """
+        raise TypeError(f"{type(self).__name__} does not say what it adds to a layer's output")
+
+    def delta_weight(self, base: nn.Module) -> Tensor:
+        """The change of `base.weight` (its shape) that `delta` amounts to at weight 1, in float32."""
+        raise TargetError(f"{type(self).__name__} cannot be merged into a weight.")
+
+    def delta_bias(self, base: nn.Module) -> Tensor | None:
+        """The change of `base.bias` at weight 1, or None."""
+        return None
+
+    def export(self) -> dict[str, Tensor]:
+        """Name -> tensor as the file holds it."""
+        return dict(self.named_parameters())
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """The record of one method in the registry.
+
+    Attributes:
+        name: the method's name in a job.
+        title: its name for people.
+        paper: link to the paper.
+        config: its config class.
+        build: makes the weights for one layer: (base layer, config, module name) -> AdapterWeights.
+        layers: the kinds of layer that it serves.
+        mergeable: whether its change can be merged into the base weight.
+        mixable: whether several can be added up with weights.
+        identity_at_start: whether a fresh adapter leaves the base's outputs as they are.
+    """
+
+    name: str
+    title: str
+    paper: str
+    config: type[AdapterConfig]
+    build: Any
+    layers: tuple[str, ...]
+    mergeable: bool
+    mixable: bool
+    identity_at_start: bool
+
+
+def compute_cast(weight: Tensor, x: Tensor) -> Tensor:
+    """`weight` in the type the products run in: float32 masters over a bf16 base compute in bf16.
+
+    Casting the thin matrices instead of the activations is what keeps a bf16 step fast. Under autocast the operators
+    cast by themselves.
+    """
+    return weight if torch.is_autocast_enabled(x.device.type) else weight.to(x.dtype)

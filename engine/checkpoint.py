@@ -1,0 +1,292 @@
+"""Adapters on disk, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+
+A tensor's key is `base_model.model.<module>.<name>` without the adapter's name. Only safetensors is ever opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from engine.adapters import ADAPTERS
+from engine.adapters.base import EMBEDDING, AdapterConfig, AdapterWeights, layer_kind
+from engine.errors import CheckpointError, UnsafeFileError
+from engine.inject import AdapterLayer, SavedModule, Wrapper
+
+if TYPE_CHECKING:
+    from engine.model import PeftModel
+
+PREFIX = "base_model.model."
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def adapter_folder(model_id: str | Path) -> Path:
+    """The local folder of an adapter; a hub id is fetched first (its config and safetensors files only).
+
+    Raises:
+        CheckpointError: there is no such folder and the hub does not have it or does not answer.
+    """
+    folder = Path(model_id)
+    if folder.is_dir():
+        return folder
+    if not _HUB_ID.fullmatch(str(model_id)):
+        raise CheckpointError(f"There is no adapter folder {str(model_id)!r}.", "Give a folder or a hub id owner/name.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(model_id), allow_patterns=[CONFIG, WEIGHTS]))
+    except Exception as error:  # the hub's client raises many kinds, each meaning "not to be had"
+        raise CheckpointError(
+            f"The adapter {str(model_id)!r} is not a local folder and could not be fetched from the hub: {error}",
+            "Check the name and the connection.",
+        ) from error
+
+
+def read_config(model_id: str | Path) -> AdapterConfig:
+    """The adapter's config, as the class of its method.
+
+    Raises:
+        CheckpointError: the file is missing, is not JSON, or names a method that is not here.
+        ConfigError: it asks for something that the method does not do.
+    """
+    path = adapter_folder(model_id) / CONFIG
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path.parent} holds no {CONFIG}, so it is not an adapter.", "Give the folder that save_pretrained wrote."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    kind = raw.get("peft_type") if isinstance(raw, dict) else None
+    for spec in ADAPTERS.values():
+        if spec.config.PEFT_TYPE.value == kind:
+            return spec.config.from_dict(raw)
+    raise CheckpointError(
+        f"{path} has peft_type {kind!r}, which is not a method of this version.",
+        f"Methods here: {', '.join(spec.config.PEFT_TYPE.value for spec in ADAPTERS.values())}.",
+    )
+
+
+def read_weights(model_id: str | Path) -> dict[str, Tensor]:
+    """Key -> tensor of the adapter's safetensors file, on the CPU.
+
+    Raises:
+        UnsafeFileError: there is only a pickle, which could run code.
+        CheckpointError: the file is missing or damaged.
+    """
+    folder = adapter_folder(model_id)
+    path = folder / WEIGHTS
+    if not path.is_file():
+        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+            raise UnsafeFileError(
+                f"{folder} holds the adapter as a pickle only, which could run code when opened.",
+                f"Load it where you trust it and save it with safe_serialization=True as {WEIGHTS}.",
+            )
+        raise CheckpointError(f"{folder} holds no {WEIGHTS}.", "Give the folder that save_pretrained wrote.")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}", "Copy it again, or train the adapter again.") from error
+
+
+def adapter_state(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
+    """The adapter's tensors under their keys in the file."""
+    state: dict[str, Tensor] = {}
+    for layer in model._layers[adapter_name]:
+        for name, tensor in _tensors(layer, adapter_name).items():
+            state[f"{PREFIX}{layer.module_name}.{name}"] = tensor.detach().to("cpu").contiguous()
+    return state
+
+
+def _tensors(layer: Wrapper, adapter: str) -> dict[str, Tensor]:
+    if isinstance(layer, SavedModule):
+        return dict(layer.copies[adapter].state_dict())
+    found: dict[str, Tensor] = {}
+    if adapter in layer.adapters:
+        weights = layer.adapters[adapter]
+        assert isinstance(weights, AdapterWeights)
+        found.update(weights.export())
+        if layer_kind(layer.base_layer) == EMBEDDING:
+            # PEFT saves a targeted embedding's own weight too; without it, it warns and looks for it.
+            found["base_layer.weight"] = layer.base_layer.weight  # type: ignore[assignment]
+    if adapter in layer.biases:
+        found[_bias_key(layer, adapter)] = layer.biases[adapter]
+    return found
+
+
+def _bias_key(layer: AdapterLayer, adapter: str) -> str:
+    return "base_layer.bias" if adapter in layer.adapters else "bias"
+
+
+def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "default") -> Path:
+    """Write one adapter; each file appears whole or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = adapter_state(model, adapter_name)
+    # Two keys over one memory (tied modules) would be refused by safetensors.
+    state = {key: tensor.clone() for key, tensor in state.items()}
+    config = model.peft_config[adapter_name].exported().replace(inference_mode=True)
+    write_safetensors(folder / WEIGHTS, state)
+    write_text(folder / CONFIG, json.dumps(config.to_dict(), indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    return folder
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    draft = _draft(path)
+    save_file(dict(tensors), draft, metadata={"format": "pt"})
+    _publish(draft, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    draft = _draft(path)
+    draft.write_text(text, encoding="utf-8")
+    _publish(draft, path)
+
+
+def _draft(path: Path) -> Path:
+    number, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(number)
+    return Path(name)
+
+
+def _publish(draft: Path, path: Path) -> None:
+    """On the disk first, then under its name: a crash in between leaves the former file."""
+    with open(draft, "rb+") as handle:
+        os.fsync(handle.fileno())
+    # mkstemp makes files for the owner alone; an adapter is to be readable like any other file of the person's.
+    mask = os.umask(0)
+    os.umask(mask)
+    draft.chmod(0o666 & ~mask)
+    draft.replace(path)
+
+
+@torch.no_grad()
+def write_weights(model: PeftModel, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Copy a file's tensors into an attached adapter.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over, or of another shape; nothing has been changed then.
+    """
+    places: dict[str, Tensor] = {}
+    kept: dict[str, nn.Module] = {}
+    for layer in model._layers[adapter_name]:
+        start = f"{PREFIX}{layer.module_name}."
+        if isinstance(layer, SavedModule):
+            places |= {start + name: tensor for name, tensor in layer.copies[adapter_name].state_dict().items()}
+            continue
+        if adapter_name in layer.adapters:
+            places |= {start + name: p for name, p in layer.adapters[adapter_name].named_parameters()}
+            kept[f"{start}base_layer.weight"] = layer.base_layer
+        if adapter_name in layer.biases:
+            places[start + _bias_key(layer, adapter_name)] = layer.biases[adapter_name]
+    missing = [key for key in places if key not in tensors]
+    extra = [key for key in tensors if key not in places and key not in kept]
+    if missing or extra:
+        raise _other_base(model, adapter_name, missing, extra)
+    for key, place in places.items():
+        if tensors[key].shape != place.shape:
+            raise CheckpointError(
+                f"{key} has shape {tuple(tensors[key].shape)} in the file and {tuple(place.shape)} in the model.",
+                f"The adapter was made for {_origin(model, adapter_name)}; load that base, or check r and rank_pattern.",
+            )
+    for key, place in places.items():
+        place.copy_(tensors[key])
+    for key, base in kept.items():
+        _embedding(key, base, tensors.get(key))
+
+
+def _embedding(key: str, base: nn.Module, saved: Tensor | None) -> None:
+    weight = base.weight
+    if saved is None or not isinstance(weight, Tensor):
+        return
+    if saved.shape != weight.shape:
+        raise CheckpointError(
+            f"{key} has shape {tuple(saved.shape)} in the file and {tuple(weight.shape)} in the model.",
+            "The vocabulary was resized before training: resize the base's embeddings to the same size first.",
+        )
+    if not torch.equal(saved.to(weight), weight):
+        warnings.warn(f"{key}: the adapter brings its own base embedding, which replaces the model's.", stacklevel=3)
+        weight.copy_(saved)
+
+
+def _origin(model: PeftModel, adapter_name: str) -> str:
+    return repr(model.peft_config[adapter_name].base_model_name_or_path or "a base that its config does not name")
+
+
+def _other_base(model: PeftModel, adapter: str, missing: list[str], extra: list[str]) -> CheckpointError:
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} tensors that the model needs are not in the file (first: {missing[0]})")
+    if extra:
+        parts.append(f"{len(extra)} tensors of the file have no place in the model (first: {extra[0]})")
+    return CheckpointError(
+        f"The adapter does not fit this model: {'; '.join(parts)}.",
+        f"It was made for {_origin(model, adapter)}; load that base.",
+    )
+
+
+def load_adapter(model: PeftModel, model_id: str | Path, adapter_name: str, is_trainable: bool = False) -> None:
+    """Attach an adapter from a folder or hub id under a name; on any error the model is as before."""
+    config = read_config(model_id).replace(inference_mode=not is_trainable)
+    tensors = read_weights(model_id)
+    model.add_adapter(adapter_name, config)
+    try:
+        write_weights(model, adapter_name, tensors)
+    except CheckpointError:
+        active = dict(model.switchboard.weights)
+        model.delete_adapter(adapter_name)
+        model.switchboard.weights = active
+        raise
+
+
+def raw_state(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
+    """What resuming needs: the parameters as they are trained, and the frozen buffers beside them."""
+    state: dict[str, Tensor] = {}
+    for layer in model._layers[adapter_name]:
+        if isinstance(layer, SavedModule):
+            parts: dict[str, Any] = dict(layer.copies[adapter_name].state_dict())
+        else:
+            parts = dict(layer.adapters[adapter_name].state_dict()) if adapter_name in layer.adapters else {}
+            if adapter_name in layer.biases:
+                parts["own_bias"] = layer.biases[adapter_name]
+        state |= {f"{layer.module_name}.{name}": t.detach().to("cpu").clone() for name, t in parts.items()}
+    return state
+
+
+@torch.no_grad()
+def restore_raw_state(model: PeftModel, adapter_name: str, state: Mapping[str, Tensor]) -> None:
+    """The inverse of `raw_state`.
+
+    Raises:
+        CheckpointError: the checkpoint holds other tensors than this adapter.
+    """
+    own = {}
+    for layer in model._layers[adapter_name]:
+        if isinstance(layer, SavedModule):
+            parts: dict[str, Any] = dict(layer.copies[adapter_name].state_dict())
+        else:
+            parts = dict(layer.adapters[adapter_name].state_dict()) if adapter_name in layer.adapters else {}
+            if adapter_name in layer.biases:
+                parts["own_bias"] = layer.biases[adapter_name]
+        own |= {f"{layer.module_name}.{name}": t for name, t in parts.items()}
+    if own.keys() != state.keys():
+        odd = sorted(own.keys() ^ state.keys())
+        raise CheckpointError(
+            f"The checkpoint does not belong to this adapter: {len(odd)} tensors differ (first: {odd[0]}).",
+            "Resume with the job that wrote it.",
+        )
+    for name, tensor in own.items():
+        tensor.copy_(state[name])

@@ -1,0 +1,419 @@
+"""Finding a model's target modules, wrapping them, and taking the wrappers off again.
+
+A target is wrapped once, by whichever adapter comes first; later adapters join the same wrapper. The wrapper asks the
+model's one `Switchboard` which adapters contribute, so switching and mixing touch no tensor and visit no layer.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.adapters.base import (
+    CONV1D,
+    CONV2D,
+    LINEAR,
+    AdapterWeights,
+    Switchboard,
+    TaskType,
+    layer_kind,
+)
+from engine.errors import EngineError, TargetError
+
+# The attention projections that papers adapt, by the names that architectures give them. The first rule whose names
+# are all linear layers of the model is taken: Llama, Mistral, Qwen, Gemma, OPT / T5 / BERT, BLIP / DistilBERT / GPT-2 /
+# NeoX, BLOOM, Falcon / Phi-3 / MPT / diffusers.
+DEFAULT_RULES = (
+    ("q_proj", "v_proj"),
+    ("q", "v"),
+    ("query", "value"),
+    ("q_lin", "v_lin"),
+    ("c_attn",),
+    ("query_key_value",),
+    ("qkv_proj",),
+    ("Wqkv",),
+    ("qkv",),
+    ("to_q", "to_v"),
+)
+HEADS = ("score", "classifier", "qa_outputs")
+
+
+class AdapterLayer(nn.Module):
+    """A base layer and the adapters on it.
+
+    Attributes:
+        base_layer: the layer as the model had it; never changed except by `merge`.
+        adapters: adapter name -> its weights here.
+        biases: adapter name -> its own copy of the base bias, where the adapter trains biases.
+        merged: adapter name -> the weight it was merged with.
+    """
+
+    def __init__(self, base: nn.Module, switchboard: Switchboard, name: str) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.adapters = nn.ModuleDict()
+        self.biases = nn.ParameterDict()
+        self.switchboard = switchboard
+        self.module_name = name
+        self.merged: dict[str, float] = {}
+        self._before: dict[str, Tensor] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever the model's own code reads off the layer (`weight`, `in_features`, ...) comes from the base layer."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def holds(self, adapter: str) -> bool:
+        return adapter in self.adapters or adapter in self.biases
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        y = self.base_layer(x, *args, **kwargs)
+        board = self.switchboard
+        if board.disabled:
+            return y
+        if board.rows is not None:
+            return self._rows(x, y, board.rows)
+        for adapter, weight in board.weights.items():
+            if weight and adapter not in self.merged:
+                change = self._change(adapter, x, y, weight)
+                if change is not None:
+                    y = y + change.to(y.dtype)
+        return y
+
+    def _change(self, adapter: str, x: Tensor, y: Tensor, weight: float) -> Tensor | None:
+        change: Tensor | None = None
+        if adapter in self.adapters:
+            weights = self.adapters[adapter]
+            assert isinstance(weights, AdapterWeights)
+            change = weights.delta(x, y, self.base_layer, weight)
+        if adapter in self.biases:
+            shift = self._shift(adapter) * weight
+            if layer_kind(self.base_layer) == CONV2D:
+                shift = shift[None, :, None, None]
+            change = shift.to(y.dtype) if change is None else change + shift.to(change.dtype)
+        return change
+
+    def _shift(self, adapter: str) -> Tensor:
+        base_bias = self.base_layer.bias
+        assert isinstance(base_bias, Tensor)
+        return self.biases[adapter].float() - base_bias.float()
+
+    def _rows(self, x: Tensor, y: Tensor, rows: list[str | None]) -> Tensor:
+        """Each batch row through its own adapter; a batch that is n times as long holds n beams a row, in order."""
+        if self.merged:
+            raise EngineError(
+                f"A mixed batch needs unmerged adapters; {', '.join(self.merged)} is merged.",
+                "Call unmerge_adapter() first.",
+            )
+        if y.shape[0] % len(rows):
+            raise EngineError(
+                f"adapter_names has {len(rows)} names and the batch {y.shape[0]} rows; needed: one name a row."
+            )
+        times = y.shape[0] // len(rows)
+        for adapter in dict.fromkeys(rows):
+            if adapter is None or not self.holds(adapter):
+                continue
+            index = torch.tensor(
+                [i * times + k for i, name in enumerate(rows) if name == adapter for k in range(times)], device=y.device
+            )
+            change = self._change(adapter, x.index_select(0, index), y.index_select(0, index), 1.0)
+            if change is not None:
+                y = y.index_add(0, index, change.to(y.dtype).expand(len(index), *y.shape[1:]))
+        return y
+
+    @torch.no_grad()
+    def merge(self, adapter: str, weight: float, keep: bool = True) -> None:
+        """W += weight * dW. `keep` stores the former tensors on the CPU, so that `unmerge` is exact to the bit."""
+        if adapter in self.merged or not self.holds(adapter):
+            return
+        base = self.base_layer
+        changes: dict[str, Tensor] = {}
+        if adapter in self.adapters:
+            weights = self.adapters[adapter]
+            assert isinstance(weights, AdapterWeights)
+            if not isinstance(base.weight, Tensor) or not base.weight.is_floating_point():
+                raise TargetError(
+                    f"{self.module_name} is quantised; adapters cannot be merged into it exactly.",
+                    "Load the base in full precision and merge there.",
+                )
+            changes["weight"] = weights.delta_weight(base)
+            bias = weights.delta_bias(base)
+            if bias is not None:
+                changes["bias"] = bias
+        if adapter in self.biases:
+            changes["bias"] = changes.get("bias", 0) + self._shift(adapter)
+        merged: dict[str, Tensor] = {}
+        for name, change in changes.items():
+            tensor = getattr(base, name)
+            if tensor is None:
+                raise TargetError(
+                    f"{self.module_name} has no bias to merge {adapter!r}'s bias into.", "Keep the adapter unmerged."
+                )
+            merged[name] = (tensor.float() + change.to(tensor.device) * weight).to(tensor.dtype)
+            if not torch.isfinite(merged[name]).all():
+                raise EngineError(
+                    f"Merging {adapter!r} into {self.module_name} gives values that are not finite; nothing was merged "
+                    "there.",
+                    "The adapter is damaged or diverged; train it again or use an earlier checkpoint.",
+                )
+        for name, tensor in merged.items():
+            target = getattr(base, name)
+            if keep and name not in self._before:
+                self._before[name] = target.detach().to("cpu", copy=True)
+            target.copy_(tensor)
+        self.merged[adapter] = weight
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Puts the former tensors back."""
+        for name, tensor in self._before.items():
+            getattr(self.base_layer, name).copy_(tensor)
+        self._before.clear()
+        self.merged.clear()
+
+    def drop(self, adapter: str) -> None:
+        for holder in (self.adapters, self.biases):
+            if adapter in holder:
+                del holder[adapter]
+
+
+class SavedModule(nn.Module):
+    """A module that adapters train in full (`modules_to_save`): the original, and a copy for each adapter.
+
+    With several active adapters the copy of the one with the largest weight answers; outputs of heads do not add up.
+    """
+
+    def __init__(self, original: nn.Module, switchboard: Switchboard, name: str) -> None:
+        super().__init__()
+        self.original_module = original
+        self.copies = nn.ModuleDict()
+        self.switchboard = switchboard
+        self.module_name = name
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("original_module", "copies"):
+                raise
+            return getattr(self.current(), name)
+
+    def holds(self, adapter: str) -> bool:
+        return adapter in self.copies
+
+    def current(self) -> nn.Module:
+        board = self.switchboard
+        here = {name: weight for name, weight in board.weights.items() if name in self.copies and weight}
+        if board.disabled or not here:
+            return self.original_module
+        return self.copies[max(here, key=lambda name: abs(here[name]))]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        rows = self.switchboard.rows
+        if rows is None or self.switchboard.disabled:
+            return self.current()(x, *args, **kwargs)
+        times = x.shape[0] // len(rows)
+        parts, order = [], []
+        for adapter in dict.fromkeys(rows):
+            index = [i * times + k for i, name in enumerate(rows) if name == adapter for k in range(times)]
+            module = self.copies[adapter] if adapter in self.copies else self.original_module
+            parts.append(module(x[index], *args, **kwargs))
+            order += index
+        return torch.cat(parts)[torch.argsort(torch.tensor(order, device=x.device))]
+
+    def drop(self, adapter: str) -> None:
+        if adapter in self.copies:
+            del self.copies[adapter]
+
+
+Wrapper = AdapterLayer | SavedModule
+
+
+def base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of the model as it was before any adapter: wrappers count as the module they wrap."""
+    for name, child in model.named_children():
+        path = f"{prefix}.{name}" if prefix else name
+        yield path, child
+        if isinstance(child, AdapterLayer):
+            yield from base_modules(child.base_layer, path)
+        elif isinstance(child, SavedModule):
+            yield from base_modules(child.original_module, path)
+        else:
+            yield from base_modules(child, path)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The base's own module under a wrapper."""
+    if isinstance(module, AdapterLayer):
+        return module.base_layer
+    if isinstance(module, SavedModule):
+        return module.original_module
+    return module
+
+
+def matches(name: str, wanted: Sequence[str] | str | None) -> bool:
+    """PEFT's rule: a list holds whole names or their last parts; a string is one regular expression for whole names."""
+    if not wanted:
+        return False
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == item or name.endswith("." + item) for item in wanted)
+
+
+def linear_suffixes(model: nn.Module) -> list[str]:
+    """The last parts of the names of the model's linear layers, most frequent first."""
+    counts: dict[str, int] = {}
+    for name, module in base_modules(model):
+        if layer_kind(unwrapped(module)) in (LINEAR, CONV1D):
+            suffix = name.rsplit(".", 1)[-1]
+            counts[suffix] = counts.get(suffix, 0) + 1
+    return sorted((s for s in counts if not s.isdigit()), key=lambda s: -counts[s])
+
+
+def default_targets(model: nn.Module) -> list[str]:
+    """The architecture's usual attention projections, by the first of DEFAULT_RULES that fits.
+
+    Raises:
+        TargetError: none fits; the message lists the linear layers that there are.
+    """
+    present = set(linear_suffixes(model))
+    for rule in DEFAULT_RULES:
+        if present.issuperset(rule):
+            return list(rule)
+    raise TargetError(
+        f"{type(model).__name__} has no attention projections that the engine knows by name.",
+        f"Set target_modules; its linear layers are: {', '.join(sorted(present)) or 'none'}.",
+    )
+
+
+def _all_linear(model: nn.Module, task: TaskType | None) -> list[str]:
+    """Every linear layer except the output embedding and, for classifiers, the head."""
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = unwrapped(output) if isinstance(output, nn.Module) else None
+    names = []
+    for name, module in base_modules(model):
+        if layer_kind(unwrapped(module)) not in (LINEAR, CONV1D) or unwrapped(module) is head:
+            continue
+        if task in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) and matches(name, HEADS):
+            continue
+        names.append(name)
+    return names
+
+
+def _in_chosen_layers(name: str, config: Any) -> bool:
+    wanted = getattr(config, "layers_to_transform", None)
+    if wanted is None:
+        return True
+    patterns = config.layers_pattern or [r"[^.]*"]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        found = re.match(rf".*\.{pattern}\.(\d+)\.", name)
+        if found:
+            return int(found.group(1)) in ([wanted] if isinstance(wanted, int) else wanted)
+    return False
+
+
+def find_targets(model: nn.Module, config: Any, layers: tuple[str, ...]) -> tuple[list[str], list[str] | str]:
+    """The names of the modules that `config` asks for, and its target_modules made explicit.
+
+    Raises:
+        TargetError: nothing matches (with the nearest names), or a match is of a kind that the method cannot serve.
+    """
+    task = config.task_type
+    wanted = config.target_modules if config.target_modules is not None else default_targets(model)
+    if wanted == "all-linear":
+        names = _all_linear(model, task)
+        wanted = sorted({name.rsplit(".", 1)[-1] for name in names})
+        # A suffix may also name a layer that all-linear leaves out (a head called like a projection).
+        if len([n for n, _ in base_modules(model) if matches(n, wanted)]) != len(names):
+            wanted = names
+    else:
+        names = [name for name, _ in base_modules(model) if matches(name, wanted)]
+    names = [n for n in names if _in_chosen_layers(n, config) and not matches(n, config.exclude_modules)]
+    if not names:
+        raise _nothing_matches(model, wanted, config)
+    wrong = []
+    for name in names:
+        module = unwrapped(module_at(model, name))
+        if layer_kind(module) not in layers:
+            wrong.append(f"{name} ({type(module).__name__})")
+    if wrong:
+        raise TargetError(
+            f"target_modules={config.target_modules!r} matches modules that {type(config).__name__} cannot serve: "
+            f"{', '.join(wrong[:3])}{' and others' if len(wrong) > 3 else ''}.",
+            f"It serves: {', '.join(layers)}. Name the layers inside them, or leave them out with exclude_modules.",
+        )
+    return names, wanted
+
+
+def _nothing_matches(model: nn.Module, wanted: Sequence[str] | str, config: Any) -> TargetError:
+    everything = [name for name, _ in base_modules(model)]
+    suffixes = sorted({name.rsplit(".", 1)[-1] for name in everything if not name.rsplit(".", 1)[-1].isdigit()})
+    near: list[str] = []
+    for item in [wanted] if isinstance(wanted, str) else wanted:
+        near += difflib.get_close_matches(item.rsplit(".", 1)[-1], suffixes, n=3, cutoff=0.3)
+    nearest = ", ".join(list(dict.fromkeys(near))[:3]) or "none is close"
+    limits = [
+        f"{label}={getattr(config, label)!r}"
+        for label in ("exclude_modules", "layers_to_transform", "layers_pattern")
+        if getattr(config, label, None) is not None
+    ]
+    within = f" within {', '.join(limits)}" if limits else ""
+    return TargetError(
+        f"No module of {type(model).__name__} matches target_modules={wanted!r}{within}. Nearest names: {nearest}.",
+        f"Linear layers that can be named: {', '.join(linear_suffixes(model)) or 'none'}; or use 'all-linear'.",
+    )
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts `module` at the dotted `name`; the parent may sit under a wrapper."""
+    parent_name, _, attribute = name.rpartition(".")
+    setattr(module_at(model, parent_name), attribute, module)
+
+
+def module_at(model: nn.Module, name: str) -> nn.Module:
+    """The module at a dotted name of the base, looking through wrappers on the way."""
+    module = model
+    for part in name.split(".") if name else ():
+        module = getattr(unwrapped(module), part)
+    return module
+
+
+def wrap(model: nn.Module, name: str, switchboard: Switchboard) -> AdapterLayer:
+    """The adapter layer at `name`, made on first use."""
+    module = module_at(model, name)
+    if isinstance(module, AdapterLayer):
+        return module
+    layer = AdapterLayer(module, switchboard, name)
+    layer.train(module.training)
+    replace_module(model, name, layer)
+    return layer
+
+
+def wrap_saved(model: nn.Module, name: str, switchboard: Switchboard) -> SavedModule:
+    module = module_at(model, name)
+    if isinstance(module, SavedModule):
+        return module
+    if isinstance(module, AdapterLayer):
+        raise TargetError(
+            f"{name} is asked for both in target_modules and in modules_to_save.", "Take it out of one of the two."
+        )
+    saved = SavedModule(module, switchboard, name)
+    saved.train(module.training)
+    replace_module(model, name, saved)
+    return saved
+
+
+def wrappers(model: nn.Module) -> Iterator[tuple[str, Wrapper]]:
+    """(name, wrapper) of every wrapped module."""
+    for name, module in base_modules(model):
+        if isinstance(module, AdapterLayer | SavedModule):
+            yield name, module

@@ -1,0 +1,252 @@
+"""`JobSpec`: everything one run needs, frozen, checked, written and read as YAML.
+
+This module imports no torch, so the page can build and check a job in its own process. The adapter's own fields
+are checked where the method lives (`engine.adapters`), which the worker does before it loads a model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from engine.errors import ConfigError
+
+TASKS = ("causal_lm",)
+QUANTIZATIONS = ("none",)
+PRECISIONS = ("auto", "fp32", "bf16")
+LOSS_ON = ("answers", "all")
+SCHEDULES = ("linear", "cosine", "constant")
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What the run learns from.
+
+    Attributes:
+        path: a csv, json, jsonl, parquet or txt file.
+        format: `messages`, `alpaca`, `sharegpt`, `prompt_completion` or `text`; recognised when left out.
+        columns: role -> column name, where the columns carry other names (`{"instruction": "question"}`).
+        eval_split: share of the rows (0 to 0.5) held back for evaluation; 0 turns evaluation off.
+    """
+
+    path: str
+    format: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    eval_split: float = 0.1
+
+    def faults(self) -> list[str]:
+        found = []
+        if not self.path:
+            found.append("data.path is empty; name a csv, json, jsonl, parquet or txt file")
+        if not 0 <= self.eval_split <= 0.5:
+            found.append(f"data.eval_split is {self.eval_split}; needed: 0 to 0.5")
+        return found
+
+
+@dataclass(frozen=True)
+class TrainingSpec:
+    """How the run learns. Steps are optimizer steps: `batch_size * gradient_accumulation` rows each.
+
+    Attributes:
+        epochs: passes over the training rows; ignored when `max_steps` is given.
+        max_steps: optimizer steps; None means `epochs` decides.
+        batch_size: rows in one forward pass.
+        gradient_accumulation: forward passes per optimizer step; the loss is the mean over all their tokens.
+        learning_rate: peak rate.
+        schedule: `linear` (to 0), `cosine` (to 0) or `constant`, each after the warm-up.
+        warmup_ratio: share of the steps (0 to 1) over which the rate rises from 0.
+        weight_decay: AdamW's decoupled decay.
+        max_grad_norm: gradients are scaled down to this total norm; 0 turns clipping off.
+        max_length: tokens per row; longer rows are cut and counted.
+        precision: `bf16` loads the base in bfloat16, `fp32` in float32; `auto` picks by the hardware.
+        loss_on: `answers` (the assistant's words only) or `all`.
+        seed: for initial weights, data order and dropout.
+        eval_every: steps between evaluations (there is always one before the first and after the last step).
+        checkpoint_every: steps between checkpoints.
+        sample_prompts: prompts answered at each evaluation.
+        gradient_checkpointing: recompute activations in the backward pass; slower, less memory.
+        threads: CPU threads of the worker; None picks by the machine (`engine.threads`).
+    """
+
+    epochs: float = 3.0
+    max_steps: int | None = None
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    learning_rate: float = 2e-4
+    schedule: str = "linear"
+    warmup_ratio: float = 0.1
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    max_length: int = 512
+    precision: str = "auto"
+    loss_on: str = "answers"
+    seed: int = 0
+    eval_every: int = 20
+    checkpoint_every: int = 20
+    sample_prompts: tuple[str, ...] = ()
+    gradient_checkpointing: bool = False
+    threads: int | None = None
+
+    def faults(self) -> list[str]:
+        found = []
+        positive = ("epochs", "batch_size", "gradient_accumulation", "learning_rate", "eval_every", "checkpoint_every")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                found.append(f"training.{name} is {getattr(self, name)}; needed: more than 0")
+        for name in ("weight_decay", "max_grad_norm", "seed"):
+            if getattr(self, name) < 0:
+                found.append(f"training.{name} is {getattr(self, name)}; needed: 0 or more")
+        for name in ("max_steps", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                found.append(f"training.{name} is {value}; needed: 1 or more, or nothing")
+        if self.max_length < 8:
+            found.append(f"training.max_length is {self.max_length}; needed: 8 tokens or more")
+        if not 0 <= self.warmup_ratio <= 1:
+            found.append(f"training.warmup_ratio is {self.warmup_ratio}; needed: 0 to 1")
+        for name, allowed in (("precision", PRECISIONS), ("loss_on", LOSS_ON), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in allowed:
+                found.append(f"training.{name} is {getattr(self, name)!r}; needed: one of {', '.join(allowed)}")
+        return found
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """One run. `JobSpec.from_dict(yaml.safe_load(text))` and `JobSpec.to_dict()` are inverse to each other.
+
+    Raises:
+        ConfigError: with every fault at once, each naming the field, the value and what was needed.
+    """
+
+    model: str
+    data: DataSpec
+    adapter: Mapping[str, Any] = field(default_factory=lambda: {"method": "lora"})
+    training: TrainingSpec = field(default_factory=TrainingSpec)
+    task: str = "causal_lm"
+    quantization: str = "none"
+    full: bool = False
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        from engine.adapters import ADAPTERS
+
+        found = self.data.faults() + self.training.faults()
+        if not self.model:
+            found.append("model is empty; name a built-in model, a local folder or a hub id")
+        if self.task not in TASKS:
+            found.append(f"task is {self.task!r}; needed: one of {', '.join(TASKS)}")
+        if self.quantization not in QUANTIZATIONS:
+            found.append(f"quantization is {self.quantization!r}; needed: one of {', '.join(QUANTIZATIONS)}")
+        if self.full:
+            found.append("full is true; full fine-tuning is not available in this version, leave it out")
+        method = self.adapter.get("method")
+        if method not in ADAPTERS:
+            found.append(f"adapter.method is {method!r}; needed: one of {', '.join(ADAPTERS)}")
+        _raise(found)
+
+    @classmethod
+    def from_dict(cls, raw: Any) -> JobSpec:
+        """Build and check a job from plain data, as YAML or JSON gives it."""
+        if not isinstance(raw, Mapping):
+            raise ConfigError(f"A job must be a mapping of keys to values, not {type(raw).__name__}.")
+        found: list[str] = []
+        data = _section(DataSpec, "data", raw.get("data"), found, required=("path",))
+        training = _section(TrainingSpec, "training", raw.get("training") or {}, found)
+        adapter = raw.get("adapter", {"method": "lora"})
+        if not isinstance(adapter, Mapping):
+            found.append(f"adapter is {adapter!r}; needed: a mapping with `method` and its fields")
+        known = {f.name for f in dataclasses.fields(cls)}
+        found += [f"{key} is not a key of a job; known: {', '.join(sorted(known))}" for key in raw if key not in known]
+        if not isinstance(raw.get("model"), str):
+            found.append(f"model is {raw.get('model')!r}; needed: a built-in name, a local folder or a hub id")
+        _raise(found)
+        assert data is not None and training is not None
+        plain = {key: raw[key] for key in ("task", "quantization", "full", "name") if key in raw}
+        return cls(model=raw["model"], data=data, adapter=dict(adapter), training=training, **plain)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> JobSpec:
+        """Read a YAML or JSON job; a relative `data.path` is looked up from the current folder, then the file's."""
+        path = Path(path)
+        try:
+            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"The job {path} cannot be read: {error}", "Give a YAML or JSON file.") from error
+        spec = cls.from_dict(raw)
+        beside = path.resolve().parent / spec.data.path
+        if not Path(spec.data.path).exists() and beside.exists():
+            spec = dataclasses.replace(spec, data=dataclasses.replace(spec.data, path=str(beside)))
+        return spec
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for YAML and JSON; only strings, numbers, booleans, lists and mappings."""
+        plain = dataclasses.asdict(self)
+        plain["training"]["sample_prompts"] = list(self.training.sample_prompts)
+        plain["adapter"] = dict(self.adapter)
+        plain["data"]["columns"] = dict(self.data.columns)
+        return plain
+
+    def save(self, path: str | Path) -> None:
+        """Write as YAML, through a temporary name, so that a reader never sees half a file."""
+        path = Path(path)
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        draft.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        draft.replace(path)
+
+
+def _raise(found: list[str]) -> None:
+    if found:
+        raise ConfigError("The job cannot run:\n" + "\n".join(f"- {fault}" for fault in found))
+
+
+def _section(
+    kind: type[Any], name: str, raw: Any, found: list[str], required: tuple[str, ...] = ()
+) -> Any:
+    """One nested section as its dataclass; faults go to `found` and None comes back."""
+    if not isinstance(raw, Mapping):
+        found.append(f"{name} is {raw!r}; needed: a mapping")
+        return None
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    before = len(found)
+    found += [f"{name}.{key} is not known; known: {', '.join(fields)}" for key in raw if key not in fields]
+    found += [f"{name}.{key} is missing" for key in required if key not in raw]
+    values = {}
+    for key, value in raw.items():
+        if key in fields:
+            values[key] = _convert(f"{name}.{key}", str(fields[key].type), value, found)
+    return None if len(found) > before else kind(**values)
+
+
+def _convert(label: str, kind: str, value: Any, found: list[str]) -> Any:
+    """`value` as the annotated type; YAML writes 2e-4 as a string and 3 where 3.0 is meant, both are accepted."""
+    if value is None and "None" in kind:
+        return None
+    try:
+        if kind.startswith("bool"):
+            if isinstance(value, bool):
+                return value
+        elif kind.startswith("int"):
+            if not isinstance(value, bool) and float(value) == int(float(value)):
+                return int(float(value))
+        elif kind.startswith("float"):
+            if not isinstance(value, bool):
+                return float(value)
+        elif kind.startswith("str"):
+            if isinstance(value, str):
+                return value
+        elif kind.startswith("tuple"):
+            if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+                return tuple(value)
+        elif kind.startswith("Mapping"):
+            if isinstance(value, Mapping) and all(isinstance(item, str) for item in value.values()):
+                return dict(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    found.append(f"{label} is {value!r}; needed: {kind}")
+    return value
