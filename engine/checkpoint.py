@@ -200,7 +200,7 @@ def write_weights(model: PeftModel, adapter_name: str, tensors: Mapping[str, Ten
         if tensors[key].shape != place.shape:
             raise CheckpointError(
                 f"{key} has shape {tuple(tensors[key].shape)} in the file and {tuple(place.shape)} in the model.",
-                f"The adapter was made for {_origin(model, adapter_name)}; load that base, or check r and rank_pattern.",
+                f"The adapter was made for {_origin(model, adapter_name)}; load that base, or check r.",
             )
     for key, place in places.items():
         place.copy_(tensors[key])
@@ -273,7 +273,7 @@ def restore_raw_state(model: PeftModel, adapter_name: str, state: Mapping[str, T
     Raises:
         CheckpointError: the checkpoint holds other tensors than this adapter.
     """
-    own = {}
+    own: dict[str, Tensor] = {}
     for layer in model._layers[adapter_name]:
         if isinstance(layer, SavedModule):
             parts: dict[str, Any] = dict(layer.copies[adapter_name].state_dict())

@@ -64,7 +64,7 @@ class AdapterLayer(nn.Module):
         self._before: dict[str, Tensor] = {}
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever the model's own code reads off the layer (`weight`, `in_features`, ...) comes from the base layer."""
+        """Whatever the model's own code reads off the layer (`weight`, `in_features`, ...) is the base layer's."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -105,7 +105,8 @@ class AdapterLayer(nn.Module):
     def _shift(self, adapter: str) -> Tensor:
         base_bias = self.base_layer.bias
         assert isinstance(base_bias, Tensor)
-        return self.biases[adapter].float() - base_bias.float()
+        own: Tensor = self.biases[adapter]
+        return own.float() - base_bias.float()
 
     def _rows(self, x: Tensor, y: Tensor, rows: list[str | None]) -> Tensor:
         """Each batch row through its own adapter; a batch that is n times as long holds n beams a row, in order."""
@@ -225,7 +226,8 @@ class SavedModule(nn.Module):
         parts, order = [], []
         for adapter in dict.fromkeys(rows):
             index = [i * times + k for i, name in enumerate(rows) if name == adapter for k in range(times)]
-            module = self.copies[adapter] if adapter in self.copies else self.original_module
+            copied = adapter is not None and adapter in self.copies
+            module = self.copies[str(adapter)] if copied else self.original_module
             parts.append(module(x[index], *args, **kwargs))
             order += index
         return torch.cat(parts)[torch.argsort(torch.tensor(order, device=x.device))]
@@ -297,7 +299,8 @@ def default_targets(model: nn.Module) -> list[str]:
 
 def _all_linear(model: nn.Module, task: TaskType | None) -> list[str]:
     """Every linear layer except the output embedding and, for classifiers, the head."""
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find: Any = getattr(model, "get_output_embeddings", None)
+    output = find() if find else None
     head = unwrapped(output) if isinstance(output, nn.Module) else None
     names = []
     for name, module in base_modules(model):

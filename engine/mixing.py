@@ -32,8 +32,8 @@ COMBINATIONS = ("svd", "cat", "linear")
 def thin_svd(pairs: Sequence[Pair], rank: int) -> Pair:
     """(A, B) of the given rank nearest to sum_i B_i A_i, without forming the product.
 
-    Two QR decompositions of the stacked thin matrices and an SVD of their small core: for B (out, k), A (k, in) the cost
-    is O((in + out) k^2 + k^3) instead of O(in out min(in, out)). The singular values are shared evenly.
+    Two QR decompositions of the stacked thin matrices and an SVD of their small core: for B (out, k), A (k, in)
+    the cost is O((in + out) k^2 + k^3) instead of O(in out min(in, out)). The singular values are shared evenly.
     """
     a, b = torch.cat([p[0] for p in pairs]), torch.cat([p[1] for p in pairs], dim=1)
     q_b, r_b = torch.linalg.qr(b)
@@ -79,7 +79,7 @@ def add_weighted_adapter(
     for layer in model._layers[adapters[0]]:
         assert isinstance(layer, AdapterLayer)
         if layer_kind(layer.base_layer) == CONV2D:
-            raise ConfigError(f"{layer.module_name} is a convolution; combining those is not available in this version.")
+            raise ConfigError(f"{layer.module_name} is a convolution, which cannot be combined in this version.")
         pairs = []
         for name, weight in zip(adapters, weights, strict=True):
             own: Any = layer.adapters[name]
@@ -87,13 +87,17 @@ def add_weighted_adapter(
             pairs.append((weight * own.scale, a.detach(), b.detach()))
         made[layer.module_name] = _combine(pairs, combination_type, svd_rank, layer.module_name)
     ranks = {module: a.shape[0] for module, (a, _) in made.items()}
-    config = configs[0].exported().replace(
-        r=max(ranks.values()),
-        lora_alpha=max(ranks.values()),
-        rank_pattern={module: r for module, r in ranks.items() if r != max(ranks.values())},
-        alpha_pattern={module: float(r) for module, r in ranks.items() if r != max(ranks.values())},
-        use_rslora=False,
-        lora_dropout=0.0,
+    config = (
+        configs[0]
+        .exported()
+        .replace(
+            r=max(ranks.values()),
+            lora_alpha=max(ranks.values()),
+            rank_pattern={module: r for module, r in ranks.items() if r != max(ranks.values())},
+            alpha_pattern={module: float(r) for module, r in ranks.items() if r != max(ranks.values())},
+            use_rslora=False,
+            lora_dropout=0.0,
+        )
     )
     model.add_adapter(adapter_name, config)
     with torch.no_grad():

@@ -224,7 +224,9 @@ class PeftModel(nn.Module):
         """The base alone inside the block, bit for bit."""
         before = self.switchboard.disabled
         merged = [
-            (layer, dict(layer.merged)) for _, layer in self.wrappers() if isinstance(layer, AdapterLayer) and layer.merged
+            (layer, dict(layer.merged))
+            for _, layer in self.wrappers()
+            if isinstance(layer, AdapterLayer) and layer.merged
         ]
         for layer, _ in merged:
             layer.unmerge()
@@ -332,8 +334,8 @@ class PeftModel(nn.Module):
                 shared = users.get(id(layer.base_layer._parameters.get("weight")), [])
                 if len(shared) > 1:
                     raise TargetError(
-                        f"{name!r} changes {layer.module_name}, whose weight is shared by {' and '.join(shared)}; merging "
-                        "would change them all.",
+                        f"{name!r} changes {layer.module_name}, whose weight is shared by {' and '.join(shared)}; "
+                        "merging would change them all.",
                         "Keep the adapter unmerged, or untie the weights (tie_word_embeddings=False) before attaching.",
                     )
 
@@ -379,7 +381,9 @@ class PeftModel(nn.Module):
 
     def print_trainable_parameters(self) -> None:
         trainable, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
 
     # --- files ------------------------------------------------------------------------------------------------
 
@@ -477,4 +481,3 @@ def get_peft_model(model: nn.Module, peft_config: AdapterConfig, adapter_name: s
     if not isinstance(model, nn.Module):
         raise EngineError(f"get_peft_model needs a torch module, not {type(model).__name__}.")
     return model_class(peft_config)(model, peft_config, adapter_name)
-

@@ -65,11 +65,13 @@ def _expand(layer: AdapterLayer, after: LoraConfig, adapter: str, optimizer: tor
     r, ratio = old.r, old.scale / new.scale
     new.lora_A.weight[:r] = old.lora_A.weight
     new.lora_B.weight[:, :r] = old.lora_B.weight * ratio
-    pairs = [(old.lora_A.weight, new.lora_A.weight, 1.0), (old.lora_B.weight, new.lora_B.weight, 1 / ratio)]
+    pairs: list[tuple[Any, Any, float]] = [
+        (old.lora_A.weight, new.lora_A.weight, 1.0),
+        (old.lora_B.weight, new.lora_B.weight, 1 / ratio),
+    ]
     if old.offset_A is not None:
         new.offset_A, new.offset_B = old.offset_A, old.offset_B * ratio
     if old.lora_B.bias is not None:
-        assert new.lora_B.bias is not None
         new.lora_B.bias.copy_(old.lora_B.bias * ratio)
         pairs.append((old.lora_B.bias, new.lora_B.bias, 1 / ratio))
     for before, now, gradient in pairs:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from engine.errors import ConfigError, TargetError
 
 
-class TaskType(str, enum.Enum):
+class TaskType(enum.StrEnum):
     """What the model is trained for, by PEFT's names."""
 
     SEQ_CLS = "SEQ_CLS"
@@ -29,7 +29,7 @@ class TaskType(str, enum.Enum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
-class PeftType(str, enum.Enum):
+class PeftType(enum.StrEnum):
     """The method's name in `adapter_config.json`."""
 
     LORA = "LORA"

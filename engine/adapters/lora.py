@@ -106,10 +106,10 @@ class LoraConfig(AdapterConfig):
         for label, value in (("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 found.append(f"{label} is {value!r}; needed: a whole number from 1")
-        alphas = (("lora_alpha", self.lora_alpha), *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()))
-        for label, value in alphas:
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-                found.append(f"{label} is {value!r}; needed: a number above 0")
+        named = {f"alpha_pattern[{key!r}]": value for key, value in self.alpha_pattern.items()}
+        for label, alpha in {"lora_alpha": self.lora_alpha, **named}.items():
+            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not alpha > 0:
+                found.append(f"{label} is {alpha!r}; needed: a number above 0")
         if not isinstance(self.lora_dropout, int | float) or not 0 <= self.lora_dropout < 1:
             found.append(f"lora_dropout is {self.lora_dropout!r}; needed: 0 up to, but not including, 1")
         if self.bias not in ("none", "all", "lora_only"):
@@ -126,7 +126,9 @@ class LoraConfig(AdapterConfig):
             if isinstance(value, str):
                 found += _pattern_faults(label, value)
             else:
-                object.__setattr__(self, label, sorted(set(value)) if isinstance(value, set | frozenset) else list(value))
+                object.__setattr__(
+                    self, label, sorted(set(value)) if isinstance(value, set | frozenset) else list(value)
+                )
         return found
 
     def exported(self) -> LoraConfig:
@@ -293,9 +295,9 @@ class LoraEmbedding(LoraWeights):
     def __init__(self, base: nn.Embedding, config: LoraConfig, module: str) -> None:
         super().__init__(config, module)
         _plain_start_only(config, module, "an embedding")
-        place = {"device": base.weight.device, "dtype": torch.float32}
-        self.lora_embedding_A = nn.Parameter(torch.zeros(self.r, base.num_embeddings, **place))
-        self.lora_embedding_B = nn.Parameter(torch.randn(base.embedding_dim, self.r, **place))
+        device = base.weight.device
+        self.lora_embedding_A = nn.Parameter(torch.zeros(self.r, base.num_embeddings, device=device))
+        self.lora_embedding_B = nn.Parameter(torch.randn(base.embedding_dim, self.r, device=device))
         if config.init_lora_weights is False and not self.lora_embedding_A.is_meta:
             nn.init.normal_(self.lora_embedding_A)
 
@@ -333,18 +335,16 @@ class LoraConv2d(LoraWeights):
                 f"LoRA cannot serve the grouped convolution {module} (groups={base.groups}).",
                 "Leave it out with exclude_modules.",
             )
-        shape = {"kernel_size": base.kernel_size, "stride": base.stride, "padding": base.padding}
-        place = {"device": base.weight.device, "dtype": torch.float32}
-        self.lora_A = nn.Conv2d(
-            base.in_channels,
-            self.r,
-            dilation=base.dilation,
-            padding_mode=base.padding_mode,
-            bias=False,
-            **shape,  # type: ignore[arg-type]
-            **place,  # type: ignore[arg-type]
-        )
-        self.lora_B = nn.Conv2d(self.r, base.out_channels, 1, bias=config.lora_bias, **place)  # type: ignore[arg-type]
+        place: dict[str, Any] = {"device": base.weight.device, "dtype": torch.float32}
+        shape: dict[str, Any] = {
+            "kernel_size": base.kernel_size,
+            "stride": base.stride,
+            "padding": base.padding,
+            "dilation": base.dilation,
+            "padding_mode": base.padding_mode,
+        }
+        self.lora_A = nn.Conv2d(base.in_channels, self.r, bias=False, **shape, **place)
+        self.lora_B = nn.Conv2d(self.r, base.out_channels, 1, bias=config.lora_bias, **place)
         if self.lora_A.weight.is_meta:
             return
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))

@@ -5,7 +5,7 @@ A run `emit`s plain dictionaries to a sink and asks a control what to do between
 | type | fields |
 |---|---|
 | `status` | `phase` (`loading`, `tokenising`, `training`, `saving`), `message`, optional `fraction` 0..1 |
-| `start` | `total_steps`, `first_step`, `trainable`, `parameters`, `train_rows`, `eval_rows`, `device`, `precision`, ... |
+| `start` | `total_steps`, `first_step`, `trainable`, `parameters`, `train_rows`, `eval_rows`, `device`, ... |
 | `step` | `step`, `loss`, `lr`, `grad_norm`, `tokens`, `tokens_per_s`, `epoch`, `eta_s` |
 | `eval` | `step`, `loss`, `tokens` |
 | `sample` | `step`, `prompt`, `text` |

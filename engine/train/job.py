@@ -30,7 +30,7 @@ class DataSpec:
 
     Attributes:
         path: a csv, json, jsonl, parquet or txt file.
-        format: `messages`, `alpaca`, `sharegpt`, `prompt_completion` or `text`; recognised when left out.
+        format: `messages`, `alpaca`, `sharegpt`, `oasst`, `prompt_completion` or `text`; recognised when left out.
         columns: role -> column name, where the columns carry other names (`{"instruction": "question"}`).
         eval_split: share of the rows (0 to 0.5) held back for evaluation; 0 turns evaluation off.
     """
@@ -205,9 +205,7 @@ def _raise(found: list[str]) -> None:
         raise ConfigError("The job cannot run:\n" + "\n".join(f"- {fault}" for fault in found))
 
 
-def _section(
-    kind: type[Any], name: str, raw: Any, found: list[str], required: tuple[str, ...] = ()
-) -> Any:
+def _section(kind: type[Any], name: str, raw: Any, found: list[str], required: tuple[str, ...] = ()) -> Any:
     """One nested section as its dataclass; faults go to `found` and None comes back."""
     if not isinstance(raw, Mapping):
         found.append(f"{name} is {raw!r}; needed: a mapping")
@@ -243,9 +241,12 @@ def _convert(label: str, kind: str, value: Any, found: list[str]) -> Any:
         elif kind.startswith("tuple"):
             if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
                 return tuple(value)
-        elif kind.startswith("Mapping"):
-            if isinstance(value, Mapping) and all(isinstance(item, str) for item in value.values()):
-                return dict(value)
+        elif (
+            kind.startswith("Mapping")
+            and isinstance(value, Mapping)
+            and all(isinstance(item, str) for item in value.values())
+        ):
+            return dict(value)
     except (TypeError, ValueError, OverflowError):
         pass
     found.append(f"{label} is {value!r}; needed: {kind}")

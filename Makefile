@@ -1,0 +1,58 @@
+# Two commands matter: `make run` serves the studio, `make test` checks everything.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PORT ?= 7860
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: help run test check lint types pytest test-slow chromium format clean
+
+help:
+	@echo "make run      make a virtual environment, install, open the studio (PORT=$(PORT))"
+	@echo "make test     install what the tests need, then lint, types and tests"
+	@echo "make check    lint, types and tests, nothing installed"
+	@echo "make test-slow  also the long tests (fetches the 135M model)"
+	@echo "make format   let ruff format the code"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp for each list, so that a second run installs nothing.
+$(VENV)/.run-stamp: requirements.txt | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt
+	@touch $@
+
+$(VENV)/.dev-stamp: requirements.txt requirements-dev.txt | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements-dev.txt
+	@touch $@ $(VENV)/.run-stamp
+
+run: $(VENV)/.run-stamp
+	$(BIN)/python app.py --port $(PORT) $(ARGS)
+
+test: $(VENV)/.dev-stamp chromium check
+
+# The browser tests drive a Chromium that is there already, or Debian's.
+chromium:
+	@sh scripts/ensure_chromium.sh
+
+check: lint types pytest
+
+lint:
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+types:
+	$(BIN)/python -m mypy
+
+pytest:
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.dev-stamp
+	$(BIN)/python -m pytest -m slow
+
+format: $(VENV)/.dev-stamp
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,153 @@
+"""`python -m engine train | generate`: the engine without a page.
+
+With `--json`, standard output carries one JSON object a line and nothing else; words for people go to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from engine import __version__
+from engine.errors import EngineError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0 when it did what was asked (a run that was stopped is 3), 1 after an error of ours, 2 for wrong arguments.
+    """
+    arguments = _parser().parse_args(argv)
+    # Before torch is imported: afterwards the setting has no effect.
+    from engine import threads
+
+    try:
+        threads.apply(getattr(arguments, "threads", None))
+        return int(arguments.command(arguments))
+    except EngineError as error:
+        if arguments.json:
+            print(json.dumps(error.to_event(), ensure_ascii=False), flush=True)
+        print(f"Error: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(error.hint, file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m engine", description="Fine-tune adapters and use them.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train an adapter from a job file")
+    train.add_argument("job", type=Path, help="a YAML or JSON job")
+    train.add_argument("--out", type=Path, required=True, help="folder of the run")
+    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the folder")
+    train.add_argument("--threads", type=int, help="CPU threads (default: chosen for this machine)")
+    train.add_argument("--json", action="store_true", help="print one event a line")
+    train.set_defaults(command=_train)
+
+    generate = commands.add_parser("generate", help="answer a prompt with the base and with adapters")
+    generate.add_argument("--model", required=True, help="built-in name, local folder or hub id")
+    generate.add_argument("--adapter", type=Path, action="append", default=[], help="adapter folder; may be repeated")
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--system", default="", help="a system message before the prompt")
+    generate.add_argument("--max-new-tokens", type=int, default=128)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+    generate.add_argument("--top-p", type=float, default=0.9)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
+    generate.add_argument("--out", type=Path, help="also write the results there, as results.json")
+    generate.add_argument("--threads", type=int)
+    generate.add_argument("--json", action="store_true", help="print one result a line")
+    generate.set_defaults(command=_generate)
+    return parser
+
+
+class _Words:
+    """Events as lines for a person."""
+
+    def emit(self, event: dict[str, Any]) -> None:
+        kind = event["type"]
+        if kind == "step":
+            print(
+                f"step {event['step']:>5}  loss {event['loss']:.4f}  lr {event['lr']:.2e}  "
+                f"grad {event['grad_norm']:.2f}  {event['tokens_per_s']:.0f} tokens/s  {event['eta_s']:.0f} s left"
+            )
+        elif kind == "eval":
+            print(f"step {event['step']:>5}  evaluation loss {event['loss']:.4f}")
+        elif kind == "sample":
+            print(f"step {event['step']:>5}  {event['prompt']!r} -> {event['text']!r}")
+        elif kind == "start":
+            share = event["trainable"] / event["parameters"]
+            print(f"training {event['trainable']:,} of {event['parameters']:,} parameters ({share:.2%})")
+        elif kind in ("status", "warning"):
+            print(f"{kind}: {event['message']}", file=sys.stderr)
+        elif kind in ("done", "stopped", "paused"):
+            print(f"{kind} at step {event['step']}: {event.get('adapter') or event.get('checkpoint')}")
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from engine.train.events import JsonLines, SignalControl, Sink
+    from engine.train.job import JobSpec
+    from engine.train.worker import run
+
+    spec = JobSpec.from_file(arguments.job)
+    sink: Sink = JsonLines(sys.stdout) if arguments.json else _Words()
+    state = run(spec, arguments.out, sink, SignalControl(), arguments.resume)
+    return 0 if state == "done" else 3
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from engine.generation import Answerer, Sampling
+
+    sampling = Sampling(
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
+    messages = [{"role": "user", "content": arguments.prompt}]
+    if arguments.system:
+        messages.insert(0, {"role": "system", "content": arguments.system})
+    answerer = Answerer(arguments.model, arguments.precision)
+    names: list[str | None] = [None]
+    for number, folder in enumerate(arguments.adapter):
+        names.append(f"adapter-{number}")
+        answerer.attach(f"adapter-{number}", folder)
+    texts, reasons = [""] * len(names), [""] * len(names)
+    for piece in answerer.stream(messages, names, sampling):
+        texts[piece.index] += piece.text
+        reasons[piece.index] = piece.reason or reasons[piece.index]
+    results = [
+        {
+            "type": "result",
+            "who": "base" if number == 0 else "adapter",
+            "adapter": str(arguments.adapter[number - 1]) if number else None,
+            "prompt": arguments.prompt,
+            "text": texts[number],
+            "reason": reasons[number],
+            "seed": arguments.seed,
+        }
+        for number in range(len(names))
+    ]
+    for result in results:
+        if arguments.json:
+            print(json.dumps(result, ensure_ascii=False), flush=True)
+        else:
+            print(f"--- {result['adapter'] or 'base'}\n{result['text']}\n")
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        draft = arguments.out / f".results.{os.getpid()}"
+        draft.write_text(json.dumps(results, ensure_ascii=False, indent=2), encoding="utf-8")
+        draft.replace(arguments.out / "results.json")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

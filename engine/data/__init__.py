@@ -1,0 +1,59 @@
+"""Data: read a file, recognise its format, map its columns, check every row, split.
+
+    table = read("answers.csv")        # rows with line numbers, problems
+    found = recognise(table)           # which format, which column plays which role, why
+    prepared = prepare(table)          # examples in one canonical form; kept + skipped = total
+    train, evaluation = split(prepared.examples, share=0.1, seed=0)
+
+Nothing here imports torch or transformers, so the page uses it in its own process.
+"""
+
+from engine.data.errors import (
+    ColumnError,
+    DelimiterError,
+    EmptyError,
+    EncodingError,
+    FileError,
+    FormatError,
+    JsonError,
+    KindError,
+    NothingLeftError,
+    ParquetError,
+    TooLargeError,
+)
+from engine.data.formats import FORMATS, Format, FormatInfo, recognise
+from engine.data.ingest import KINDS, fingerprint, read
+from engine.data.prepare import Prepared, load, prepare
+from engine.data.split import split
+from engine.data.summary import profile
+from engine.data.table import Limits, Problem, Row, Table
+
+__all__ = [
+    "FORMATS",
+    "KINDS",
+    "ColumnError",
+    "DelimiterError",
+    "EmptyError",
+    "EncodingError",
+    "FileError",
+    "Format",
+    "FormatError",
+    "FormatInfo",
+    "JsonError",
+    "KindError",
+    "Limits",
+    "NothingLeftError",
+    "ParquetError",
+    "Prepared",
+    "Problem",
+    "Row",
+    "Table",
+    "TooLargeError",
+    "fingerprint",
+    "load",
+    "prepare",
+    "profile",
+    "read",
+    "recognise",
+    "split",
+]

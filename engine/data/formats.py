@@ -1,0 +1,321 @@
+"""`recognise`: which of the formats we know a table has, which column plays which role, and why we think so."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.data.errors import ColumnError, FormatError
+from engine.data.roles import COLUMN_NAMES, SPEAKER_KEYS, WORDS_KEYS, normal
+from engine.data.table import Table
+
+_SAMPLE = 200
+
+
+@dataclass(frozen=True)
+class FormatInfo:
+    """What a format needs.
+
+    Attributes:
+        name: as in a job's `data.format`.
+        required: roles that must have a column.
+        optional: roles that may have one.
+        about: one line for a person.
+    """
+
+    name: str
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    about: str
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return self.required + self.optional
+
+
+FORMATS: dict[str, FormatInfo] = {
+    info.name: info
+    for info in (
+        FormatInfo("messages", ("messages",), (), "whole conversations: a list of turns with role and content"),
+        FormatInfo("sharegpt", ("conversations",), (), "whole conversations: a list of turns with from and value"),
+        FormatInfo(
+            "oasst", ("message_id", "parent_id", "text", "role"), ("rank",), "trees of replies, one message a row"
+        ),
+        FormatInfo("alpaca", ("instruction", "output"), ("input", "system"), "an instruction, its input, its answer"),
+        FormatInfo("prompt_completion", ("prompt", "completion"), (), "a question and its answer"),
+        FormatInfo("text", ("text",), (), "plain text to continue"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Format:
+    """What `recognise` found.
+
+    Attributes:
+        name: a key of `FORMATS`, or None where nothing fits.
+        columns: role -> column name.
+        reason: one or two sentences for a person.
+        confidence: 1.0 by the format's own column names, 0.8 by other usual names, 0.5 by the content alone, 0 none.
+        suggestions: other readings that are possible, best first; each is a `Format` with its own confidence.
+    """
+
+    name: str | None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    reason: str = ""
+    confidence: float = 0.0
+    suggestions: tuple[Format, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "name": self.name,
+            "columns": dict(self.columns),
+            "reason": self.reason,
+            "confidence": self.confidence,
+            "suggestions": [other.to_dict() for other in self.suggestions],
+        }
+
+
+def recognise(table: Table) -> Format:
+    """The format of a table by its column names and the first 200 rows. Never raises; `name` None means: ask.
+
+    Names count without regard to case, spaces and dashes, and usual other names are understood, in English and
+    Korean: `Question`, `Answer` is `prompt_completion` with confidence 0.8.
+    """
+    found = [candidate for candidate in _candidates(table) if candidate is not None]
+    found.sort(key=lambda candidate: -candidate.confidence)
+    if found and not _preferences(table):
+        best = found[0]
+        return Format(best.name, best.columns, best.reason, best.confidence, tuple(found[1:]))
+    names = ", ".join(table.columns[:20]) + (", ..." if len(table.columns) > 20 else "")
+    if _preferences(table):
+        reason = f"These are preference pairs (columns {names}); this version trains on the chosen answer alone."
+        column = {normal(name): name for name in table.columns}
+        pairs = Format(
+            "prompt_completion",
+            {"prompt": column["prompt"], "completion": column["chosen"]},
+            "The chosen answers.",
+            0.5,
+        )
+        return Format(None, reason=reason, suggestions=(pairs,))
+    guesses = tuple(_guesses(table))
+    known = "; ".join(f"{', '.join(info.required)} ({info.about})" for info in FORMATS.values() if info.name != "oasst")
+    return Format(
+        None,
+        reason=f"No known format fits the columns {names}. Say which column is which: {known}.",
+        suggestions=guesses,
+    )
+
+
+def columns_for(table: Table, name: str | None, asked: Mapping[str, str] | None = None) -> Format:
+    """The mapping for a format that a person named, or for roles that a person mapped.
+
+    Args:
+        table: the data.
+        name: a key of `FORMATS`; None lets the roles in `asked`, or the columns, decide.
+        asked: role -> column; roles left out are filled by the columns' names.
+
+    Raises:
+        FormatError: there is no such format, or none fits.
+        ColumnError: a column that was asked for, or a role that is required, is not there.
+    """
+    asked = dict(asked or {})
+    if name is None and not asked:
+        found = recognise(table)
+        if found.name is None:
+            raise FormatError(f"The format of {table.name or 'the data'} is not clear. {found.reason}", _suggest(found))
+        return found
+    if name is None:
+        fitting = [info.name for info in FORMATS.values() if set(asked) <= set(info.roles)]
+        if not fitting:
+            known = "; ".join(f"{info.name}: {', '.join(info.roles)}" for info in FORMATS.values())
+            raise ColumnError(f"No format has the roles {', '.join(asked)}.", f"Roles by format: {known}.")
+        complete = [one for one in fitting if set(FORMATS[one].required) <= set(asked)]
+        name = (complete or [one for one in fitting if _match(table, one, asked)[0] is not None] or fitting)[0]
+    if name not in FORMATS:
+        close = difflib.get_close_matches(name, FORMATS, 1)
+        hint = f"Did you mean {close[0]!r}? " if close else ""
+        raise FormatError(f"There is no format {name!r}.", f"{hint}Known: {', '.join(FORMATS)}.")
+    info = FORMATS[name]
+    unknown = [role for role in asked if role not in info.roles]
+    if unknown:
+        raise ColumnError(f"The format {name} has no role {unknown[0]!r}.", f"Its roles: {', '.join(info.roles)}.")
+    exact = {role: _column(table, role, column) for role, column in asked.items() if column}
+    mapping, confidence = _match(table, name, exact)
+    if mapping is None:
+        role = next(role for role in info.required if role not in exact and _named(table, role, exact)[0] is None)
+        raise ColumnError(
+            f"The format {name} needs a column for {role!r}, and {table.name or 'the data'} has only: "
+            f"{', '.join(table.columns)[:500]}.",
+            f"{_nearest(role, table.columns)}Say which column is the {role}, or choose another format.",
+        )
+    return Format(name, mapping, f"Asked for as {name}.", 1.0 if asked else confidence)
+
+
+def _column(table: Table, role: str, column: str) -> str:
+    """The column that a person named; case and spaces are forgiven where only one fits."""
+    if column in table.columns:
+        return column
+    alike = [other for other in table.columns if normal(other) == normal(column)]
+    if len(alike) == 1:
+        return alike[0]
+    raise ColumnError(
+        f"There is no column {column!r} (asked for as {role}) in {table.name or 'the data'}; there are: "
+        f"{', '.join(table.columns)[:500]}.",
+        f"{_nearest(column, table.columns)}Choose one of the columns there are.",
+    )
+
+
+def _nearest(name: str, columns: Iterable[str]) -> str:
+    plain = {normal(column): column for column in columns}
+    close = difflib.get_close_matches(normal(name), plain, 1, cutoff=0.5)
+    return f"The nearest name is {plain[close[0]]!r}. " if close else ""
+
+
+def _suggest(found: Format) -> str:
+    if not found.suggestions:
+        return ""
+    best = found.suggestions[0]
+    return f"A guess: {best.name} with " + ", ".join(f"{role} = {name}" for role, name in best.columns.items()) + "."
+
+
+# --- by names ------------------------------------------------------------------------------------------------------
+
+
+def _named(table: Table, role: str, taken: Mapping[str, str]) -> tuple[str | None, bool]:
+    """(column, by its own name) for a role among the columns that no other role has."""
+    free = [column for column in table.columns if column not in taken.values()]
+    plain: dict[str, str] = {}
+    for column in free:
+        plain.setdefault(normal(column), column)
+    if role in free:
+        return role, True
+    if role in plain:
+        return plain[role], True
+    for other in COLUMN_NAMES[role]:
+        if other in plain:
+            return plain[other], False
+    return None, False
+
+
+def _match(table: Table, name: str, asked: Mapping[str, str]) -> tuple[dict[str, str] | None, float]:
+    """(role -> column, confidence) for a format; None where a required role finds no column.
+
+    Roles whose own name is a column choose first, so that `prompt` in `question,prompt` is the prompt.
+    """
+    info = FORMATS[name]
+    mapping = {role: column for role, column in asked.items() if column}
+    own = [role for role in info.roles if role not in mapping and _named(table, role, mapping)[1]]
+    exact = True
+    for role in own + [role for role in info.roles if role not in own]:
+        if role in mapping:
+            continue
+        column, by_name = _named(table, role, mapping)
+        if column is None:
+            if role in info.required:
+                return None, 0.0
+            continue
+        exact = exact and by_name
+        mapping[role] = column
+    return {role: mapping[role] for role in info.roles if role in mapping}, 1.0 if exact else 0.8
+
+
+def _preferences(table: Table) -> bool:
+    return {"prompt", "chosen", "rejected"} <= {normal(column) for column in table.columns}
+
+
+# --- by content ----------------------------------------------------------------------------------------------------
+
+
+def turns_of(value: Any) -> list[Any] | None:
+    """The list of turns in a cell: a list, or its JSON text (as a csv holds it); None where it is neither."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    return value if isinstance(value, list) else None
+
+
+def _speech(table: Table, column: str) -> str | None:
+    """`messages` or `sharegpt` where most cells of the column are lists of turns; else None."""
+    votes = {"messages": 0, "sharegpt": 0}
+    filled = 0
+    for row in table.rows[:_SAMPLE]:
+        value = row.cells.get(column)
+        if value in (None, "", []):
+            continue
+        filled += 1
+        turns = turns_of(value)
+        if turns and isinstance(turns[0], dict):
+            speaker = next((key for key in SPEAKER_KEYS if key in turns[0]), None)
+            if speaker and any(key in turns[0] for key in WORDS_KEYS):
+                votes["sharegpt" if speaker == "from" else "messages"] += 1
+    best = max(votes, key=lambda name: votes[name])
+    return best if votes[best] * 2 > filled else None
+
+
+def _is_text(table: Table, column: str) -> bool:
+    """Whether most filled cells are text or numbers, which can be read as text."""
+    values = [row.cells.get(column) for row in table.rows[:_SAMPLE]]
+    filled = [value for value in values if value is not None]
+    return sum(isinstance(value, str | int | float) for value in filled) * 2 >= len(filled)
+
+
+def _candidates(table: Table) -> Iterable[Format | None]:
+    """Every reading that the names and the content allow, in the order in which equals are preferred."""
+    for column in table.columns:
+        spoken = _speech(table, column)
+        if spoken:
+            role = FORMATS[spoken].required[0]
+            own = normal(column) == role
+            key = "from and value" if spoken == "sharegpt" else "role and content"
+            yield Format(
+                spoken, {role: column}, f"Column {column!r} holds lists of turns with {key}.", 1.0 if own else 0.9
+            )
+    if any(_is_tree(row.cells) for row in table.rows[:_SAMPLE]):
+        column = next(name for name in table.columns if normal(name) == "prompt")
+        yield Format("oasst", {"message_id": column}, f"Column {column!r} holds trees of replies.", 1.0)
+        return
+    for name in ("oasst", "alpaca", "prompt_completion", "text"):
+        mapping, confidence = _match(table, name, {})
+        if mapping is None or not all(
+            _is_text(table, mapping[role]) for role in FORMATS[name].required if role in mapping
+        ):
+            continue
+        # "question, answer" alone is a pair; it takes a third column, or the word instruction, to be alpaca's.
+        if name == "alpaca" and "input" not in mapping and normal(mapping["instruction"]) != "instruction":
+            continue
+        by = "their names" if confidence == 1 else "usual names for them"
+        pairs = ", ".join(f"{role} = {column!r}" for role, column in mapping.items())
+        yield Format(name, mapping, f"{FORMATS[name].about.capitalize()}, by {by}: {pairs}.", confidence)
+    if len(table.columns) == 1 and normal(table.columns[0]) not in COLUMN_NAMES["text"] + ("text",):
+        column = table.columns[0]
+        if _is_text(table, column) and not _speech(table, column):
+            yield Format("text", {"text": column}, f"{column!r} is the only column, and holds text.", 0.5)
+
+
+def _is_tree(cells: Mapping[str, Any]) -> bool:
+    """Whether a row is a whole conversation tree: `prompt` with `text` and `replies`."""
+    prompt = next((value for name, value in cells.items() if normal(name) == "prompt"), None)
+    return isinstance(prompt, dict) and "text" in prompt and "replies" in prompt
+
+
+def _guesses(table: Table) -> Iterable[Format]:
+    """Where nothing is known by name: the wordiest columns, the two of them in the file's order, then one alone."""
+    lengths: dict[str, float] = {}
+    for column in table.columns:
+        values = [row.cells.get(column) for row in table.rows[:_SAMPLE]]
+        words = [value for value in values if isinstance(value, str) and value.strip()]
+        if len(words) * 2 > len(values):
+            lengths[column] = sum(map(len, words)) / len(words)
+    wordy = sorted(lengths, key=lambda column: -lengths[column])[:2]
+    if len(wordy) == 2:
+        first, second = sorted(wordy, key=table.columns.index)
+        yield Format("prompt_completion", {"prompt": first, "completion": second}, "The two longest texts.", 0.3)
+    if wordy:
+        yield Format("text", {"text": wordy[0]}, "The longest text.", 0.2)

@@ -1,0 +1,259 @@
+"""Answering prompts with a base and its adapters, side by side in one batch, word by word.
+
+All columns share one prompt and one key-value cache; each batch row goes through its own adapter, and each has its own
+random generator with the same seed, so a column's answer does not depend on which others stand beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.errors import ConfigError, PromptError
+
+_UNFINISHED = "\ufffd"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        max_new_tokens: at most so many.
+        temperature: 0 takes the likeliest token; higher is more varied.
+        top_p: from the likeliest tokens that make up this share of the probability.
+        top_k: from so many of the likeliest; 0 for no limit.
+        repetition_penalty: above 1 makes tokens that were used already less likely.
+        seed: of each column's random generator.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.7
+    top_p: float = 0.9
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        rules = (
+            ("max_new_tokens", 1 <= self.max_new_tokens <= 8192, "1 to 8192"),
+            ("temperature", 0 <= self.temperature <= 5, "0 to 5"),
+            ("top_p", 0 < self.top_p <= 1, "more than 0, at most 1"),
+            ("top_k", self.top_k >= 0, "0 or more"),
+            ("repetition_penalty", 0.1 <= self.repetition_penalty <= 5, "0.1 to 5"),
+            ("seed", 0 <= self.seed < 2**63, "0 or more, below 2^63"),
+        )
+        found = [f"{name} is {getattr(self, name)}; needed: {need}" for name, good, need in rules if not good]
+        if found:
+            raise ConfigError("These sampling settings cannot be used:\n" + "\n".join(f"- {item}" for item in found))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """New text of one column. `reason`, with `done`: `stop` (the model ended) or `length` (the limit was reached)."""
+
+    index: int
+    text: str
+    done: bool = False
+    reason: str = ""
+
+
+def encode_prompt(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> Tensor:
+    """Token ids (1, T) of a conversation with the assistant's turn opened."""
+    from engine.tasks.causal_lm import render
+
+    if not messages or not any(str(message.get("content", "")).strip() for message in messages):
+        raise PromptError("The prompt is empty.", "Write what the model should answer.")
+    text = render(tokenizer, messages, answer_next=True)
+    ids: Tensor = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    return ids
+
+
+@torch.no_grad()
+def decode(
+    model: nn.Module, tokenizer: Any, ids: Tensor, who: Sequence[str | None], sampling: Sampling
+) -> Iterator[Piece]:
+    """Generate for each column of `who`; an empty `who` is one column with the model as it is switched.
+
+    Args:
+        ids: the prompt, (1, T).
+        who: an adapter's name or None (the base) for each column.
+
+    Raises:
+        PromptError: the prompt leaves no room in the model's context.
+    """
+    from engine.models.loading import context_length
+
+    columns = max(len(who), 1)
+    limit = _room(ids, context_length(model.config), sampling.max_new_tokens)
+    device = next(model.parameters()).device
+    extra = {"adapter_names": list(who)} if any(who) else {}
+    was_training = model.training
+    model.eval()
+    try:
+        step = ids.to(device).expand(columns, -1)
+        seen = step
+        chosen: list[list[int]] = [[] for _ in range(columns)]
+        told = [""] * columns
+        open_columns = set(range(columns))
+        randoms = [torch.Generator().manual_seed(sampling.seed) for _ in range(columns)]
+        ends, cache = end_tokens(model, tokenizer), None
+        for count in range(1, limit + 1):
+            out = model(input_ids=step, past_key_values=cache, use_cache=True, **_last_only(model), **extra)
+            cache = out.past_key_values
+            tokens = [
+                pick(out.logits[i, -1], seen[i], sampling, randoms[i]) if i in open_columns else 0
+                for i in range(columns)
+            ]
+            for i in sorted(open_columns):
+                ended = tokens[i] in ends
+                if not ended:
+                    chosen[i].append(tokens[i])
+                done = ended or count == limit
+                text = tokenizer.decode(chosen[i], skip_special_tokens=True)
+                if done or not text.endswith(_UNFINISHED):
+                    new, told[i] = text[len(told[i]) :], text
+                    if new or done:
+                        yield Piece(i, new, done, ("stop" if ended else "length") if done else "")
+                if done:
+                    open_columns.discard(i)
+            if not open_columns:
+                break
+            step = torch.tensor(tokens, device=device)[:, None]
+            seen = torch.cat([seen, step], dim=1)
+    finally:
+        model.train(was_training)
+        if hasattr(model, "switchboard"):
+            model.switchboard.rows = None  # type: ignore[union-attr]
+
+
+def _room(ids: Tensor, context: int | None, wanted: int) -> int:
+    if context is None:
+        return wanted
+    room = context - ids.shape[1]
+    if room < 1:
+        raise PromptError(
+            f"The prompt is {ids.shape[1]} tokens long; the model's context holds {context}.",
+            "Shorten the prompt.",
+        )
+    return min(wanted, room)
+
+
+def _last_only(model: nn.Module) -> dict[str, int]:
+    from engine.tasks.causal_lm import _takes
+
+    return {"logits_to_keep": 1} if _takes(model, "logits_to_keep") else {}
+
+
+def end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
+    """Every token that ends an answer: the model's own list and the tokenizer's."""
+    config = getattr(model, "generation_config", None)
+    ends = getattr(config, "eos_token_id", None)
+    found = set(ends) if isinstance(ends, list | tuple) else {ends}
+    return {token for token in {*found, tokenizer.eos_token_id} if token is not None}
+
+
+def pick(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """The next token from one row of logits, (vocabulary,).
+
+    The draw is made on the CPU, so that a seed gives the same words on every device of the same precision.
+    """
+    scores = logits.float().cpu()
+    if sampling.repetition_penalty != 1.0:
+        used = torch.unique(seen.cpu())
+        values = scores[used]
+        penalty = sampling.repetition_penalty
+        scores[used] = torch.where(values > 0, values / penalty, values * penalty)
+    if sampling.temperature == 0:
+        return int(scores.argmax())
+    scores = scores / sampling.temperature
+    ordered, order = scores.sort(descending=True)
+    if sampling.top_k:
+        ordered, order = ordered[: sampling.top_k], order[: sampling.top_k]
+    probabilities = ordered.softmax(-1)
+    # A token stays while the likelier ones before it make up less than top_p; the first always stays.
+    probabilities[probabilities.cumsum(-1) - probabilities >= sampling.top_p] = 0
+    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+class Answerer:
+    """A base model in memory, and adapters on it.
+
+    Args:
+        base: built-in name, local folder or hub id.
+        precision: auto, fp32 or bf16.
+        on_progress: told what happens while the base is fetched and loaded.
+    """
+
+    def __init__(self, base: str, precision: str = "auto", on_progress: Any = None) -> None:
+        from engine.models.loading import load_causal_lm
+
+        self.base = base
+        self.model: nn.Module
+        self.model, self.tokenizer = load_causal_lm(base, precision=precision, on_progress=on_progress)
+        self._attached: dict[str, Path] = {}
+
+    @property
+    def attached(self) -> tuple[str, ...]:
+        return tuple(self._attached)
+
+    def attach(self, name: str, folder: str | Path) -> None:
+        """Load an adapter under a name; the same folder again costs nothing.
+
+        Raises:
+            CheckpointError, TargetError, UnsafeFileError: it cannot be used on this base.
+        """
+        from engine.model import PeftModel
+
+        folder = Path(folder)
+        if self._attached.get(name) == folder:
+            return
+        self.detach(name)
+        if isinstance(self.model, PeftModel):
+            self.model.load_adapter(folder, name)
+        else:
+            try:
+                self.model = PeftModel.from_pretrained(self.model, folder, name)
+            except Exception:
+                # from_pretrained wraps in place before it reads the tensors.
+                from engine.inject import AdapterLayer, replace_module, wrappers
+
+                for path, layer in list(wrappers(self.model)):
+                    original = layer.base_layer if isinstance(layer, AdapterLayer) else layer.original_module
+                    replace_module(self.model, path, original)
+                raise
+        self._attached[name] = folder
+
+    def detach(self, name: str) -> None:
+        """Take an adapter off; a name that is not attached is no error."""
+        from engine.model import PeftModel
+
+        if self._attached.pop(name, None) is None:
+            return
+        assert isinstance(self.model, PeftModel)
+        if self._attached:
+            self.model.delete_adapter(name)
+        else:
+            self.model = self.model.unload()
+
+    def stream(
+        self, messages: Sequence[Mapping[str, str]], who: Sequence[str | None], sampling: Sampling
+    ) -> Iterator[Piece]:
+        """The answers of the base (None) and of attached adapters to one conversation.
+
+        Raises:
+            PromptError: the prompt is empty or does not fit into the context.
+            ConfigError: a name in `who` is not attached.
+        """
+        for name in who:
+            if name is not None and name not in self._attached:
+                raise ConfigError(
+                    f"There is no adapter {name!r} here.", f"Attached: {', '.join(self._attached) or 'none'}."
+                )
+        ids = encode_prompt(self.tokenizer, messages)
+        yield from decode(self.model, self.tokenizer, ids, who, sampling)

@@ -1,0 +1,122 @@
+"""Checkpoints of a run: everything that the next step depends on, so that a resumed run is the uninterrupted one.
+
+`checkpoints/step-000020/` holds `adapter.safetensors` (parameters and frozen buffers as trained),
+`optimizer.safetensors` (its state by parameter name, and torch's random state) and `state.json` (counters and Python's
+random state). The data position is the step: the order of rows is a function of seed and epoch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from engine.checkpoint import raw_state, restore_raw_state, write_safetensors, write_text
+from engine.errors import CheckpointError
+from engine.model import PeftModel
+
+_NAME = re.compile(r"step-(\d{6,})")
+KEPT = 2
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    model: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    counters: Mapping[str, Any],
+) -> Path:
+    """Write the checkpoint of `step` under a temporary name, rename it, and drop all but the last two."""
+    final = folder / f"step-{step:06d}"
+    draft = folder / f".step-{step:06d}.{os.getpid()}"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    tensors, scalars = _optimizer_state(optimizer, parameters)
+    tensors["random.torch"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    write_safetensors(draft / "adapter.safetensors", raw_state(model, "default"))
+    write_safetensors(draft / "optimizer.safetensors", tensors)
+    state = {"step": step, "optimizer": scalars, "random": random.getstate(), **counters}
+    write_text(draft / "state.json", json.dumps(state))
+    if final.exists():
+        shutil.rmtree(final)
+    draft.rename(final)
+    for old in list_checkpoints(folder)[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match.group(1)), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def restore_checkpoint(
+    path: Path, model: PeftModel, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Any]:
+    """Put adapter, optimizer and random state back; returns the counters.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or belongs to another job.
+    """
+    try:
+        state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        tensors = load_file(path / "optimizer.safetensors")
+        adapter = load_file(path / "adapter.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"The checkpoint {path.name} cannot be read: {error}", "Start the run again.") from error
+    restore_raw_state(model, "default", adapter)
+    torch.set_rng_state(tensors.pop("random.torch"))
+    cuda = tensors.pop("random.cuda", None)
+    if cuda is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda)
+    _restore_optimizer(optimizer, parameters, tensors, state["optimizer"])
+    version, internal, gauss = state["random"]
+    random.setstate((version, tuple(internal), gauss))
+    return state
+
+
+def _optimizer_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{key}:{name}"] = value.detach().to("cpu").clone().contiguous()
+            else:
+                scalars[f"{key}:{name}"] = value
+    return tensors, scalars
+
+
+def _restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, Tensor],
+    scalars: Mapping[str, Any],
+) -> None:
+    numbers = {name: number for number, name in enumerate(parameters)}
+    state: dict[int, dict[str, Any]] = {}
+    for full, value in {**tensors, **scalars}.items():
+        key, _, name = full.partition(":")
+        if name not in numbers:
+            raise CheckpointError(f"The checkpoint's optimizer knows {name!r}, which this job does not train.")
+        state.setdefault(numbers[name], {})[key] = value
+    plain = optimizer.state_dict()
+    optimizer.load_state_dict({"state": state, "param_groups": plain["param_groups"]})

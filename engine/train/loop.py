@@ -1,0 +1,310 @@
+"""The one training loop: every task and every method runs through it.
+
+    setup -> [ step -> maybe checkpoint, evaluate, obey ]* -> save
+
+A step is one optimizer update over `batch_size * gradient_accumulation` rows; its loss is the mean over all their
+targets, however they fall into batches. The order of rows is a permutation drawn from (seed, epoch).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from engine.checkpoint import save_adapter
+from engine.errors import CheckpointError, TrainingError
+from engine.model import PeftModel
+from engine.tasks.base import Batch, Encoded, Loaded, Task
+from engine.train.checkpoints import list_checkpoints, restore_checkpoint, save_checkpoint
+from engine.train.events import Control, Sink
+from engine.train.job import JobSpec
+from engine.train.optim import make_optimizer, rate_at
+
+
+@dataclass
+class Counters:
+    """What a run has done so far; saved with each checkpoint."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    loss: float | None = None
+    eval_loss: float | None = None
+    first_eval_loss: float | None = None
+
+
+@dataclass
+class Run:
+    """Everything that one run's steps need."""
+
+    spec: JobSpec
+    out: Path
+    task: Task
+    loaded: Loaded
+    model: PeftModel
+    accelerator: Accelerator
+    train_rows: list[Any]
+    eval_rows: list[Any]
+    sink: Sink
+    control: Control
+    counters: Counters = field(default_factory=Counters)
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        self.collate: Callable[[list[Any]], Batch] = self.task.collator(self.loaded)
+        self.parameters = self.model.adapter_parameters("default")
+        if not self.parameters:
+            raise TrainingError("The adapter has no parameters to train.", "Check target_modules.")
+        optimizer = make_optimizer(self.parameters, self.spec.training)
+        self.wrapped: nn.Module
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.durations: deque[tuple[float, int]] = deque(maxlen=20)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.out / "checkpoints"
+
+    @property
+    def steps_per_epoch(self) -> int:
+        training = self.spec.training
+        return math.ceil(len(self.train_rows) / (training.batch_size * training.gradient_accumulation))
+
+    @property
+    def total_steps(self) -> int:
+        training = self.spec.training
+        return training.max_steps or max(1, round(training.epochs * self.steps_per_epoch))
+
+
+def step_rows(rows: Sequence[Any], per_step: int, seed: int, first_step: int) -> Iterator[list[Any]]:
+    """The rows of each optimizer step from `first_step` on, without end; a new permutation for every epoch."""
+    per_epoch = math.ceil(len(rows) / per_step)
+    for epoch in itertools.count(first_step // per_epoch):
+        order = list(range(len(rows)))
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+        start = first_step - epoch * per_epoch if epoch == first_step // per_epoch else 0
+        for number in range(start, per_epoch):
+            yield [rows[i] for i in order[number * per_step : (number + 1) * per_step]]
+
+
+def fit(run: Run, resume: bool) -> str:
+    """Train to the end, or until the control says stop or pause.
+
+    Returns:
+        `done`, `stopped` or `paused`.
+
+    Raises:
+        TrainingError: the loss or the gradient is not finite.
+        CheckpointError: resuming from a checkpoint that does not belong to this job.
+    """
+    if resume:
+        _resume(run)
+    trainable, parameters = run.model.get_nb_trainable_parameters()
+    run.sink.emit(
+        {
+            "type": "start",
+            "total_steps": run.total_steps,
+            "first_step": run.step,
+            "trainable": trainable,
+            "parameters": parameters,
+            "train_rows": len(run.train_rows),
+            "eval_rows": len(run.eval_rows),
+            "device": str(run.accelerator.device),
+            "precision": str(next(run.loaded.model.parameters()).dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+        }
+    )
+    if run.step == 0:
+        evaluate(run)
+    training = run.spec.training
+    stream = step_rows(run.train_rows, training.batch_size * training.gradient_accumulation, training.seed, run.step)
+    while run.step < run.total_steps:
+        asked = run.control.poll()
+        if asked in ("stop", "pause"):
+            return _leave(run, asked)
+        if asked == "checkpoint":
+            _checkpoint(run)
+        elif asked == "sample":
+            sample(run)
+        _step(run, next(stream))
+        last = run.step == run.total_steps
+        if run.step % training.eval_every == 0 or last:
+            evaluate(run)
+        if run.step % training.checkpoint_every == 0 and not last:
+            _checkpoint(run)
+    return _finish(run)
+
+
+def _step(run: Run, rows: list[Any]) -> None:
+    """One optimizer update, and its event."""
+    training, started = run.spec.training, time.perf_counter()
+    rate = rate_at(run.step, run.total_steps, training)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    run.wrapped.train()
+    batches = [run.collate(rows[i : i + training.batch_size]) for i in range(0, len(rows), training.batch_size)]
+    targets = sum(run.task.targets(batch) for batch in batches)
+    tokens = sum(run.task.tokens(batch) for batch in batches)
+    total = 0.0
+    for number, batch in enumerate(batches):
+        last = number == len(batches) - 1
+        with nullcontext() if last else run.accelerator.no_sync(run.wrapped):
+            part = run.task.loss(run.wrapped, _to(batch, run.accelerator.device))
+            run.accelerator.backward(part.total / targets)
+            total += float(part.total.detach())
+    limit = training.max_grad_norm or math.inf
+    norm = float(run.accelerator.clip_grad_norm_(list(run.parameters.values()), limit))
+    loss = total / targets
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise TrainingError(
+            f"Step {run.step + 1} gave a loss of {loss} and a gradient norm of {norm}: the run diverged. "
+            "The adapter of the last checkpoint is kept.",
+            "Lower the learning rate or lengthen the warm-up; then start a new run or resume with them.",
+        )
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.step += 1
+    seconds = time.perf_counter() - started
+    run.durations.append((seconds, tokens))
+    run.counters.tokens += tokens
+    run.counters.seconds += seconds
+    run.counters.loss = loss
+    recent = sum(s for s, _ in run.durations)
+    run.sink.emit(
+        {
+            "type": "step",
+            "step": run.step,
+            "loss": loss,
+            "lr": rate,
+            "grad_norm": norm,
+            "tokens": tokens,
+            "tokens_per_s": sum(n for _, n in run.durations) / recent,
+            "epoch": run.step / run.steps_per_epoch,
+            "eta_s": recent / len(run.durations) * (run.total_steps - run.step),
+        }
+    )
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    return {key: value.to(device) for key, value in batch.items()}
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> float | None:
+    """Mean loss over the evaluation rows, and the samples; None where there are no such rows."""
+    if run.eval_rows:
+        run.wrapped.eval()
+        total, count = 0.0, 0
+        size = run.spec.training.batch_size
+        for start in range(0, len(run.eval_rows), size):
+            batch = run.collate(run.eval_rows[start : start + size])
+            part = run.task.loss(run.wrapped, _to(batch, run.accelerator.device))
+            total, count = total + float(part.total), count + part.count
+        loss = total / count
+        run.counters.eval_loss = loss
+        if run.counters.first_eval_loss is None:
+            run.counters.first_eval_loss = loss
+        run.sink.emit({"type": "eval", "step": run.step, "loss": loss, "tokens": count})
+    sample(run)
+    return run.counters.eval_loss
+
+
+def sample(run: Run) -> None:
+    """Answer the fixed prompts with the adapter as it is now."""
+    for prompt in run.spec.training.sample_prompts:
+        text = run.task.sample(run.model, run.loaded, prompt)
+        run.sink.emit({"type": "sample", "step": run.step, "prompt": prompt, "text": text})
+
+
+def _checkpoint(run: Run) -> Path:
+    path = save_checkpoint(
+        run.checkpoints,
+        run.step,
+        run.model,
+        run.optimizer.optimizer,
+        run.parameters,
+        {"counters": vars(run.counters), "job": _identity(run.spec)},
+    )
+    run.sink.emit({"type": "checkpoint", "step": run.step, "path": str(path)})
+    return path
+
+
+def _identity(spec: JobSpec) -> dict[str, Any]:
+    """What must not change between a run and its resumption."""
+    plain = spec.to_dict()
+    free = ("eval_every", "checkpoint_every", "sample_prompts", "threads", "max_grad_norm", "learning_rate")
+    training = {key: value for key, value in plain["training"].items() if key not in free}
+    return {"model": plain["model"], "adapter": plain["adapter"], "training": training}
+
+
+def _resume(run: Run) -> None:
+    found = list_checkpoints(run.checkpoints)
+    if not found:
+        message = "There was no checkpoint yet; the run starts from its first step."
+        run.sink.emit({"type": "warning", "message": message})
+        return
+    state = restore_checkpoint(found[-1], run.model, run.optimizer.optimizer, run.parameters)
+    if state.get("job") != _identity(run.spec):
+        raise CheckpointError(
+            f"The checkpoint {found[-1].name} was written by a job with other settings.",
+            "Resume with the run's own spec.yaml, or start a new run.",
+        )
+    run.step = int(state["step"])
+    run.counters = Counters(**state["counters"])
+
+
+def _leave(run: Run, asked: str) -> str:
+    path = _checkpoint(run)
+    if asked == "pause":
+        run.sink.emit({"type": "paused", "step": run.step, "checkpoint": str(path)})
+        return "paused"
+    folder = save_adapter(run.model, run.out / "adapter")
+    run.sink.emit({"type": "stopped", "step": run.step, "adapter": str(folder)})
+    return "stopped"
+
+
+def _finish(run: Run) -> str:
+    run.sink.emit({"type": "status", "phase": "saving", "message": "Saving the adapter"})
+    folder = save_adapter(run.model, run.out / "adapter")
+    counters = run.counters
+    run.sink.emit(
+        {
+            "type": "done",
+            "step": run.step,
+            "loss": counters.loss,
+            "eval_loss": counters.eval_loss,
+            "first_eval_loss": counters.first_eval_loss,
+            "tokens": counters.tokens,
+            "seconds": counters.seconds,
+            "adapter": str(folder),
+        }
+    )
+    return "done"
+
+
+def encode_parts(
+    task: Task, loaded: Loaded, spec: JobSpec, train: Sequence[Any], held: Sequence[Any], sink: Sink
+) -> tuple[Encoded, Encoded]:
+    """Training and evaluation rows as the model takes them; what was cut or left out becomes a warning."""
+
+    def tell(phase: str, fraction: float | None, message: str) -> None:
+        sink.emit({"type": "status", "phase": phase, "fraction": fraction, "message": message})
+
+    parts = (
+        task.encode(train, loaded, spec.training, tell),
+        (task.encode(held, loaded, spec.training, tell) if held else Encoded([])),
+    )
+    for label, part in zip(("Training", "Evaluation"), parts, strict=True):
+        for note in part.notes:
+            sink.emit({"type": "warning", "message": f"{label}: {note}"})
+    return parts

@@ -1,0 +1,105 @@
+"""One run from its spec to its adapter: load, attach, encode, train. Runs in a process of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.errors import CheckpointError
+from engine.train.events import Control, Sink
+from engine.train.job import JobSpec
+
+
+def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = False) -> str:
+    """Run a job in `out`, which will hold `spec.yaml`, `checkpoints/` and `adapter/`.
+
+    Args:
+        spec: the job.
+        out: the run's folder; made when missing.
+        sink: takes the events.
+        control: asked once a step.
+        resume: go on from the last checkpoint in `out`.
+
+    Returns:
+        `done`, `stopped` or `paused`.
+
+    Raises:
+        EngineError: the job cannot run or go on; nothing that was saved before is lost.
+    """
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    from engine.inspection import adapter_config
+    from engine.model import get_peft_model
+    from engine.tasks import get_task
+    from engine.train.loop import Run, encode_parts, fit
+
+    out.mkdir(parents=True, exist_ok=True)
+    _refuse_to_overwrite(spec, out, resume)
+    spec.save(out / "spec.yaml")
+    if spec.training.threads:
+        torch.set_num_threads(spec.training.threads)
+
+    def tell(phase: str, fraction: float | None, message: str) -> None:
+        sink.emit({"type": "status", "phase": phase, "fraction": fraction, "message": message})
+
+    task = get_task(spec.task)
+    # Faults of the adapter's fields and of the data come before minutes of loading.
+    config = adapter_config(spec.adapter, task.task_type, base_name(spec.model))
+    train, held = _examples(spec, sink)
+    accelerator = Accelerator(mixed_precision="no")
+    tell("loading", None, f"Loading {spec.model}")
+    loaded = task.load(spec.model, spec.training.precision, accelerator.device, tell)
+    set_seed(spec.training.seed)
+    if spec.training.gradient_checkpointing:
+        loaded.model.gradient_checkpointing_enable(  # type: ignore[operator]
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+    model = get_peft_model(loaded.model, config)
+    encoded, held_out = encode_parts(task, loaded, spec, train, held, sink)
+    random.seed(spec.training.seed)
+    tell("training", None, "Training")
+    return fit(
+        Run(
+            spec=spec,
+            out=out,
+            task=task,
+            loaded=dataclasses.replace(loaded, model=model),
+            model=model,
+            accelerator=accelerator,
+            train_rows=encoded.rows,
+            eval_rows=held_out.rows,
+            sink=sink,
+            control=control,
+        ),
+        resume,
+    )
+
+
+def base_name(model: str) -> str:
+    """The name that an adapter's config carries for its base, and by which a job of the same base finds it."""
+    return model
+
+
+def _refuse_to_overwrite(spec: JobSpec, out: Path, resume: bool) -> None:
+    if not resume and ((out / "adapter").exists() or (out / "checkpoints").exists()):
+        raise CheckpointError(
+            f"The folder {out} already holds a run.", "Choose another folder, or go on with it by --resume."
+        )
+
+
+def _examples(spec: JobSpec, sink: Sink) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    from engine.data import load, split
+
+    sink.emit({"type": "status", "phase": "reading", "message": f"Reading {Path(spec.data.path).name}"})
+    prepared = load(spec.data.path, spec.data.format, spec.data.columns or None)
+    if prepared.skipped:
+        first = next(problem for problem in prepared.problems if problem.severity == "skip")
+        message = f"{prepared.skipped} of {prepared.total} rows were left out; the first: {first}"
+        sink.emit({"type": "warning", "message": message})
+    train, held = split(prepared.examples, spec.data.eval_split, spec.training.seed)
+    return list(train), list(held)
