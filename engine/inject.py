@@ -40,7 +40,12 @@ DEFAULT_RULES = (
     ("qkv",),
     ("to_q", "to_v"),
 )
-HEADS = ("score", "classifier", "qa_outputs")
+# The freshly initialised head of each task, trained in full and saved with the adapter.
+HEADS: dict[TaskType, tuple[str, ...]] = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
 
 
 class AdapterLayer(nn.Module):
@@ -306,7 +311,7 @@ def _all_linear(model: nn.Module, task: TaskType | None) -> list[str]:
     for name, module in base_modules(model):
         if layer_kind(unwrapped(module)) not in (LINEAR, CONV1D) or unwrapped(module) is head:
             continue
-        if task in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) and matches(name, HEADS):
+        if task is not None and matches(name, HEADS.get(task, ())):
             continue
         names.append(name)
     return names

@@ -141,13 +141,14 @@ class PeftModel(nn.Module):
 
     def _saved_names(self, config: Any) -> list[str]:
         """Modules trained in full: those asked for, and the head of a classifier, which starts at random."""
-        wanted = list(getattr(config, "modules_to_save", None) or ())
-        if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
-            wanted += [head for head in HEADS[:2] if head not in wanted]
+        asked = list(getattr(config, "modules_to_save", None) or ())
+        heads = HEADS.get(config.task_type, ())
+        wanted = [*asked, *heads]
         every = [name for name, _ in base_modules(self.get_base_model())]
         found = [name for name in every if matches(name, wanted)]
-        for item in getattr(config, "modules_to_save", None) or ():
-            if not any(matches(name, [item]) for name in found):
+        for item in asked:
+            # PEFT writes every name that a head can have into its files.
+            if item not in heads and not any(matches(name, [item]) for name in found):
                 raise TargetError(
                     f"modules_to_save names {item!r}, which {type(self.get_base_model()).__name__} does not have.",
                     f"Its direct parts are: {', '.join(n for n, _ in self.get_base_model().named_children())}.",

@@ -231,7 +231,8 @@ def pad_rows(rows: Sequence[Tokens], pad: int) -> Batch:
 
 def _takes(model: nn.Module, argument: str) -> bool:
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    find: Any = getattr(inner, "get_base_model", None)
+    base = find() if find else inner
     return argument in inspect.signature(base.forward).parameters
 
 

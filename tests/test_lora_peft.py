@@ -1,0 +1,221 @@
+"""LoRA against the PEFT library, both directions: files, outputs, gradients, training, merging, generation."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import engine
+from tests import tiny
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import peft
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("llama", {"target_modules": "all-linear", "use_rslora": True}),
+    ("llama", {"target_modules": r".*\.1\.(self_attn\.[qk]_proj|mlp\.up_proj)", "lora_alpha": 3}),
+    (
+        "llama",
+        {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"0.*up_proj": 5}},
+    ),
+    ("llama", {"target_modules": ["q_proj"], "bias": "all"}),
+    ("llama", {"target_modules": ["q_proj", "down_proj"], "bias": "lora_only"}),
+    ("llama", {"target_modules": ["q_proj"], "lora_bias": True}),
+    ("llama", {"target_modules": ["q_proj", "embed_tokens"]}),
+    ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    ("llama", {"target_modules": ["v_proj"], "layers_to_transform": [1], "layers_pattern": "layers"}),
+    ("llama", {"target_modules": "all-linear", "exclude_modules": ["o_proj", "gate_proj"]}),
+    ("gpt2", {}),
+    ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "bias": "lora_only"}),
+    ("t5", {}),
+    ("t5", {"target_modules": ["q", "v", "wi", "wo"]}),
+    ("bert", {}),
+    ("bert", {"target_modules": "all-linear"}),
+]
+IDS = [f"{family}-{'-'.join(map(str, extra)) or 'default'}" for family, extra in CASES]
+
+
+def make(library: Any, family: str, extra: dict[str, Any], **more: Any) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = library.LoraConfig(task_type=tiny.TASK_TYPES[family], r=4, **extra, **more)
+        return library.get_peft_model(tiny.FAMILIES[family](), config).eval()
+
+
+def load(library: Any, family: str, folder: Path, **more: Any) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return library.PeftModel.from_pretrained(tiny.FAMILIES[family](), folder, **more).eval()
+
+
+def save(model: Any, folder: Path) -> dict[str, torch.Tensor]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(folder)
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def gradients(model: Any, folder: Path) -> dict[str, torch.Tensor]:
+    """Gradients of a fixed loss under the file's keys: written into the parameters and saved as an adapter."""
+    tiny.logits(model).square().mean().backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    return save(model, folder)
+
+
+@pytest.mark.parametrize(("family", "extra"), CASES, ids=IDS)
+def test_files_outputs_and_gradients(family: str, extra: dict[str, Any], tmp_path: Path) -> None:
+    theirs = tiny.shake(make(peft, family, extra))
+    their_file = save(theirs, tmp_path / "theirs")
+    ours = load(engine, family, tmp_path / "theirs", is_trainable=True)
+    assert (tiny.logits(ours) - tiny.logits(theirs)).abs().max() < 1e-5
+    our_file = save(ours, tmp_path / "ours")
+    assert {k: v.shape for k, v in our_file.items()} == {k: v.shape for k, v in their_file.items()}
+    assert all(torch.equal(our_file[key], their_file[key]) for key in their_file)
+    again = load(peft, family, tmp_path / "ours")
+    assert (tiny.logits(again) - tiny.logits(theirs)).abs().max() < 1e-5
+    mine, other = gradients(ours, tmp_path / "g1"), gradients(theirs, tmp_path / "g2")
+    assert mine.keys() == other.keys()
+    for key in other:
+        if not key.endswith("base_layer.weight"):
+            assert torch.allclose(mine[key], other[key], atol=1e-5), key
+
+
+@pytest.mark.parametrize(("family", "extra"), CASES, ids=IDS)
+def test_fresh_adapters_have_the_same_parameters(family: str, extra: dict[str, Any]) -> None:
+    ours, theirs = make(engine, family, extra), make(peft, family, extra)
+    mine = {k: v.shape for k, v in engine.get_peft_model_state_dict(ours).items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert mine == {k: v.shape for k, v in peft.get_peft_model_state_dict(theirs).items()}
+    assert ours.get_nb_trainable_parameters()[0] == theirs.get_nb_trainable_parameters()[0]
+
+
+@pytest.mark.parametrize(("family", "extra"), CASES, ids=IDS)
+def test_merged_weights(family: str, extra: dict[str, Any], tmp_path: Path) -> None:
+    theirs = tiny.shake(make(peft, family, extra))
+    save(theirs, tmp_path)
+    ours = load(engine, family, tmp_path)
+    mine, other = ours.merge_and_unload().state_dict(), theirs.merge_and_unload().state_dict()
+    assert mine.keys() == other.keys()
+    for key in other:
+        assert torch.allclose(mine[key], other[key], atol=1e-5), key
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_pissa_trains_alike_and_leaves_as_plain_lora(family: str, init: str, tmp_path: Path) -> None:
+    """The randomised SVD starts elsewhere in each library; both must reproduce the base at the start."""
+    ours = make(engine, family, {"init_lora_weights": init, "target_modules": "all-linear", "lora_alpha": 6})
+    base = tiny.logits(tiny.FAMILIES[family]())
+    assert (tiny.logits(ours) - base).abs().max() < 1e-5
+    if init == "pissa":
+        theirs = make(peft, family, {"init_lora_weights": init, "target_modules": "all-linear", "lora_alpha": 6})
+        losses = [train_steps(model, 8) for model in (ours, theirs)]
+        assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-4
+    else:
+        train_steps(ours, 8)
+    trained = tiny.logits(ours.eval())
+    assert (trained - base).abs().max() > 1e-2
+    save(ours, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (8, 12, True)
+    for library in (engine, peft):
+        assert (tiny.logits(load(library, family, tmp_path)) - trained).abs().max() < 1e-5
+
+
+def test_gaussian_start() -> None:
+    torch.manual_seed(0)
+    model = make(engine, "llama", {"init_lora_weights": "gaussian", "target_modules": ["q_proj"]})
+    a = torch.cat([p for n, p in model.adapter_parameters().items() if "lora_A" in n])
+    assert abs(float(a.std()) - 1 / 4) < 0.03
+    assert not any(p.any() for n, p in model.adapter_parameters().items() if "lora_B" in n)
+
+
+def train_steps(model: Any, steps: int) -> list[float]:
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=tiny.ids(4), labels=tiny.ids(4)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    return losses
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_thirty_steps_from_the_same_weights(family: str, tmp_path: Path) -> None:
+    theirs = make(peft, family, {"target_modules": "all-linear"})
+    save(theirs, tmp_path)
+    ours = load(engine, family, tmp_path, is_trainable=True)
+    mine, other = train_steps(ours, 30), train_steps(theirs, 30)
+    assert other[0] - other[-1] > 0.1
+    assert max(abs(a - b) for a, b in zip(mine, other, strict=True)) < 1e-4
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_generation(family: str, beams: int, tmp_path: Path) -> None:
+    theirs = tiny.shake(make(peft, family, {"target_modules": "all-linear"}), 0.3)
+    save(theirs, tmp_path)
+    ours = load(engine, family, tmp_path)
+    settings = {"input_ids": tiny.ids(), "max_new_tokens": 10, "num_beams": beams, "pad_token_id": 0}
+    assert torch.equal(ours.generate(**settings), theirs.generate(**settings))
+
+
+def test_conv2d_against_peft_without_dilation(tmp_path: Path) -> None:
+    def plain() -> nn.Module:
+        model = tiny.pixels()
+        model.second.dilation = (1, 1)
+        model.second.padding_mode = "zeros"
+        return model
+
+    theirs = tiny.shake(peft.get_peft_model(plain(), peft.LoraConfig(r=3, target_modules=["first", "second", "head"])))
+    save(theirs, tmp_path)
+    ours = engine.PeftModel.from_pretrained(plain(), tmp_path)
+    assert (
+        tiny.logits(ours) - theirs(torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3)))
+    ).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64], ids=["float64"])
+def test_against_the_formula(dtype: torch.dtype) -> None:
+    """y = W x + s B A x, s = alpha / r or alpha / sqrt(r), written out densely."""
+    for rslora, scale in ((False, 6 / 4), (True, 6 / 2)):
+        layer = nn.Sequential(nn.Linear(5, 3)).to(dtype)
+        w, b = layer[0].weight.detach().clone(), layer[0].bias.detach().clone()
+        config = engine.LoraConfig(r=4, lora_alpha=6, use_rslora=rslora, target_modules=["0"])
+        model = tiny.shake(engine.get_peft_model(layer, config).to(dtype))
+        parts = model.adapter_parameters()
+        x = torch.randn(7, 5, dtype=dtype)
+        expected = x @ (w + scale * parts["0.lora_B.weight"] @ parts["0.lora_A.weight"]).T + b
+        assert torch.allclose(model(x), expected, atol=1e-12)
+
+
+def test_dropout_is_on_the_adapters_input_alone() -> None:
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(400, 400))
+    base = layer[0]
+    model = tiny.shake(engine.get_peft_model(layer, engine.LoraConfig(r=2, lora_dropout=0.5, target_modules=["0"])))
+    model.train()
+    x = torch.ones(1, 400)
+    a, b = (model.adapter_parameters()[f"0.lora_{k}.weight"] for k in "AB")
+    changes = torch.stack([model(x) - base(x) for _ in range(400)]).mean(0)
+    expected = (8 / 2) * (x @ a.T @ b.T)
+    assert (changes - expected).norm() < 0.15 * expected.norm()
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
