@@ -120,7 +120,7 @@ def _counted_by_psutil() -> int:
 
 
 def _quota(root: Path) -> float | None:
-    """CPUs that the cgroup grants (2.5 is two and a half), the smallest on the way up to the root; None if unlimited."""
+    """CPUs that the cgroup grants (2.5 is two and a half), the smallest on the way to the root; None if unlimited."""
     shares = []
     for line in (_read(root / "proc/self/cgroup") or "").splitlines():
         _, controllers, own = line.split(":", 2)

@@ -76,7 +76,6 @@ class LoraConfig(AdapterConfig):
         "megatron_core": "megatron.core",
         "monteclora_config": None,
         "qalora_group_size": 16,
-        "runtime_config": None,
         "target_parameters": None,
         "trainable_token_indices": None,
         "use_bdlora": None,
