@@ -191,7 +191,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str) -> None:
         model = get_peft_model(tiny.llama(), config(name, ["q_proj", "down_proj"]))
         tiny.shake(model).train()
         if recompute:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         model(tiny.ids(), use_cache=False).logits.square().mean().backward()
         gradients.append({k: p.grad.clone() for k, p in model.adapter_parameters().items()})
     for key, value in gradients[0].items():

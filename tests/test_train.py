@@ -375,3 +375,8 @@ def test_command_line_errors_are_events_and_words(data: Path, tmp_path: Path) ->
     (tmp_path / "job.yaml").write_text(json.dumps(spec | {"data": {"path": "nowhere.csv"}}))
     result = engine_command("train", str(tmp_path / "job.yaml"), "--out", str(tmp_path / "run"))
     assert result.returncode == 1 and "nowhere.csv" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_gradient_checkpointing_changes_no_loss(data: Path, tmp_path: Path) -> None:
+    curves = [losses(train(job(data, gradient_checkpointing=on), tmp_path / str(on))[1]) for on in (False, True)]
+    assert max(abs(curves[0][s] - curves[1][s]) for s in curves[0]) < 1e-5

@@ -56,8 +56,8 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
     loaded = task.load(spec.model, spec.training.precision, accelerator.device, tell)
     set_seed(spec.training.seed)
     if spec.training.gradient_checkpointing:
-        loaded.model.gradient_checkpointing_enable(  # type: ignore[operator]
-            gradient_checkpointing_kwargs={"use_reentrant": False}
+        loaded.model.activation_checkpointing_enable(  # type: ignore[operator]
+            activation_checkpointing_kwargs={"use_reentrant": False}
         )
     model = get_peft_model(loaded.model, config)
     encoded, held_out = encode_parts(task, loaded, spec, train, held, sink)
