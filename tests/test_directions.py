@@ -88,7 +88,9 @@ def test_engine_at_work_takes_no_gradio_and_no_peft() -> None:
 
 
 def test_the_page_process_takes_no_torch() -> None:
-    names = loaded_by("import app\nfrom studio.shell import create_app\ncreate_app()")
+    names = loaded_by(
+        "import app\nfrom studio.context import Studio\nfrom studio.shell import create_app\ncreate_app(Studio.open())"
+    )
     assert "gradio" in names
     assert not names & {"torch", "transformers", "accelerate", "peft"}
 

@@ -35,6 +35,7 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
 
     from engine.inspection import adapter_config
     from engine.model import get_peft_model
+    from engine.models.catalogue import portable
     from engine.tasks import get_task
     from engine.train.loop import Run, encode_parts, fit
 
@@ -49,7 +50,7 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
 
     task = get_task(spec.task)
     # Faults of the adapter's fields and of the data come before minutes of loading.
-    config = adapter_config(spec.adapter, task.task_type, base_name(spec.model))
+    config = adapter_config(spec.adapter, task.task_type, portable(spec.model))
     train, held = _examples(spec, sink)
     accelerator = Accelerator(mixed_precision="no")
     tell("loading", None, f"Loading {spec.model}")
@@ -78,11 +79,6 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
         ),
         resume,
     )
-
-
-def base_name(model: str) -> str:
-    """The name that an adapter's config carries for its base, and by which a job of the same base finds it."""
-    return model
 
 
 def _refuse_to_overwrite(spec: JobSpec, out: Path, resume: bool) -> None:

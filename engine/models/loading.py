@@ -1,0 +1,293 @@
+"""Load a base model and its tokenizer. torch and transformers are imported when a function is called.
+
+Never code from a model's folder (`trust_remote_code` is always off), never pickles (`use_safetensors` always on).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging import Filter, LogRecord
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import ConfigError, ModelError, UnsafeFileError
+from engine.models import folders
+from engine.models.fetch import resolve, resolve_config
+from engine.models.progress import Progress
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ message['role'] + ':\n' + message['content'] + '\n\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
+)
+"""For tokenizers without one: each message as its role, a colon, its text and an empty line. Plain text needs no
+special token, so it works with every vocabulary; training teaches the model to follow it."""
+
+_PRECISIONS = ("auto", "fp32", "bf16")
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
+_NOISE = ("Failed to load CPU gemm_4bit_forward",)
+
+
+def load_causal_lm(
+    name: str, *, precision: str = "auto", device: str | torch.device | None = None, on_progress: Progress | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model in evaluation mode, and its tokenizer with a pad token and a chat template.
+
+    Args:
+        name: a built-in name, a local folder or a hub id.
+        precision: `fp32`, `bf16`, or `auto` (see `auto_precision`).
+        device: where the weights go; `default_device()` when left out.
+        on_progress: told what happens while the model is fetched and loaded.
+
+    Raises:
+        ModelError: it cannot be found, fetched or loaded, or weights are missing in its files.
+        UnsafeFileError: its weights are pickles, or it needs code of its own.
+        ConfigError: an unknown precision.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    place = torch.device(device if device is not None else default_device())
+    dtype = dtype_of(precision, place)
+    folder = resolve(name, on_progress)
+    config = _config(folder, name)
+    tokenizer = _tokenizer(folder, name)
+    if on_progress:
+        on_progress("loading", None, f"Loading {name}")
+    with _quiet():
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+            raise _unloadable(name, error) from error
+    model, report = loaded
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelError(
+            f"The files of {name} lack {len(missing)} weights, among them {', '.join(missing[:3])}.",
+            "It is damaged, or it is not a causal language model; fetch it again or choose another one.",
+        )
+    # An adapter's config takes its base's name from here; a path of this machine would mean nothing elsewhere.
+    model.name_or_path = model.config.name_or_path = str(folder) if Path(name).expanduser().is_dir() else name
+    model.to(place).eval()
+    _align_pad(model, tokenizer)
+    return model, tokenizer
+
+
+def load_tokenizer(name: str, on_progress: Progress | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer that `load_causal_lm` gives, without the weights in memory.
+
+    Raises:
+        ModelError, UnsafeFileError: as `load_causal_lm`.
+    """
+    return _tokenizer(resolve(name, on_progress), name)
+
+
+def load_config(name: str, on_progress: Progress | None = None) -> PreTrainedConfig:
+    """The model's configuration; weights are not fetched.
+
+    Raises:
+        ModelError, UnsafeFileError: as `load_causal_lm`.
+    """
+    return _config(resolve_config(name, on_progress), name)
+
+
+def meta_model(name: str, on_progress: Progress | None = None) -> PreTrainedModel:
+    """The model on torch's meta device: every shape, no weights, next to no memory. For counting.
+
+    Raises:
+        ModelError, UnsafeFileError: as `load_causal_lm`.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(name, on_progress)
+    try:
+        with _quiet(), torch.device("meta"):
+            build: Any = AutoModelForCausalLM.from_config
+            model: PreTrainedModel = build(config, trust_remote_code=False)
+    except (ValueError, KeyError, ImportError, AttributeError) as error:
+        raise _unloadable(name, error) from error
+    return model
+
+
+def uses_default_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the model brought no chat template, so that ours stands in."""
+    return bool(tokenizer.chat_template == DEFAULT_CHAT_TEMPLATE)
+
+
+def default_device() -> str:
+    """`cuda` where there is one, then Apple's `mps`, else `cpu`."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def auto_precision(device: str | torch.device) -> str:
+    """`bf16` where the hardware computes faster in it: CUDA that supports it and CPUs as `cpu_likes_bf16` says.
+
+    Other hardware emulates bf16 or has it at half rate: slower than fp32 and less exact.
+    """
+    import torch
+
+    kind = torch.device(device).type
+    if kind == "cuda":
+        supported = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        supported = kind == "cpu" and cpu_likes_bf16()
+    return "bf16" if supported else "fp32"
+
+
+def dtype_of(precision: str, device: str | torch.device) -> torch.dtype:
+    """`fp32`, `bf16` or `auto` as torch's type.
+
+    Raises:
+        ConfigError: another word.
+    """
+    import torch
+
+    if precision not in _PRECISIONS:
+        raise ConfigError(f"precision is {precision!r}; needed: one of {', '.join(_PRECISIONS)}")
+    chosen = auto_precision(device) if precision == "auto" else precision
+    return torch.bfloat16 if chosen == "bf16" else torch.float32
+
+
+def cpu_likes_bf16(source: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this processor multiplies bf16 matrices faster than fp32 ones: amx_bf16, or AMD's avx512_bf16.
+
+    Intel's avx512_bf16 alone does not count: a training step takes about 1.6 times as long in it (docs/threads.md).
+    A fixed rule rather than a measurement at the start, so that a resumed run computes as it began.
+    """
+    vendor, flags = _processor(source)
+    return "amx_bf16" in flags or (vendor == "AuthenticAMD" and "avx512_bf16" in flags)
+
+
+def context_length(config: Any) -> int | None:
+    """The most tokens that the model was made for; None when its configuration sets no limit."""
+    inner = getattr(config, "text_config", None) or config
+    for name in _LENGTHS:
+        value = getattr(inner, name, None)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None
+
+
+def _processor(source: Path) -> tuple[str, frozenset[str]]:
+    """Vendor and feature flags of the first processor, as Linux names them; empty where that cannot be read."""
+    try:
+        text = source.read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
+    except OSError:
+        return "", frozenset()
+    pairs = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
+    return pairs.get("vendor_id", ""), frozenset(pairs.get("flags", "").split())
+
+
+def _config(folder: Path, name: str) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    raw = folders.read_json(folder / folders.CONFIG)
+    try:
+        with _quiet():
+            config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            return config
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if "auto_map" in raw:
+            raise UnsafeFileError(
+                f"{name} (model type {raw.get('model_type')!r}) needs Python code that comes with the model; this "
+                "program never runs a model's own code.",
+                "Choose a model whose type transformers knows.",
+            ) from error
+        raise _unloadable(name, error) from error
+
+
+def _tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    with _quiet():
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+            raise ModelError(
+                f"The tokenizer of {name} cannot be loaded: {_first_line(error)}.",
+                "The folder must also hold the tokenizer (tokenizer.json, tokenizer_config.json); copy it there.",
+            ) from error
+    if tokenizer.pad_token is None:
+        # Any token will do, padding is masked; a new one would need a larger embedding.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+    return tokenizer
+
+
+def _align_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the model the tokenizer's pad token, which `generate` otherwise warns about at each call.
+
+    Raises:
+        ModelError: the tokenizer knows more tokens than the model has embeddings.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    if tokenizer.pad_token_id >= rows:
+        raise ModelError(
+            f"The tokenizer's pad token has number {tokenizer.pad_token_id}; the model has {rows} embeddings.",
+            "Tokenizer and model do not belong together; use the tokenizer that came with the model.",
+        )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if model.generation_config is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def _unloadable(name: str, error: Exception) -> ModelError:
+    return ModelError(
+        f"{name} cannot be loaded as a causal language model: {_first_line(error)}.",
+        "Choose a causal language model that this version of transformers knows.",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".:")[:300]
+
+
+class _KnownNoise(Filter):
+    def filter(self, record: LogRecord) -> bool:
+        return not any(text in record.getMessage() for text in _NOISE)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars, which would land in a run's log, and known harmless notices."""
+    from transformers.utils import logging
+
+    spoken: Any = logging
+    logger, known, bars = spoken.get_logger("transformers"), _KnownNoise(), spoken.is_progress_bar_enabled()
+    handlers = list(logger.handlers)
+    spoken.disable_progress_bar()
+    for handler in handlers:
+        handler.addFilter(known)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(known)
+        if bars:
+            spoken.enable_progress_bar()
