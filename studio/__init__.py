@@ -1,0 +1,1 @@
+"""Adapter Studio's pages: a Gradio app over `engine`. Importing it loads neither torch nor transformers."""

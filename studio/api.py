@@ -1,0 +1,195 @@
+"""The public endpoints: upload, train, watch, steer, compare, for `gradio_client` and scripts.
+
+Each answers plain data. A refusal is `{"error": {"code", "message", "hint"}}`, never a traceback.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from engine import data
+from engine.errors import ConfigError, EngineError
+from engine.train.job import JobSpec
+from studio import presets, states
+from studio.comparing import Answers, answer
+from studio.context import Studio
+from studio.datasets import Datasets
+from studio.store import StateError
+
+Answer = dict[str, Any]
+
+COMMANDS = ("stop", "pause", "resume", "checkpoint", "sample")
+
+
+def refusal(fault: EngineError) -> Answer:
+    """An error of ours as the endpoints answer it."""
+    event = fault.to_event()
+    return {"error": {key: event[key] for key in ("code", "message", "hint")}}
+
+
+def _guarded(function: Callable[..., Answer]) -> Callable[..., Answer]:
+    @functools.wraps(function)
+    def guarded(*arguments: Any) -> Answer:
+        try:
+            return function(*arguments)
+        except EngineError as fault:
+            return refusal(fault)
+
+    return guarded
+
+
+class Endpoints:
+    """The functions behind the endpoints, callable without a server."""
+
+    def __init__(self, studio: Studio) -> None:
+        self.studio = studio
+        self.datasets = Datasets(studio.store, studio.home)
+
+    def upload_data(self, path: str | None, name: str = "") -> Answer:
+        """Add a csv, tsv, json, jsonl, parquet or txt file: its id, format, columns, and what is wrong with it."""
+        if not path:
+            raise ConfigError("No file was sent.", "Send a csv, tsv, json, jsonl, parquet or txt file.")
+        found = self.datasets.bring_in(Path(path), name or None)
+        if found.fault is not None:
+            raise found.fault
+        answered: Answer = {
+            "dataset": found.id,
+            "name": found.name,
+            "format": found.format,
+            "columns": dict(found.columns),
+            "available": list(found.available),
+            "reason": found.reason,
+            "guessed": found.guessed,
+        }
+        if found.prepared is not None:
+            answered |= {"profile": data.profile(found.prepared)}
+            answered["problems"] = [problem.to_dict() for problem in found.prepared.problems[:100]]
+        return answered
+
+    def submit_run(self, job: Answer) -> Answer:
+        """Queue a run. `job` has a job's keys; `dataset` (an id) stands for `data`, `preset` fills what is left out."""
+        if not isinstance(job, dict):
+            raise ConfigError("A job must be a mapping of keys to values.")
+        job = {**job}
+        dataset_id = job.pop("dataset", None)
+        row = self.studio.store.dataset(dataset_id)
+        if not row["format"] or not row["rows"]:
+            raise StateError(
+                f"The data set {row['name']!r} has no rows to train on.", "Say which column is which first."
+            )
+        if "data" in job and set(job["data"] or {}) - {"eval_split"}:
+            raise ConfigError("Only data.eval_split can be given here; the rows come from `dataset`.")
+        split = (job.get("data") or {}).get("eval_split", 0.1)
+        name = job.pop("preset", None)
+        task = presets.tasks().get(job.get("task", "causal_lm"), None)
+        if name is not None:
+            if task is None or name not in task.presets:
+                known = ", ".join(task.presets) if task else ""
+                raise ConfigError(f"There is no preset {name!r}.", f"Known: {known}.")
+            preset = task.presets[name]
+            job["adapter"] = {**preset.adapter, **(job.get("adapter") or {})}
+            job["training"] = {**preset.training, **(job.get("training") or {})}
+        job["data"] = {"path": row["path"], "format": row["format"], "columns": row["columns"], "eval_split": split}
+        return {"run": self.studio.jobs.submit(JobSpec.from_dict(job), dataset_id)}
+
+    def run_status(self, run: str, since: int = 0) -> Answer:
+        """A run's state and progress, and its events after the id `since` (at most 500; ask again from the last)."""
+        row = self.studio.store.run(run)
+        kept = ("id", "name", "state", "model", "method", "step", "total_steps", "loss", "eval_loss", "error", "colour")
+        # Paths of this machine are nobody's business, and a client would take `path` for a file to fetch.
+        hidden = ("path", "adapter", "checkpoint")
+        events = [
+            {key: value for key, value in event.items() if key not in hidden}
+            for event in self.studio.store.since(run, int(since or 0))[:500]
+        ]
+        return {
+            **{key: row[key] for key in kept},
+            "live": row["state"] in states.LIVE,
+            "has_adapter": self.studio.jobs.has_adapter(run),
+            "has_checkpoint": self.studio.jobs.has_checkpoint(run),
+            "events": events,
+        }
+
+    def control_run(self, run: str, command: str) -> Answer:
+        """Steer a run: stop, pause, resume, checkpoint or sample. Answers its state."""
+        self.studio.store.run(run)
+        if command not in COMMANDS:
+            raise StateError(f"There is no command {str(command)[:40]!r}.", f"Known: {', '.join(COMMANDS)}.")
+        getattr(self.studio.jobs, command)(run)
+        return {"run": run, "state": self.studio.store.run(run)["state"]}
+
+    def list_runs(self) -> Answer:
+        """Every run that is not in the bin, newest first."""
+        kept = ("id", "name", "state", "model", "method", "step", "total_steps", "loss", "eval_loss")
+        return {"runs": [{key: row[key] for key in kept} for row in self.studio.store.runs()]}
+
+    def compare(
+        self, base: str, runs: list[str], prompt: str, seed: int = 0, temperature: float = 0.7, max_new_tokens: int = 80
+    ) -> Iterator[Answer]:
+        """Answer one prompt with the base and the adapters of `runs`; streams, the last message is complete."""
+        try:
+            sampling = _sampling(seed, temperature, max_new_tokens)
+            for state in answer(self.studio, base, _names(runs), prompt, sampling):
+                yield _plain(state)
+        except EngineError as fault:
+            yield refusal(fault)
+
+
+def _names(runs: Any) -> list[str]:
+    if not isinstance(runs, list) or not all(isinstance(run, str) for run in runs):
+        raise ConfigError("`runs` must be a list of run ids.", "An empty list asks the base alone.")
+    return runs
+
+
+def _sampling(seed: Any, temperature: Any, max_new_tokens: Any) -> Answer:
+    bounds = {
+        "seed": (seed, 0, 2**31 - 1),
+        "temperature": (temperature, 0, 2),
+        "max_new_tokens": (max_new_tokens, 1, 4096),
+    }
+    for name, (value, low, high) in bounds.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise ConfigError(f"{name} is {str(value)[:40]}; needed: {low} to {high}.")
+    return {"seed": int(seed), "temperature": float(temperature), "max_new_tokens": int(max_new_tokens)}
+
+
+def _plain(state: Answers) -> Answer:
+    columns = [
+        {"run": c.run, "title": c.title, "text": c.text, "done": c.done, "reason": c.reason} for c in state.columns
+    ]
+    return {"columns": columns, "finished": state.finished, "status": state.status}
+
+
+def build(studio: Studio) -> None:
+    """Register the endpoints on the page that is being built."""
+    ends = Endpoints(studio)
+    with gr.Row(visible=False):
+        file, name, found = gr.File(), gr.Textbox(), gr.JSON()
+        # A File input accepts only what was uploaded to this server, never a path of its disk.
+        gr.Button().click(_guarded(ends.upload_data), [file, name], found, api_name="upload_data")
+
+    def submit_run(job: dict) -> dict:  # type: ignore[type-arg]
+        return _guarded(ends.submit_run)(job)
+
+    def run_status(run: str, since: int = 0) -> dict:  # type: ignore[type-arg]
+        return _guarded(ends.run_status)(run, since)
+
+    def control_run(run: str, command: str) -> dict:  # type: ignore[type-arg]
+        return _guarded(ends.control_run)(run, command)
+
+    def list_runs() -> dict:  # type: ignore[type-arg]
+        return _guarded(ends.list_runs)()
+
+    def compare(
+        base: str, runs: list[str], prompt: str, seed: int = 0, temperature: float = 0.7, max_new_tokens: int = 80
+    ) -> Iterator[dict]:  # type: ignore[type-arg]
+        yield from ends.compare(base, runs, prompt, seed, temperature, max_new_tokens)
+
+    for function in (submit_run, run_status, control_run, list_runs, compare):
+        function.__doc__ = getattr(ends, function.__name__).__doc__
+        gr.events.api(function, api_name=function.__name__, concurrency_limit=8)

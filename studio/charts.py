@@ -1,0 +1,261 @@
+"""Rows -> charts. Pure functions that return SVG with HTML labels: sharp at any width, no library, no network.
+
+Curves are cut to at most `POINTS` points here, so that a long run costs the browser no more than a short one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from studio.markup import BASE_COLOUR, esc, number
+
+POINTS = 300
+
+Points = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One curve of a chart.
+
+    Attributes:
+        label: what the hover text calls it.
+        points: (x, y) in order of x.
+        colour: CSS colour.
+        style: `thin`, `thick` or `dots`.
+    """
+
+    label: str
+    points: Points
+    colour: str
+    style: str = "thick"
+
+
+def clean(pairs: Sequence[tuple[float | None, float | None]]) -> Points:
+    """The pairs that have both values, finite."""
+    return [
+        (float(x), float(y))
+        for x, y in pairs
+        if x is not None and y is not None and math.isfinite(x) and math.isfinite(y)
+    ]
+
+
+def smooth(points: Points, weight: float | None = None) -> Points:
+    """The exponential moving average, freed of its bias towards the start.
+
+    Args:
+        points: in order of x.
+        weight: share of the past, 0 to 1; by default it grows with the number of points.
+    """
+    if weight is None:
+        weight = 1 - 1 / max(1.0, min(len(points) / 12, 40.0))
+    average, mass, found = 0.0, 0.0, []
+    for x, y in points:
+        average = weight * average + (1 - weight) * y
+        mass = weight * mass + (1 - weight)
+        found.append((x, average / mass))
+    return found
+
+
+def decimate(points: Points, limit: int = POINTS) -> Points:
+    """At most `limit` points; of each stretch the lowest and the highest stay, so no spike is lost."""
+    if len(points) <= limit:
+        return points
+    width = len(points) / (limit // 2)
+    found: Points = []
+    for index in range(limit // 2):
+        part = points[int(index * width) : int((index + 1) * width)]
+        low, high = min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])
+        found += sorted({low, high})
+    return found
+
+
+def bounds(curves: Sequence[Curve]) -> tuple[float, float]:
+    """The y range: all dots and thick lines, and thin lines but for their wildest hundredth."""
+    values: list[float] = []
+    for curve in curves:
+        ys = sorted(y for _, y in curve.points)
+        if curve.style == "thin" and len(ys) >= 100:
+            cut = len(ys) // 100
+            ys = ys[cut : len(ys) - cut]
+        values += ys[:1] + ys[-1:]
+    if not values:
+        return 0.0, 1.0
+    low, high = min(values), max(values)
+    if high == low:
+        low, high = low - abs(low) * 0.1 - 1e-9, high + abs(high) * 0.1 + 1e-9
+    margin = (high - low) * 0.06
+    return (max(0.0, low - margin) if low >= 0 else low - margin), high + margin
+
+
+def ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """Round values between low and high, about `count` of them."""
+    span = high - low
+    if span <= 0:
+        return [low]
+    raw = span / count
+    power = 10 ** math.floor(math.log10(raw))
+    step = next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= raw)
+    first = math.ceil(low / step)
+    return [round(index * step, 12) for index in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def chart(
+    title: str,
+    curves: Sequence[Curve],
+    *,
+    x_label: str = "step",
+    x_max: float | None = None,
+    log: bool = False,
+    height: int = 220,
+    waiting: str = "",
+) -> str:
+    """A line chart.
+
+    Args:
+        title: the heading above it.
+        curves: drawn in this order.
+        x_label: unit of x, for the hover text and the right end of the axis.
+        x_max: right end of the axis; a run's last step, so that the curve grows into its place.
+        log: logarithmic y.
+        height: of the drawing, in pixels.
+        waiting: what an empty chart says.
+    """
+    drawn = [Curve(c.label, decimate(c.points), c.colour, c.style) for c in curves if c.points]
+    if log:
+        drawn = [Curve(c.label, [(x, math.log10(y)) for x, y in c.points if y > 0], c.colour, c.style) for c in drawn]
+    legend = "".join(
+        f'<span class="key {c.style}"><i style="--c:{esc(c.colour)}"></i>{esc(c.label)}</span>' for c in drawn
+    )
+    head = f'<figcaption><strong>{esc(title)}</strong><span class="keys">{legend}</span></figcaption>'
+    if not any(c.points for c in drawn):
+        empty = f'<div class="plot" style="height:{height}px"><p class="waiting">{esc(waiting)}</p></div>'
+        return f'<figure class="chart">{head}{empty}</figure>'
+    low, high = bounds(drawn)
+    xs = [x for c in drawn for x, _ in c.points]
+    left, right = min(0.0, min(xs)), max(max(xs), x_max or 0.0)
+    right = right if right > left else left + 1
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        clipped = min(max((y - low) / (high - low), -0.02), 1.02)
+        return round((x - left) / (right - left) * 100, 2), round((1 - clipped) * 100, 2)
+
+    shapes = "".join(_shape(c, at) for c in drawn)
+    y_ticks = [value for value in ticks(low, high) if low <= value <= high]
+    grid = "".join(f'<line x1="0" x2="100" y1="{at(0, v)[1]}" y2="{at(0, v)[1]}"/>' for v in y_ticks)
+    y_marks = "".join(
+        f'<span class="y" style="top:{at(0, v)[1]}%">{number(10**v if log else v)}</span>' for v in y_ticks
+    )
+    x_ticks = [value for value in ticks(left, right, 5) if value == int(value)]
+    x_marks = "".join(f'<span class="x" style="left:{at(v, low)[0]}%">{number(v)}</span>' for v in x_ticks)
+    dots = "".join(_dots(c, at) for c in drawn if c.style == "dots")
+    hover = {
+        "x": x_label,
+        "curves": [
+            {
+                "label": c.label,
+                "colour": c.colour,
+                "points": [[*at(x, y), x, number(10**y if log else y)] for x, y in c.points],
+            }
+            for c in drawn
+            if c.style != "thin"
+        ],
+    }
+    return (
+        f'<figure class="chart" role="img" aria-label="{esc(_described(title, drawn, log))}">{head}'
+        f'<div class="plot" style="height:{height}px" data-hover="{esc(json.dumps(hover))}">'
+        '<svg viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true">'
+        f'<g class="grid">{grid}</g>{shapes}</svg>'
+        f'{dots}{y_marks}{x_marks}<div class="tip" hidden></div></div>'
+        f'<span class="x-label">{esc(x_label)}</span></figure>'
+    )
+
+
+def _shape(curve: Curve, at: object) -> str:
+    if curve.style == "dots":
+        return ""
+    path = " ".join(f"{x},{y}" for x, y in (at(*point) for point in curve.points))  # type: ignore[operator]
+    return f'<polyline class="{curve.style}" style="stroke:{esc(curve.colour)}" points="{path}"/>'
+
+
+def _dots(curve: Curve, at: object) -> str:
+    places = (at(*point) for point in curve.points)  # type: ignore[operator]
+    return "".join(
+        f'<span class="mark" style="left:{x}%;top:{y}%;border-color:{esc(curve.colour)}"></span>' for x, y in places
+    )
+
+
+def _described(title: str, curves: Sequence[Curve], log: bool) -> str:
+    parts = []
+    for curve in curves:
+        first, last = curve.points[0], curve.points[-1]
+        values = [10**y if log else y for y in (first[1], last[1])]
+        parts.append(f"{curve.label} from {number(values[0])} to {number(values[1])}")
+    return f"{title}: " + "; ".join(parts)
+
+
+def loss_chart(
+    steps: Sequence[dict[str, float | None]],
+    evals: Sequence[dict[str, float | None]],
+    colour: str,
+    total: float | None,
+    *,
+    log: bool = False,
+    smoothing: float | None = None,
+    waiting: str = "",
+) -> str:
+    """Training loss raw and smoothed, evaluation as dots."""
+    raw = clean([(row.get("step"), row.get("loss")) for row in steps])
+    dots = clean([(row.get("step"), row.get("loss")) for row in evals])
+    curves = [
+        Curve("each step", raw, colour, "thin"),
+        Curve("smoothed", smooth(raw, smoothing), colour, "thick"),
+        Curve("evaluation", dots, colour, "dots"),
+    ]
+    return chart("Loss (lower is better)", curves, x_max=total, log=log, height=260, waiting=waiting)
+
+
+def side_chart(
+    title: str, steps: Sequence[dict[str, float | None]], key: str, colour: str, total: float | None, waiting: str = ""
+) -> str:
+    """One small curve: learning rate, gradient norm."""
+    points = clean([(row.get("step"), row.get(key)) for row in steps])
+    return chart(title, [Curve(title.lower(), points, colour)], x_max=total, height=130, waiting=waiting)
+
+
+def histogram(edges: Sequence[int], counts: Sequence[int], title: str, unit: str) -> str:
+    """Bars for counts between edges."""
+    if not counts:
+        return ""
+    most = max(counts) or 1
+    bars = "".join(
+        f'<span class="bar" style="height:{max(count / most * 100, 1 if count else 0):.1f}%" '
+        f'title="{edges[i]:,} to {edges[i + 1] - 1:,} {esc(unit)}: {count:,} rows"></span>'
+        for i, count in enumerate(counts)
+    )
+    ends = f"<span>{edges[0]:,}</span><span>{edges[-1] - 1:,} {esc(unit)}</span>"
+    label = f"{title}: {edges[0]:,} to {edges[-1] - 1:,} {unit}"
+    return (
+        f'<figure class="chart histogram" role="img" aria-label="{esc(label)}">'
+        f"<figcaption><strong>{esc(title)}</strong></figcaption>"
+        f'<div class="bars">{bars}</div><div class="ends">{ends}</div></figure>'
+    )
+
+
+def sparkline(points: Points, colour: str = BASE_COLOUR) -> str:
+    """A curve without axes, for a list."""
+    points = decimate(points, 80)
+    if len(points) < 2:
+        return ""
+    low, high = bounds([Curve("", points, colour)])
+    first, last = points[0][0], points[-1][0]
+    path = " ".join(
+        f"{(x - first) / ((last - first) or 1) * 100:.1f},{(1 - (y - low) / (high - low)) * 100:.1f}" for x, y in points
+    )
+    return (
+        '<svg class="spark" viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true">'
+        f'<polyline class="thick" style="stroke:{esc(colour)}" points="{path}"/></svg>'
+    )

@@ -1,0 +1,36 @@
+"""Faults that nobody raised on purpose, in words that a person can act on. Tracebacks stay in the log."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Message = dict[str, Any]
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on the machine or on its accelerator."""
+    text = f"{type(error).__name__} {error}".lower()
+    return isinstance(error, MemoryError) or any(
+        words in text for words in ("out of memory", "outofmemory", "can't allocate memory", "cannot allocate memory")
+    )
+
+
+def memory_event(error: BaseException) -> Message:
+    """The error that a person sees when memory ran out."""
+    first_line = (str(error).splitlines() or [""])[0]
+    return {
+        "type": "error",
+        "code": "memory",
+        "message": f"The machine ran out of memory. {first_line}".strip(),
+        "hint": "Use a smaller batch or max length, turn gradient checkpointing on, or choose a smaller base.",
+    }
+
+
+def unexpected_event(error: BaseException) -> Message:
+    """The error that a person sees for a fault that nobody foresaw; the traceback is in the log."""
+    return {
+        "type": "error",
+        "code": "unexpected",
+        "message": f"Something went wrong that we did not foresee: {type(error).__name__}: {str(error)[:300]}",
+        "hint": "The log has the details.",
+    }

@@ -1,0 +1,164 @@
+"""Form fields <-> widgets <-> job. Pure functions: nothing here touches the store or a process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import gradio as gr
+import yaml
+from gradio.components import Component
+
+from engine.errors import ConfigError
+from engine.train.job import JobSpec
+from studio.presets import Field, Method, Preset, Task
+
+Values = dict[str, Any]
+
+
+def widget(field: Field) -> Component:
+    """The widget of one field: plain name, exact name, one line of meaning."""
+    label = f"{field.label} ({field.name})"
+    common: dict[str, Any] = {"label": label, "info": field.help, "elem_id": f"field-{field.name}"}
+    if field.type == "choice":
+        return gr.Dropdown(choices=list(field.choices), value=field.default, **common)
+    if field.type == "bool":
+        return gr.Checkbox(value=field.default, **common)
+    if field.type == "lines":
+        return gr.Textbox(value="\n".join(field.default or []), lines=2, max_lines=6, **common)
+    # A Number would round 0.0001, turn "nothing" into 0, and answer a value out of bounds with a bare exception.
+    return gr.Textbox(value=show(field, field.default), max_lines=1, **common)
+
+
+def show(field: Field, value: Any) -> Any:
+    """A job's value as its widget holds it."""
+    if field.type in ("int", "int?", "float"):
+        return "" if value is None else f"{value:.12g}"
+    if field.type == "names":
+        return value if isinstance(value, str) else ", ".join(value or [])
+    if field.type == "lines":
+        return "\n".join(value or [])
+    if field.type == "choice":
+        return "true" if value is True else value
+    return value
+
+
+def read(field: Field, value: Any) -> Any:
+    """A widget's value as the job's value.
+
+    Raises:
+        ConfigError: not a number, out of bounds, or not one of the choices; the message is one line for a list.
+    """
+    if field.type == "bool":
+        return bool(value)
+    if field.type == "lines":
+        return [line.strip() for line in str(value or "").splitlines() if line.strip()]
+    if field.type == "names":
+        return _names(str(value or ""))
+    if field.type == "choice":
+        if value not in field.choices:
+            raise ConfigError(f"{field.name} is {value!r}; needed: one of {', '.join(field.choices)}")
+        return True if value == "true" else value
+    if value in (None, ""):
+        if field.type == "int?":
+            return None
+        raise ConfigError(f"{field.name} is empty; needed: a number")
+    return _number(field, value)
+
+
+def _names(text: str) -> Any:
+    text = text.strip()
+    if text == "all-linear" or not text:
+        return text or None
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    # One name with regex marks is a regular expression over whole module names.
+    if len(parts) == 1 and set(parts[0]) & set("*()[]|\\^$+?"):
+        return parts[0]
+    return parts
+
+
+def _number(field: Field, value: Any) -> int | float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{field.name} is {str(value)[:40]!r}; needed: a number") from None
+    low = -math.inf if field.min is None else field.min
+    high = math.inf if field.max is None else field.max
+    if not math.isfinite(number) or not low <= number <= high:
+        raise ConfigError(f"{field.name} is {number:g}; needed: {low:g} to {high:g}")
+    if field.type.startswith("int"):
+        if number != int(number):
+            raise ConfigError(f"{field.name} is {number:g}; needed: a whole number")
+        return int(number)
+    return number
+
+
+def read_all(fields: Sequence[Field], values: Iterable[Any]) -> Values:
+    """Every widget's value at once.
+
+    Raises:
+        ConfigError: with every fault, one a line.
+    """
+    found: Values = {}
+    faults = []
+    for field, value in zip(fields, values, strict=True):
+        try:
+            found[field.name] = read(field, value)
+        except ConfigError as error:
+            faults.append(error.message)
+    if faults:
+        raise ConfigError("These settings cannot work:\n" + "\n".join(f"- {fault}" for fault in faults))
+    return found
+
+
+def preset_values(task: Task, method: Method, preset: Preset) -> tuple[Values, Values]:
+    """Every adapter and every training field as a preset sets it, the rest at the form's defaults."""
+    adapter = {field.name: preset.adapter.get(field.name, read_default(field)) for field in method.fields}
+    training = {field.name: preset.training.get(field.name, read_default(field)) for field in task.fields}
+    return adapter, training
+
+
+def read_default(field: Field) -> Any:
+    """A field's default as the job's value."""
+    return read(field, show(field, field.default) if field.default is not None else None)
+
+
+def job(
+    *,
+    name: str,
+    task: str,
+    model: str,
+    dataset: Mapping[str, Any],
+    eval_split: float,
+    method: str,
+    adapter: Mapping[str, Any],
+    training: Mapping[str, Any],
+) -> JobSpec:
+    """The job that a filled form describes.
+
+    Raises:
+        ConfigError: with every fault of the job.
+    """
+    return JobSpec.from_dict(
+        {
+            "name": name,
+            "task": task,
+            "model": model.strip(),
+            "data": {
+                "path": dataset["path"],
+                "format": dataset["format"],
+                "columns": dict(dataset["columns"]),
+                "eval_split": eval_split,
+            },
+            "adapter": {"method": method, **{key: value for key, value in adapter.items() if value is not None}},
+            "training": dict(training),
+        }
+    )
+
+
+def as_yaml(spec: JobSpec | Mapping[str, Any]) -> str:
+    """A job as the YAML that `python -m engine train` takes."""
+    plain = spec.to_dict() if isinstance(spec, JobSpec) else dict(spec)
+    text: str = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    return text

@@ -1,0 +1,240 @@
+"""The page's side of the inference process: start it, ask it, read its answers, survive its end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import queue
+import secrets
+import subprocess
+import sys
+import threading
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine import threads
+from engine.errors import EngineError
+from engine.paths import REPOSITORY
+from studio import process
+
+logger = logging.getLogger("studio.inference")
+
+Message = dict[str, Any]
+
+
+class InferenceError(EngineError):
+    """What the inference process reported, or that it ended; `code` is the reported one."""
+
+    code = "inference-ended"
+
+    def __init__(self, message: str, hint: str = "", code: str | None = None) -> None:
+        super().__init__(message, hint)
+        if code:
+            self.code = code
+
+
+@dataclass
+class _Child:
+    """One process, the base it holds, and the open requests."""
+
+    popen: subprocess.Popen[str]
+    base: str | None
+    waiting: dict[str, queue.Queue[Message | None]] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    ended: bool = False
+
+    def write(self, message: Message, box: queue.Queue[Message | None] | None = None) -> None:
+        """Send one line; `box` gets the answers, or None when the process has ended."""
+        with self.lock:
+            if self.ended:
+                raise OSError("the inference process has ended")
+            if box is not None:
+                self.waiting[message["id"]] = box
+            assert self.popen.stdin is not None
+            self.popen.stdin.write(json.dumps(message, ensure_ascii=False) + "\n")
+            self.popen.stdin.flush()
+
+    def read(self) -> None:
+        """Hand each answer to its request; at the end tell all that are left."""
+        assert self.popen.stdout is not None
+        for line in self.popen.stdout:
+            with contextlib.suppress(ValueError):
+                message = json.loads(line)
+                box = self.waiting.get(message.get("id"))
+                if box is not None:
+                    box.put(message)
+        self.popen.wait()
+        with self.lock:
+            self.ended = True
+            for box in self.waiting.values():
+                box.put(None)
+
+
+class Inference:
+    """Answers prompts and counts parameters in a process of its own, started when first needed.
+
+    Asking for another base ends the process that holds the present one: that is what frees its memory.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self._child: _Child | None = None
+        self._lock = threading.Lock()
+
+    def generate(
+        self,
+        base: str,
+        adapters: Mapping[str, Path],
+        messages: Sequence[Mapping[str, str]],
+        who: Sequence[str | None],
+        sampling: Mapping[str, Any],
+    ) -> Generator[Message, None, None]:
+        """`progress` and `piece` messages until all columns are done. Closing the iterator cancels the request.
+
+        Args:
+            base: base model.
+            adapters: name -> folder; others that were attached before are let go.
+            messages: the conversation to answer.
+            who: the columns: None for the base, or a name of `adapters`.
+            sampling: fields of `engine.generation.Sampling`.
+
+        Raises:
+            InferenceError: the process reported an error or ended.
+        """
+        folders = {name: str(folder) for name, folder in adapters.items()}
+        request = {
+            "op": "generate",
+            "base": base,
+            "adapters": folders,
+            "messages": list(messages),
+            "who": list(who),
+            "sampling": dict(sampling),
+        }
+        yield from self._ask(request, base)
+
+    def count(self, base: str, adapter: Mapping[str, Any]) -> Message:
+        """What `engine.inspection.count` says about an adapter on a base.
+
+        Raises:
+            InferenceError: the fields do not fit the base, the base cannot be found, or the process ended.
+        """
+        for message in self._ask({"op": "count", "base": base, "adapter": dict(adapter)}, None):
+            if message["type"] == "result":
+                value: Message = message["value"]
+                return value
+        raise InferenceError("The parameters could not be counted.", "Try again.")
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        with self._lock:
+            self._end()
+
+    def _ask(self, request: Message, base: str | None) -> Generator[Message, None, None]:
+        request = {"id": secrets.token_hex(8), **request}
+        box: queue.Queue[Message | None] = queue.Queue()
+        child = self._reach(request, base, box)
+        finished = heard = False
+        try:
+            while True:
+                message = box.get()
+                if message is None and not heard and child.popen.returncode == 0:
+                    # Its idle time ran out just as we asked.
+                    heard = True
+                    child = self._reach(request, base, box)
+                    continue
+                heard = True
+                if message is None:
+                    finished = True
+                    raise self._ended(child)
+                kind = message["type"]
+                finished = kind in ("done", "result", "error")
+                if kind == "error":
+                    raise InferenceError(message["message"], message.get("hint", ""), message["code"])
+                if kind == "done":
+                    return
+                yield message
+                if finished:
+                    return
+        finally:
+            child.waiting.pop(request["id"], None)
+            if not finished:
+                with contextlib.suppress(OSError, ValueError):
+                    child.write({"id": request["id"], "op": "cancel"})
+
+    def _reach(self, request: Message, base: str | None, box: queue.Queue[Message | None]) -> _Child:
+        """Send the request to a process that can answer it, started anew where the old one cannot or has ended."""
+        with self._lock:
+            for _ in range(2):
+                child = self._ready(base)
+                try:
+                    child.write(request, box)
+                    return child
+                except (OSError, ValueError):
+                    # It ended between the check and the write, for example by its idle timeout.
+                    self._end()
+        raise InferenceError(
+            "The inference process does not start.", "Its log is logs/inference.log in the home folder."
+        )
+
+    def _ready(self, base: str | None) -> _Child:
+        child = self._child
+        if child is not None and child.popen.poll() is None:
+            if base is None or child.base in (None, base):
+                child.base = child.base or base
+                return child
+            self._end()
+        self._child = self._start(base)
+        return self._child
+
+    def _start(self, base: str | None) -> _Child:
+        logs = self.home / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        environment = {
+            **os.environ,
+            **threads.worker_environment(),
+            "STUDIO_HOME": str(self.home),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")])),
+        }
+        with (logs / "inference.log").open("a", encoding="utf-8") as log:
+            popen = subprocess.Popen(
+                [sys.executable, "-m", "studio.inference_worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=environment,
+                text=True,
+                encoding="utf-8",
+                start_new_session=True,
+            )
+        child = _Child(popen, base)
+        threading.Thread(target=child.read, name="inference-answers", daemon=True).start()
+        return child
+
+    def _end(self) -> None:
+        child, self._child = self._child, None
+        if child is None:
+            return
+        started = process.started_at(child.popen.pid)
+        with contextlib.suppress(OSError, ValueError):
+            assert child.popen.stdin is not None
+            child.popen.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.popen.wait(timeout=3)
+        process.end(child.popen.pid, started, grace=1.0)
+        child.popen.wait()
+
+    def _ended(self, child: _Child) -> InferenceError:
+        status = child.popen.returncode
+        if status is not None and status < 0:
+            return InferenceError(
+                f"The process that holds the base was killed (signal {-status}); most often memory ran out.",
+                "Ask again to start it anew; choose fewer adapters or a smaller base if it happens again.",
+            )
+        return InferenceError(
+            "The process that holds the base has ended.",
+            "Ask again to start it anew; its log is logs/inference.log in the home folder.",
+        )

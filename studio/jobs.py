@@ -1,0 +1,291 @@
+"""Runs as detached processes: a queue that trains one at a time, steering, and finding what became of them.
+
+The truth is in the store. A worker outlives the server that started it; the next server finds it by pid and start time.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from engine import threads
+from engine.paths import REPOSITORY, inside
+from engine.train.job import JobSpec
+from studio import process, states
+from studio.lock import OwnerLock
+from studio.store import Row, StateError, Store, new_run_id
+
+logger = logging.getLogger("studio.jobs")
+
+
+class Jobs:
+    """The queue of one home folder.
+
+    Args:
+        store: where runs are kept.
+        home: the home folder; runs lie in `home/runs/<id>/`.
+        grace: seconds that a run may take to end its step after "stop" before it is sent TERM.
+        kill_after: seconds between TERM and KILL.
+        module: what a worker runs, `python -m MODULE RUN_ID`.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        home: Path,
+        grace: float = 60.0,
+        kill_after: float = 10.0,
+        module: str = "studio.worker",
+    ) -> None:
+        self.store = store
+        self.home = home
+        self.grace = grace
+        self.kill_after = kill_after
+        self.module = module
+        self.lock = OwnerLock(home / "queue.lock")
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._terminated: dict[str, float] = {}
+        self._wake = threading.Event()
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    # What the pages ask for
+
+    def folder(self, run_id: str) -> Path:
+        """`home/runs/<id>`, for an id of the right shape."""
+        return inside(self.home / "runs", run_id)
+
+    def submit(self, spec: JobSpec, dataset: str | None = None) -> str:
+        """Write the run's folder with `spec.yaml` and queue it; returns the id."""
+        run_id = new_run_id()
+        folder = self.folder(run_id)
+        folder.mkdir(parents=True)
+        spec.save(folder / "spec.yaml")
+        self.store.add_run(spec, dataset, run_id)
+        self._wake.set()
+        return run_id
+
+    def stop(self, run_id: str) -> None:
+        """Stop after the present step and keep the adapter; a queued run just leaves the queue.
+
+        Raises:
+            StateError: there is nothing to stop.
+        """
+        if self.store.move(run_id, [states.QUEUED], states.STOPPED, ended=time.time()):
+            return
+        early = self.store.move(run_id, [states.STARTING], states.STOPPING)
+        if not early and not self.store.move(run_id, [states.RUNNING, states.PAUSING], states.STOPPING):
+            self._refuse(run_id, "stop", "Only a queued or training run can be stopped.")
+        self.store.drop_commands(run_id)
+        self.store.ask(run_id, "stop")
+        if early:
+            row = self.store.run(run_id)
+            process.send(row["pid"], row["pid_started"], signal.SIGTERM)
+        self._wake.set()
+
+    def pause(self, run_id: str) -> None:
+        """Save a checkpoint after the present step and end the process; `resume` goes on exactly there."""
+        if not self.store.move(run_id, [states.STARTING, states.RUNNING], states.PAUSING):
+            self._refuse(run_id, "pause", "Only a training run can be paused.")
+        self.store.ask(run_id, "pause")
+
+    def checkpoint(self, run_id: str) -> None:
+        """Save a checkpoint after the present step."""
+        self._ask_running(run_id, "checkpoint")
+
+    def sample(self, run_id: str) -> None:
+        """Answer the run's sample prompts after the present step."""
+        self._ask_running(run_id, "sample")
+
+    def resume(self, run_id: str) -> None:
+        """Queue a run again: from its newest checkpoint, or from the start when it has none."""
+        self.store.drop_commands(run_id)
+        again = int(self.has_checkpoint(run_id))
+        moved = self.store.move(
+            run_id,
+            states.RESUMABLE,
+            states.QUEUED,
+            resume=again,
+            queued=time.time(),
+            ended=None,
+            error=None,
+            pid=None,
+            pid_started=None,
+        )
+        if moved and not again:
+            # The engine refuses to write over a run; without a checkpoint there is nothing to go on from.
+            for name in ("adapter", "checkpoints"):
+                shutil.rmtree(self.folder(run_id) / name, ignore_errors=True)
+        if not moved:
+            self._refuse(run_id, "resume", "Only a paused, stopped, failed or lost run can go on.")
+        self._wake.set()
+
+    def empty_bin(self) -> int:
+        """Remove every run in the bin with its folder, for good; returns how many."""
+        rows = self.store.runs(deleted=True)
+        for row in rows:
+            shutil.rmtree(self.folder(row["id"]), ignore_errors=True)
+            self.store.forget(row["id"])
+        return len(rows)
+
+    def has_checkpoint(self, run_id: str) -> bool:
+        """Whether there is something to go on from."""
+        return any(self.folder(run_id).glob("checkpoints/step-*"))
+
+    def has_adapter(self, run_id: str) -> bool:
+        """Whether there is an adapter to compare with."""
+        return (self.folder(run_id) / "adapter" / "adapter_config.json").is_file()
+
+    def log_tail(self, run_id: str, limit: int = 20_000) -> str:
+        """The end of the run's log."""
+        path = self.folder(run_id) / "worker.log"
+        try:
+            with path.open("rb") as file:
+                file.seek(max(0, path.stat().st_size - limit))
+                return file.read().decode("utf-8", errors="replace")
+        except OSError:
+            return ""
+
+    # The queue
+
+    def start_queue(self, every: float = 1.0) -> None:
+        """Run the queue in a thread of this process, as soon as no other process runs this home's queue."""
+        self._thread = threading.Thread(target=self._loop, args=(every,), name="queue", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the queue's thread. Runs go on."""
+        self._closing.set()
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(timeout=10)
+        self.lock.release()
+
+    def tick(self) -> None:
+        """One look: settle what has ended, press what will not stop, start the next."""
+        for row in self.store.in_states(states.ACTIVE):
+            if process.alive(row["pid"], row["pid_started"]):
+                self._press(row)
+            else:
+                child = self._children.get(row["id"])
+                self._settle(row, child.poll() if child is not None else None)
+        self._reap()
+        # The last run's process may still be giving its memory back; the next one waits for that.
+        if not self._children and not self.store.in_states(states.ACTIVE):
+            waiting = self.store.in_states([states.QUEUED])
+            if waiting:
+                self._start(waiting[0])
+
+    def _loop(self, every: float) -> None:
+        while not self._closing.is_set():
+            try:
+                if self.lock.acquire():
+                    self.tick()
+            except Exception:
+                logger.exception("The queue met an error; it goes on.")
+            self._wake.wait(every)
+            self._wake.clear()
+
+    def _start(self, row: Row) -> None:
+        run_id = row["id"]
+        moved = self.store.move(
+            run_id, [states.QUEUED], states.STARTING, started=time.time(), pid=None, pid_started=None
+        )
+        if not moved:
+            return
+        environment = {
+            **os.environ,
+            **threads.worker_environment(row["spec"]["training"].get("threads")),
+            "STUDIO_HOME": str(self.home),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")])),
+            "PYTHONUNBUFFERED": "1",
+        }
+        try:
+            with (self.folder(run_id) / "worker.log").open("ab") as log:
+                child = subprocess.Popen(
+                    [sys.executable, "-m", self.module, run_id],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            self._end(run_id, states.FAILED, "start", f"The run's process could not start: {error}.", "Try again.")
+            return
+        self._children[run_id] = child
+        self.store.update_run(run_id, pid=child.pid, pid_started=process.started_at(child.pid))
+
+    def _press(self, row: Row) -> None:
+        """A run that was asked to stop and still lives after its grace gets TERM, then KILL."""
+        if row["state"] != states.STOPPING:
+            return
+        asked = self.store.last_asked(row["id"], "stop") or 0.0
+        terminated = self._terminated.get(row["id"])
+        if terminated is None:
+            if time.time() - asked > self.grace:
+                self._terminated[row["id"]] = time.time()
+                process.send(row["pid"], row["pid_started"], signal.SIGTERM)
+        elif time.time() - terminated > self.kill_after:
+            process.send(row["pid"], row["pid_started"], signal.SIGKILL)
+
+    def _settle(self, row: Row, status: int | None) -> None:
+        """The process of an active run is gone: say what became of the run, and leave nothing of it behind."""
+        run_id = row["id"]
+        process.end(row["pid"], row["pid_started"], grace=2.0)
+        self._terminated.pop(run_id, None)
+        state = self.store.run(run_id)["state"]
+        if state not in states.ACTIVE:
+            return
+        if state == states.STOPPING:
+            self.store.move(run_id, [state], states.STOPPED, ended=time.time())
+        elif row["pid"] is None:
+            self.store.requeue_unclaimed(run_id)
+        elif status is not None and status > 0:
+            self._end(
+                run_id,
+                states.FAILED,
+                "ended",
+                f"The run's process ended with status {status} before it could say why.",
+                "The end of its log usually names the cause.",
+            )
+        else:
+            killed = f" (signal {-status})" if status is not None and status < 0 else ""
+            self._end(
+                run_id,
+                states.LOST,
+                "lost",
+                f"The run's process is gone{killed}: it was killed, the machine restarted, or memory ran out.",
+                "Resume goes on from the last checkpoint; if it happens again, use a smaller batch or max length.",
+            )
+
+    def _end(self, run_id: str, state: str, code: str, message: str, hint: str) -> None:
+        error = {"code": code, "message": message, "hint": hint}
+        self.store.add_event(run_id, {"type": "error", **error})
+        self.store.update_run(run_id, state=state, ended=time.time(), error=error)
+
+    def _reap(self) -> None:
+        """Collect ended children, or they would stay as zombies, and end those that linger after their last word."""
+        for run_id, child in list(self._children.items()):
+            if child.poll() is not None:
+                del self._children[run_id]
+                continue
+            row = self.store.run(run_id)
+            if row["state"] in states.FINISHED and time.time() - (row["ended"] or 0.0) > 3 * self.kill_after:
+                process.end(row["pid"], row["pid_started"], grace=0.0)
+
+    def _ask_running(self, run_id: str, command: str) -> None:
+        if self.store.run(run_id)["state"] != states.RUNNING:
+            self._refuse(run_id, command, "The run has to be training for that.")
+        self.store.ask(run_id, command)
+
+    def _refuse(self, run_id: str, command: str, hint: str) -> None:
+        state = self.store.run(run_id)["state"]
+        raise StateError(f"The run {run_id} is {state}: {command} is not possible now.", hint)

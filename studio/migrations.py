@@ -1,0 +1,89 @@
+"""The tables, as ordered, named migrations. A migration that has shipped is never edited; a new one follows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+from sqlite_utils import Database
+from sqlite_utils.db import Table
+from sqlite_utils.migrations import Migrations
+
+migrations = Migrations("studio")
+
+
+Step = Callable[[Database], None]
+
+
+def _step(name: str) -> Callable[[Step], Step]:
+    return cast(Callable[[Step], Step], migrations(name=name))
+
+
+def _table(db: Database, name: str) -> Table:
+    return cast(Table, db[name])
+
+
+@_step("0001_runs_and_events")
+def runs_and_events(db: Database) -> None:
+    _table(db, "runs").create(
+        {
+            "id": str,
+            "name": str,
+            "state": str,
+            "task": str,
+            "model": str,
+            "method": str,
+            "dataset": str,
+            "colour": str,
+            "spec": str,
+            "resume": int,
+            "step": int,
+            "total_steps": int,
+            "loss": float,
+            "eval_loss": float,
+            "created": float,
+            "queued": float,
+            "started": float,
+            "ended": float,
+            "pid": int,
+            "pid_started": float,
+            "error": str,
+            "deleted_at": float,
+        },
+        pk="id",
+        not_null={"name", "state", "spec", "created"},
+        defaults={"resume": 0, "step": 0},
+    )
+    _table(db, "runs").create_index(["state"])
+    db.execute(
+        "CREATE TABLE events (id INTEGER PRIMARY KEY AUTOINCREMENT, run_id TEXT NOT NULL, type TEXT NOT NULL,"
+        " step INTEGER, time REAL NOT NULL, data TEXT NOT NULL)"
+    )
+    _table(db, "events").create_index(["run_id", "id"])
+    db.execute(
+        "CREATE TABLE controls (id INTEGER PRIMARY KEY AUTOINCREMENT, run_id TEXT NOT NULL, command TEXT NOT NULL,"
+        " created REAL NOT NULL, taken REAL)"
+    )
+    _table(db, "controls").create_index(["run_id", "taken"])
+
+
+@_step("0002_datasets_and_comparisons")
+def datasets_and_comparisons(db: Database) -> None:
+    _table(db, "datasets").create(
+        {
+            "id": str,
+            "name": str,
+            "format": str,
+            "columns": str,
+            "rows": int,
+            "path": str,
+            "profile": str,
+            "created": float,
+        },
+        pk="id",
+        not_null={"name", "path", "created"},
+    )
+    db.execute(
+        "CREATE TABLE comparisons (id INTEGER PRIMARY KEY AUTOINCREMENT, base TEXT NOT NULL, prompt TEXT NOT NULL,"
+        " settings TEXT NOT NULL, results TEXT NOT NULL, created REAL NOT NULL)"
+    )

@@ -1,0 +1,111 @@
+"""The recipes and form fields of `presets/`, read with the safe loader and checked once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from engine.errors import ConfigError
+from engine.paths import REPOSITORY
+
+FOLDER = REPOSITORY / "presets"
+KINDS = ("int", "int?", "float", "bool", "choice", "names", "lines")
+
+
+@dataclass(frozen=True)
+class Field:
+    """One setting of a form.
+
+    Attributes:
+        name: the setting's exact name in the job.
+        label: its plain name.
+        help: one line about what it does.
+        type: `int`, `int?` (may be empty), `float`, `bool`, `choice`, `names` (comma-separated) or `lines`.
+        group: `main`, or the part of Advanced where it stands.
+    """
+
+    name: str
+    label: str
+    help: str
+    type: str
+    group: str
+    default: Any = None
+    min: float | None = None
+    max: float | None = None
+    step: float | None = None
+    choices: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.type not in KINDS:
+            raise ConfigError(f"The form field {self.name} has the type {self.type!r}; known: {', '.join(KINDS)}.")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A whole recipe: adapter and training fields that differ from the form's defaults."""
+
+    name: str
+    title: str
+    meaning: str
+    adapter: Mapping[str, Any]
+    training: Mapping[str, Any]
+    eval_split: float = 0.1
+
+
+@dataclass(frozen=True)
+class Method:
+    """An adapter method as the form shows it."""
+
+    name: str
+    title: str
+    meaning: str
+    paper: str
+    fields: tuple[Field, ...]
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task as the form shows it, with its recipes in order."""
+
+    name: str
+    title: str
+    fields: tuple[Field, ...]
+    presets: Mapping[str, Preset]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    raw: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return raw
+
+
+def _fields(raw: list[dict[str, Any]]) -> tuple[Field, ...]:
+    return tuple(Field(**{**item, "choices": tuple(item.get("choices", ()))}) for item in raw)
+
+
+@functools.cache
+def methods() -> dict[str, Method]:
+    """Method name -> its form."""
+    found = {}
+    for path in sorted((FOLDER / "methods").glob("*.yaml")):
+        raw = _read(path)
+        found[raw["method"]] = Method(
+            raw["method"], raw["title"], raw["meaning"], raw["paper"], _fields(raw["fields"]), raw.get("presets", {})
+        )
+    return found
+
+
+@functools.cache
+def tasks() -> dict[str, Task]:
+    """Task name -> its form and recipes."""
+    found = {}
+    for path in sorted((FOLDER / "tasks").glob("*.yaml")):
+        raw = _read(path)
+        recipes = {name: Preset(name=name, **item) for name, item in raw["presets"].items()}
+        found[raw["task"]] = Task(raw["task"], raw["title"], _fields(raw["fields"]), recipes)
+    return found

@@ -1,0 +1,71 @@
+"""Processes by pid *and* start time, so that a pid that the system gave to a stranger is never signalled."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+
+import psutil
+
+_SLACK = 1.0
+"""Seconds by which two readings of one process's start time may differ."""
+
+
+def started_at(pid: int) -> float | None:
+    """When the process began (seconds since the epoch); None when there is no such process."""
+    try:
+        return float(psutil.Process(pid).create_time())
+    except psutil.Error:
+        return None
+
+
+def alive(pid: int | None, started: float | None) -> bool:
+    """Whether this very process still runs. A zombie does not."""
+    if not pid or started is None:
+        return False
+    try:
+        process = psutil.Process(pid)
+        same = abs(process.create_time() - started) < _SLACK
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def members(pid: int | None, started: float | None) -> list[psutil.Process]:
+    """The live processes of the session that `pid` leads or led; empty if `pid` now belongs to someone else."""
+    if not pid or started is None:
+        return []
+    now = started_at(pid)
+    if now is not None and abs(now - started) >= _SLACK:
+        return []
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            if process.pid == pid or (hasattr(os, "getsid") and os.getsid(process.pid) == pid):
+                found.append(process)
+    return found
+
+
+def send(pid: int | None, started: float | None, number: signal.Signals) -> bool:
+    """Send a signal to every process of the recorded session; True when there was one."""
+    found = members(pid, started)
+    for process in found:
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(number)
+    return bool(found)
+
+
+def end(pid: int | None, started: float | None, grace: float = 10.0) -> None:
+    """TERM, then after `grace` seconds KILL, to the whole recorded session."""
+    if not send(pid, started, signal.SIGTERM):
+        return
+    deadline = time.monotonic() + grace
+    while time.monotonic() < deadline:
+        if not members(pid, started):
+            return
+        time.sleep(0.1)
+    send(pid, started, signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)

@@ -1,0 +1,60 @@
+"""The first-run samples: a job of `examples/` each, its rows, and the words of its card."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.paths import REPOSITORY
+from engine.train.job import JobSpec
+
+FOLDER = REPOSITORY / "examples"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One button of the first page.
+
+    Attributes:
+        name: a short stable name.
+        title: the card's head.
+        button: what the button says.
+        meaning: what happens and what it costs.
+        job: the job file in `examples/`.
+    """
+
+    name: str
+    title: str
+    button: str
+    meaning: str
+    job: str
+
+    def spec(self) -> JobSpec:
+        """The sample's job, its rows by absolute path."""
+        return JobSpec.from_file(FOLDER / self.job)
+
+    def rows(self) -> Path:
+        """The file it learns from."""
+        return Path(self.spec().data.path).resolve()
+
+
+SAMPLES = {
+    sample.name: sample
+    for sample in (
+        Sample(
+            "captain",
+            "A voice of the sea",
+            "Teach SmolLM2 the captain's voice",
+            "A real language model with 135 million parameters. Downloads about 93 MB once, then trains in about two"
+            " minutes on a laptop.",
+            "first_lora.yaml",
+        ),
+        Sample(
+            "toy",
+            "A first look in a minute",
+            "Try the toy model",
+            "A toy that comes with the studio: no download, about a minute. Its answers are poor, its change is plain.",
+            "first_lora_tiny.yaml",
+        ),
+    )
+}

@@ -1,0 +1,49 @@
+"""The page: head, the tabs in order, and the public endpoints."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import gradio as gr
+
+from studio import api
+from studio.context import Studio
+from studio.page import HIDDEN, TAB_IDS, TRAIN, Page, go
+from studio.store import is_run_id
+from studio.tabs import TABS
+
+
+def create_app(studio: Studio) -> gr.Blocks:
+    """The whole page over an opened home folder."""
+    # One day: a file that was uploaded but never used is no longer needed then. What is used is copied.
+    with gr.Blocks(title="Adapter Studio", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
+        gr.HTML(
+            '<div class="brand"><b>Adapter Studio</b><span>teach a language model something small, and see what it'
+            " changed</span></div>"
+        )
+        # First, so that no callback of the page takes one of their names.
+        api.build(studio)
+        run = gr.Textbox(visible="hidden", elem_id="run-id")
+        recipe, comparison, dataset = gr.State(None), gr.State(None), gr.State("")
+        with gr.Tabs() as tabs:
+            page = Page(studio, blocks, tabs, run, recipe, comparison, dataset)
+            for module in TABS:
+                with gr.Tab(module.TITLE, id=module.ID, elem_id=f"tab-{module.ID}", render_children=True) as tab:
+                    page.tab[module.ID] = tab
+                    module.build(page)
+        for module in TABS:
+            module.wire(page)
+            page.tab[module.ID].select(
+                None, None, None, js=f"() => window.studioAddress('tab', '{module.ID}')", **HIDDEN
+            )
+
+        def arrive(request: gr.Request) -> tuple[str, Any]:
+            """Come back to the run and the tab that the address names."""
+            asked = dict(request.query_params)
+            run_id = asked.get("run", "")
+            run_id = run_id if is_run_id(run_id) else ""
+            tab_id = asked.get("tab", "")
+            return run_id, go(tab_id) if tab_id in TAB_IDS else go(TRAIN) if run_id else gr.skip()
+
+        blocks.load(arrive, None, [run, tabs], **HIDDEN)
+    return cast(gr.Blocks, blocks)

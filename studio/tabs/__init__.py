@@ -1,0 +1,9 @@
+"""The pages, in order. Each module has `TITLE`, `build(page)` and `wire(page)`; they never import each other."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from studio.tabs import compare, data, runs, start, train
+
+TABS: tuple[ModuleType, ...] = (start, data, train, compare, runs)

@@ -1,0 +1,164 @@
+"""Compare: one prompt, the base and adapters side by side, the same seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from engine.errors import EngineError
+from engine.models.catalogue import BUILTIN, DEFAULT
+from studio.comparing import MOST_ADAPTERS, answer, columns_html, earlier_html, finished_runs, halted
+from studio.datasets import first_prompt
+from studio.markup import error, notice
+from studio.page import COMPARE, HIDDEN, Page
+
+ID = COMPARE
+TITLE = "Compare"
+
+
+@dataclass
+class Parts:
+    """The widgets of this tab."""
+
+    base: gr.Dropdown
+    adapters: gr.CheckboxGroup
+    prompt: gr.Textbox
+    generate: gr.Button
+    stop: gr.Button
+    seed: gr.Number
+    temperature: gr.Slider
+    tokens: gr.Slider
+    answers: gr.HTML
+    earlier: gr.HTML
+    empty: gr.HTML
+    done: gr.State
+
+
+def build(page: Page) -> None:
+    """Lay out the prompt bar and the columns."""
+    gr.HTML('<h2 class="page-title">What did it change?</h2>')
+    empty = gr.HTML(visible=False)
+    with gr.Row():
+        base = gr.Dropdown([], value=None, allow_custom_value=True, label="Base model", elem_id="compare-base", scale=1)
+        adapters = gr.CheckboxGroup(
+            [],
+            label="Adapters",
+            info=f"Trained on this base; at most {MOST_ADAPTERS}.",
+            elem_id="compare-adapters",
+            scale=2,
+        )
+    prompt = gr.Textbox(
+        label="Prompt",
+        lines=2,
+        max_lines=8,
+        placeholder="Ask something that your rows are about.",
+        elem_id="compare-prompt",
+    )
+    with gr.Row():
+        generate = gr.Button("Generate", variant="primary", elem_id="compare-generate", scale=2)
+        stop = gr.Button("Stop", interactive=False, elem_id="compare-stop", scale=1)
+    with gr.Accordion("Seed, temperature, length", open=False), gr.Row():
+        seed = gr.Number(0, precision=0, label="Seed", info="The same for every column.")
+        temperature = gr.Slider(
+            0, 2, value=0.7, step=0.05, label="Temperature", info="0 always takes the likeliest word."
+        )
+        tokens = gr.Slider(8, 512, value=80, step=8, label="Most tokens", info="Length of an answer.")
+    answers = gr.HTML(elem_id="compare-answers")
+    with gr.Accordion("Earlier comparisons", open=False):
+        earlier = gr.HTML()
+    page.parts[ID] = Parts(
+        base, adapters, prompt, generate, stop, seed, temperature, tokens, answers, earlier, empty, gr.State("")
+    )
+
+
+def sampling(seed: float | None, temperature: float, tokens: float) -> dict[str, Any]:
+    """The widgets' values as `engine.generation.Sampling` takes them."""
+    return {"seed": abs(int(seed or 0)) % 2**31, "temperature": float(temperature), "max_new_tokens": int(tokens)}
+
+
+def wire(page: Page) -> None:
+    """Connect the prompt bar."""
+    parts: Parts = page.parts[ID]
+    studio = page.studio
+
+    def choices(base: str) -> list[tuple[str, str]]:
+        return [(row["name"], row["id"]) for row in finished_runs(studio) if row["model"] == base]
+
+    def enter(
+        base: str | None, chosen: list[str] | None, prompt: str, wanted: Mapping[str, Any] | None, done: str
+    ) -> dict[Any, Any]:
+        """What another page asked for, once; else what stands here, with the adapters there are now."""
+        if wanted and wanted["nonce"] != done:
+            shown = offer(wanted["base"], wanted["runs"], fitting(wanted["runs"][0]))
+            return {**shown, parts.answers: "", parts.done: wanted["nonce"]}
+        return offer(base, chosen, prompt)
+
+    def offer(base: str | None, chosen: list[str] | None, prompt: str) -> dict[Any, Any]:
+        """The bases and adapters there are now; the newest adapter is chosen when nothing is."""
+        runs = finished_runs(studio)
+        known = [*dict.fromkeys([*(row["model"] for row in runs), *BUILTIN])]
+        base = base or (runs[0]["model"] if runs else DEFAULT)
+        offered = choices(base)
+        kept = [run_id for run_id in chosen or [] if run_id in {key: label for label, key in offered}]
+        if not kept and offered:
+            kept = [offered[0][1]]
+        tip = notice("info", "No adapter of this base yet.", "", "Train one; until then only the base answers.")
+        return {
+            parts.base: gr.Dropdown(known, value=base),
+            parts.adapters: gr.CheckboxGroup(offered, value=kept, visible=bool(offered)),
+            parts.prompt: prompt or (fitting(kept[0]) if kept else ""),
+            parts.empty: gr.HTML(tip, visible=not offered),
+        }
+
+    def fitting(run_id: str) -> str:
+        """A prompt that fits what the run learned from."""
+        row = studio.store.run(run_id)
+        samples = row["spec"]["training"].get("sample_prompts") or []
+        if samples:
+            return str(samples[0])
+        try:
+            return first_prompt(studio.store.dataset(row["dataset"]))
+        except EngineError:
+            return ""
+
+    def rebase(base: str) -> dict[Any, Any]:
+        return {**offer(base, [], ""), parts.answers: ""}
+
+    def generate(
+        base: str, chosen: list[str] | None, prompt: str, seed: float, temperature: float, tokens: float
+    ) -> Iterator[dict[Any, Any]]:
+        """Answer the prompt with every column at once."""
+        try:
+            for state in answer(studio, base, chosen or [], prompt, sampling(seed, temperature, tokens)):
+                yield {
+                    parts.answers: columns_html(state),
+                    parts.stop: gr.Button(interactive=not state.finished),
+                    parts.generate: gr.Button(interactive=state.finished),
+                }
+        except EngineError as fault:
+            yield {
+                parts.answers: error(fault, "There is no answer"),
+                parts.stop: gr.Button(interactive=False),
+                parts.generate: gr.Button(interactive=True),
+            }
+        yield {parts.earlier: earlier_html(studio.store.comparisons())}
+
+    bar = [parts.base, parts.adapters, parts.prompt]
+    shown = [*bar, parts.empty, parts.answers, parts.done]
+    page.tab[ID].select(enter, [*bar, page.comparison, parts.done], shown, **HIDDEN)
+    page.blocks.load(offer, bar, shown, **HIDDEN)
+    page.tab[ID].select(lambda: earlier_html(studio.store.comparisons()), None, parts.earlier, **HIDDEN)
+    parts.base.input(rebase, parts.base, shown, **HIDDEN)
+    inputs = [*bar, parts.seed, parts.temperature, parts.tokens]
+    outputs = [parts.answers, parts.stop, parts.generate, parts.earlier]
+    asked = gr.on([parts.generate.click, parts.prompt.submit], generate, inputs, outputs, trigger_mode="once", **HIDDEN)
+    parts.stop.click(
+        lambda shown: (gr.Button(interactive=False), gr.Button(interactive=True), halted(shown)),
+        parts.answers,
+        [parts.stop, parts.generate, parts.answers],
+        cancels=asked,
+        **HIDDEN,
+    )

@@ -1,0 +1,315 @@
+"""Train: base, preset, the fields that matter, the cost; then the live part of the run that was started."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+from gradio.components import Component
+
+from engine.errors import ConfigError, EngineError
+from engine.models.catalogue import BUILTIN, DEFAULT
+from engine.train.job import JobSpec
+from studio import forms, live, presets
+from studio.datasets import train_rows, usable
+from studio.markup import error, esc, size
+from studio.page import DATA, HIDDEN, TRAIN, Page, go
+
+ID = TRAIN
+TITLE = "Train"
+TASK, METHOD = "causal_lm", "lora"
+START_PRESET = "quick-look"
+GROUPS = {
+    "adapter": "Adapter",
+    "optimisation": "Optimisation",
+    "memory": "Memory and speed",
+    "checks": "Checks and samples",
+}
+
+
+@dataclass
+class Parts:
+    """The widgets of the form, and the live part."""
+
+    form: gr.Column
+    base: gr.Dropdown
+    preset: gr.Radio
+    meaning: gr.HTML
+    dataset: gr.Dropdown
+    eval_split: gr.Number
+    name: gr.Textbox
+    widgets: dict[str, Component]
+    count: gr.HTML
+    same: gr.Code
+    fault: gr.HTML
+    start: gr.Button
+    to_data: gr.Button
+    live: live.Live
+
+
+def bases() -> list[tuple[str, str]]:
+    """The built-in bases as (what is shown, name)."""
+    return [(model.title, model.name) for model in BUILTIN.values()]
+
+
+def datasets(page: Page) -> list[tuple[str, str]]:
+    """The data sets that can be trained on, newest first."""
+    return [(f"{row['name']} ({row['rows']:,} rows)", row["id"]) for row in page.studio.store.datasets() if usable(row)]
+
+
+def fields() -> tuple[presets.Field, ...]:
+    """Every field of the form in order: the adapter's, then the training's."""
+    return presets.methods()[METHOD].fields + presets.tasks()[TASK].fields
+
+
+def build(page: Page) -> None:
+    """Lay out the form and the live part."""
+    task, method = presets.tasks()[TASK], presets.methods()[METHOD]
+    widgets: dict[str, Component] = {}
+
+    def add(group: str) -> None:
+        for field in fields():
+            if field.group == group:
+                widgets[field.name] = forms.widget(field)
+
+    with gr.Column() as form:
+        gr.HTML('<h2 class="page-title">What should learn, and how?</h2>')
+        with gr.Row():
+            dataset = gr.Dropdown(
+                datasets(page), label="Data set", info="What it learns from.", elem_id="train-dataset"
+            )
+            base = gr.Dropdown(
+                bases(),
+                value=DEFAULT,
+                allow_custom_value=True,
+                label="Base model",
+                info="Choose one, or type a hub id (owner/name) or a local folder.",
+                elem_id="train-base",
+            )
+        preset = gr.Radio(
+            [(item.title, item.name) for item in task.presets.values()],
+            value=START_PRESET,
+            label="Preset",
+            elem_id="train-preset",
+        )
+        meaning = gr.HTML(elem_classes="st-hint")
+        with gr.Row(elem_id="main-fields"):
+            add("main")
+        count = gr.HTML('<div class="st-count">&nbsp;</div>', elem_id="train-count")
+        with gr.Accordion("Advanced", open=False):
+            gr.HTML(
+                f'<p class="st-hint">{esc(method.title)}: {esc(method.meaning)} '
+                f'<a href="{esc(method.paper)}" target="_blank" rel="noopener">paper</a></p>'
+            )
+            for group, title in GROUPS.items():
+                gr.HTML(f"<h3>{title}</h3>")
+                with gr.Row(elem_classes="fields"):
+                    add(group)
+                    if group == "checks":
+                        eval_split = gr.Number(
+                            0.1,
+                            step=0.01,
+                            label="Rows held back (eval_split)",
+                            info="Share of the rows that is only for checking, 0 to 0.5.",
+                        )
+        with gr.Accordion("The same as a command", open=False):
+            gr.HTML(
+                '<p class="st-hint">Save as job.yaml, then '
+                "<code>python -m engine train job.yaml --out my-run</code></p>"
+            )
+            same = gr.Code(language="yaml", show_label=False, interactive=False)
+        name = gr.Textbox(label="Name of the run", placeholder="From the data set and the preset", max_length=80)
+        fault = gr.HTML(visible=False)
+        start = gr.Button("Train", variant="primary", visible=False, elem_id="train-start")
+        to_data = gr.Button("Choose a data set first", variant="primary", elem_id="train-to-data")
+    page.parts[ID] = Parts(
+        form,
+        base,
+        preset,
+        meaning,
+        dataset,
+        eval_split,
+        name,
+        widgets,
+        count,
+        same,
+        fault,
+        start,
+        to_data,
+        live.build(),
+    )
+
+
+def read_form(
+    page: Page, base: str, preset: str | None, dataset_id: str | None, eval_split: float, name: str, *values: Any
+) -> JobSpec:
+    """The job that the form describes; `values` are the fields' widgets in order.
+
+    Raises:
+        EngineError: with every fault of the form.
+    """
+    if not dataset_id:
+        raise ConfigError("No data set is chosen.", "Add one on the Data page.")
+    row = page.studio.store.dataset(dataset_id)
+    method, task = presets.methods()[METHOD], presets.tasks()[TASK]
+    cut = len(method.fields)
+    known = forms.read_all(fields(), values)
+    adapter = {field.name: known[field.name] for field in fields()[:cut]}
+    training = {field.name: known[field.name] for field in fields()[cut:]}
+    title = (name or "").strip()[:80] or default_name(row["name"], base, task.presets.get(preset or ""))
+    return forms.job(
+        name=title,
+        task=TASK,
+        model=base or "",
+        dataset=row,
+        eval_split=0.0 if eval_split is None else float(eval_split),
+        method=METHOD,
+        adapter=adapter,
+        training=training,
+    )
+
+
+def default_name(dataset: str, base: str, preset: presets.Preset | None) -> str:
+    """A run's name where the person gave none."""
+    stem = dataset.rsplit(".", 1)[0]
+    short = base.rstrip("/").rsplit("/", 1)[-1]
+    return " · ".join(part for part in (stem, short, preset.title.lower() if preset else "") if part)[:80]
+
+
+def filled(parts: Parts, adapter: Mapping[str, Any], training: Mapping[str, Any], eval_split: float) -> dict[Any, Any]:
+    """The form's widgets with a job's values."""
+    known = {**adapter, **training}
+    found: dict[Any, Any] = {
+        parts.widgets[field.name]: forms.show(field, known.get(field.name, forms.read_default(field)))
+        for field in fields()
+    }
+    found[parts.eval_split] = eval_split
+    return found
+
+
+def counted(page: Page, base: str, adapter: Mapping[str, Any]) -> str:
+    """How many parameters learn, in a sentence."""
+    found = page.studio.inference.count(base, adapter)
+    return (
+        f'<div class="st-count"><b>{found["trainable"]:,}</b> of {found["parameters"]:,} parameters learn '
+        f"({found['share'] * 100:.2g} %); the adapter will be a file of {size(found['adapter_bytes'])}.</div>"
+    )
+
+
+def wire(page: Page) -> None:
+    """Connect the form."""
+    parts: Parts = page.parts[ID]
+    live.wire(page, parts.live, parts.form)
+    values = [parts.widgets[field.name] for field in fields()]
+    form = [parts.base, parts.preset, parts.dataset, parts.eval_split, parts.name, *values]
+    counts: dict[str, str] = {}
+
+    def offer(dataset_id: str | None, eval_split: float | None) -> dict[Any, Any]:
+        """The one button that is next."""
+        rows = {key: label for label, key in datasets(page)}
+        ready = dataset_id in rows
+        count = train_rows(page.studio.store.dataset(dataset_id), eval_split or 0.0) if ready and dataset_id else 0
+        return {
+            parts.start: gr.Button(f"Train on these {count:,} rows", visible=ready),
+            parts.to_data: gr.Button(visible=not ready),
+        }
+
+    def enter(dataset_id: str | None, eval_split: float | None) -> dict[Any, Any]:
+        """The data sets there are now; the newest is chosen when none is. A choice that stands is not touched:
+        the form may be being filled at this moment."""
+        choices = datasets(page)
+        if dataset_id in {key for _, key in choices}:
+            return {parts.dataset: gr.Dropdown(choices)}
+        chosen = choices[0][1] if choices else None
+        return {parts.dataset: gr.Dropdown(choices, value=chosen), **offer(chosen, eval_split)}
+
+    def use(dataset_id: str, eval_split: float | None) -> dict[Any, Any]:
+        """The data set that was chosen on Data."""
+        if not dataset_id:
+            return {}
+        return {parts.dataset: gr.Dropdown(datasets(page), value=dataset_id), **offer(dataset_id, eval_split)}
+
+    def choose(name: str) -> dict[Any, Any]:
+        """Fill the form from a preset."""
+        task, method = presets.tasks()[TASK], presets.methods()[METHOD]
+        preset = task.presets.get(name)
+        if preset is None:
+            return {parts.meaning: ""}
+        adapter, training = forms.preset_values(task, method, preset)
+        return {parts.meaning: esc(preset.meaning), **filled(parts, adapter, training, preset.eval_split)}
+
+    def fill(recipe: Mapping[str, Any] | None) -> dict[Any, Any]:
+        """Fill the form from a whole job."""
+        if not recipe:
+            return {}
+        spec, choices = recipe["spec"], datasets(page)
+        known = {key for _, key in choices}
+        dataset_id = recipe.get("dataset") if recipe.get("dataset") in known else None
+        split = spec["data"]["eval_split"]
+        return {
+            parts.base: spec["model"],
+            parts.preset: None,
+            parts.meaning: esc(recipe.get("meaning", "Settings of an earlier run; change what you like.")),
+            parts.name: spec.get("name", ""),
+            parts.dataset: gr.Dropdown(choices, value=dataset_id),
+            parts.fault: gr.HTML(visible=False),
+            **filled(parts, spec["adapter"], spec["training"], split),
+            **offer(dataset_id, split),
+        }
+
+    def describe(*inputs: Any) -> str:
+        try:
+            return forms.as_yaml(read_form(page, *inputs))
+        except EngineError as fault:
+            return "\n".join(f"# {line}" for line in str(fault).splitlines())
+
+    def count(base: str, *inputs: Any) -> Iterator[str]:
+        method = presets.methods()[METHOD]
+        try:
+            adapter = {"method": METHOD, **forms.read_all(method.fields, inputs)}
+            adapter = {key: value for key, value in adapter.items() if value is not None}
+            key = json.dumps([base, adapter])
+            if key not in counts:
+                yield '<div class="st-count">Counting what learns ...</div>'
+                counts[key] = counted(page, (base or "").strip(), adapter)
+            yield counts[key]
+        except EngineError as fault:
+            yield error(fault, "These settings do not fit this base")
+
+    def start(*inputs: Any) -> dict[Any, Any]:
+        """Queue the run and show it."""
+        try:
+            spec = read_form(page, *inputs)
+            run_id = page.studio.jobs.submit(spec, inputs[2])
+        except EngineError as fault:
+            return {parts.fault: gr.HTML(error(fault, "This run cannot start yet"), visible=True)}
+        return {page.run: run_id, parts.fault: gr.HTML(visible=False)}
+
+    everything = [*form, parts.meaning, parts.fault, parts.start, parts.to_data]
+    adapter_widgets = [parts.widgets[field.name] for field in presets.methods()[METHOD].fields]
+    split = [parts.dataset, parts.eval_split]
+    offered = [parts.dataset, parts.start, parts.to_data]
+    page.blocks.load(enter, split, offered, **HIDDEN)
+    page.blocks.load(choose, parts.preset, everything, **HIDDEN)
+    page.tab[ID].select(enter, split, offered, **HIDDEN)
+    page.dataset.change(use, [page.dataset, parts.eval_split], offered, **HIDDEN)
+    page.recipe.change(fill, page.recipe, everything, **HIDDEN)
+    parts.preset.input(choose, parts.preset, everything, **HIDDEN)
+    # Not left to `change` alone: a widget that was filled before it was first shown does not tell.
+    gr.on([parts.dataset.change, parts.eval_split.change], offer, split, offered[1:], **HIDDEN)
+    changed = [widget.change for widget in form]  # type: ignore[attr-defined]
+    gr.on(changed, describe, form, parts.same, trigger_mode="always_last", **HIDDEN)
+    gr.on(
+        [page.tab[ID].select, parts.base.change, *(widget.change for widget in adapter_widgets)],  # type: ignore[attr-defined]
+        count,
+        [parts.base, *adapter_widgets],
+        parts.count,
+        trigger_mode="always_last",
+        concurrency_limit=4,
+        **HIDDEN,
+    )
+    parts.start.click(start, form, [page.run, parts.fault], trigger_mode="once", **HIDDEN)
+    parts.to_data.click(lambda: go(DATA), None, page.tabs, **HIDDEN)

@@ -1,0 +1,69 @@
+"""The look: one calm theme, light and dark, from the fonts that the machine has. Nothing is fetched from elsewhere."""
+
+from __future__ import annotations
+
+import gradio as gr
+from gradio.themes.utils import colors, sizes
+
+from engine.paths import REPOSITORY
+
+_FOLDER = REPOSITORY / "studio" / "assets"
+
+FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Noto Sans KR", "sans-serif"]
+MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
+
+ACCENT, ACCENT_DARK = "#1f5fa8", "#2a6fbe"
+
+
+def theme() -> gr.themes.Base:
+    """Gradio's theme with our colours, spacing and fonts."""
+    return gr.themes.Base(
+        primary_hue=colors.blue,
+        neutral_hue=colors.slate,
+        radius_size=sizes.radius_md,
+        spacing_size=sizes.spacing_md,
+        font=FONT,
+        font_mono=MONO,
+    ).set(
+        body_background_fill="#f6f7f9",
+        body_background_fill_dark="#14171c",
+        block_background_fill="#ffffff",
+        block_background_fill_dark="#1c2027",
+        block_border_color="#dfe3e8",
+        block_border_color_dark="#333a44",
+        block_border_width="0px",
+        block_label_background_fill="#ffffff",
+        block_label_background_fill_dark="#1c2027",
+        input_background_fill="#ffffff",
+        input_background_fill_dark="#14171c",
+        input_border_width="1px",
+        input_border_color="#b9c0ca",
+        input_border_color_dark="#4a5361",
+        button_primary_background_fill=ACCENT,
+        button_primary_background_fill_dark=ACCENT_DARK,
+        button_primary_background_fill_hover="#184c87",
+        button_primary_background_fill_hover_dark="#245fa3",
+        button_primary_text_color="#ffffff",
+        button_primary_text_color_dark="#ffffff",
+        button_secondary_background_fill="#e9edf2",
+        button_secondary_background_fill_dark="#2a303a",
+        button_secondary_text_color="#1d2430",
+        button_secondary_text_color_dark="#e8ebf0",
+        body_text_color="#1d2430",
+        body_text_color_dark="#e8ebf0",
+        body_text_color_subdued="#566070",
+        body_text_color_subdued_dark="#a8b1bf",
+        block_info_text_color="#566070",
+        block_info_text_color_dark="#a8b1bf",
+    )
+
+
+def css() -> str:
+    """The studio's own style sheet."""
+    return (_FOLDER / "studio.css").read_text(encoding="utf-8")
+
+
+def head() -> str:
+    """What stands in the page's head: the frame's style, hover text on charts, the run and tab in the address."""
+    style, script = ((_FOLDER / name).read_text(encoding="utf-8") for name in ("page.css", "studio.js"))
+    return f"<style>{style}</style><script>{script}</script>"

@@ -1,0 +1,170 @@
+"""Data rows and runs as the pages show them: HTML from plain values."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from engine import data
+from studio import states
+from studio.charts import histogram
+from studio.datasets import Checked
+from studio.markup import badge, dot, error, esc, notice, number, seconds, table
+from studio.store import Row
+
+_SHOWN_ROWS = 5
+_SHOWN_PROBLEMS = 50
+_SHOWN_TEXT = 400
+
+
+def preview(prepared: data.Prepared) -> str:
+    """The first rows: grey is what the base reads, underlined what the adapter learns."""
+    rows = []
+    for example in prepared.examples[:_SHOWN_ROWS]:
+        rows.append([f'<span class="num">{example["line"]}</span>', _example(example)])
+    caption = "First rows. Grey is read; underlined is learned."
+    return table([prepared.unit, "text"], rows, caption)
+
+
+def _example(example: Mapping[str, Any]) -> str:
+    if "messages" in example:
+        return "<br>".join(_turn(turn["role"], turn["content"]) for turn in example["messages"])
+    if "prompt" in example:
+        return _turn("user", example["prompt"]) + "<br>" + _turn("assistant", example["completion"])
+    return _turn("assistant", example["text"])
+
+
+def _turn(role: str, text: str) -> str:
+    cut = text if len(text) <= _SHOWN_TEXT else text[:_SHOWN_TEXT] + " ..."
+    return f'<span class="{"learn" if role == "assistant" else "read"}">{esc(cut)}</span>'
+
+
+def problems(prepared: data.Prepared) -> str:
+    """What was skipped or mended, by line; kept and skipped add up to all rows."""
+    total = f"{prepared.kept:,} kept + {prepared.skipped:,} skipped = {prepared.total:,} rows"
+    if not prepared.problems:
+        return notice("good", "No problems found.", total)
+    done = {"skip": "skipped", "fix": "mended, kept", "note": "kept"}
+    shown = prepared.problems[:_SHOWN_PROBLEMS]
+    rows = [
+        [f'<span class="num">{item.line:,}</span>', esc(item.column), esc(item.message), done.get(item.severity, "")]
+        for item in shown
+    ]
+    counts = ", ".join(f"{code} {count:,}" for code, count in prepared.counts.items())
+    more = sum(prepared.counts.values()) - len(shown)
+    tail = f'<p class="st-hint">and {more:,} more</p>' if more > 0 else ""
+    return (
+        notice("warn", total, f"By cause: {counts}.", "Training works with the rows that are kept.")
+        + '<div class="scroll" tabindex="0">'
+        + table([prepared.unit, "column", "problem", "what was done"], rows)
+        + "</div>"
+        + tail
+    )
+
+
+def lengths(prepared: data.Prepared) -> str:
+    """How long the rows are."""
+    shape = data.profile(prepared)["histogram"]
+    return histogram(shape["edges"], shape["counts"], "Length of rows", "characters")
+
+
+def recognised(found: Checked) -> str:
+    """What the file was recognised as, or what is missing."""
+    if found.fault is not None:
+        return error(found.fault, "These rows cannot be used yet")
+    if found.prepared is None or found.format is None:
+        return notice("warn", "Which column is which?", found.reason, "Choose a format and its columns below.")
+    if found.guessed:
+        title = f"Is this right? {found.name} read as {found.format}"
+        return notice("warn", title, found.reason, "If not, choose a format and its columns below.")
+    about = data.FORMATS[found.format].about
+    kept = f"{found.prepared.kept:,} rows ready"
+    return notice("good", f"{found.name}: recognised as {found.format}, {kept}", found.reason or about)
+
+
+def run_head(row: Row, extra: Mapping[str, Any] | None = None) -> str:
+    """A run's title, state, progress and the facts of its newest step."""
+    extra = extra or {}
+    state = row["state"]
+    total, step = row["total_steps"], row["step"] or 0
+    facts = []
+    if total:
+        facts.append(f"step <b>{step:,}</b> of {total:,}")
+    if state in states.ACTIVE and extra.get("eta_s") is not None:
+        facts.append(f"<b>{seconds(extra['eta_s'])}</b> left")
+    if extra.get("tokens_per_s"):
+        facts.append(f"<b>{extra['tokens_per_s']:,.0f}</b> tokens/s")
+    if row["loss"] is not None:
+        facts.append(f"loss <b>{number(row['loss'])}</b>")
+    if row["eval_loss"] is not None:
+        facts.append(f"evaluation <b>{number(row['eval_loss'])}</b>")
+    if state in states.FINISHED and row["started"] and row["ended"]:
+        facts.append(f"took <b>{seconds(row['ended'] - row['started'])}</b>")
+    word = states.WORDS[state]
+    message = extra.get("message")
+    if state in (states.STARTING, states.RUNNING, states.PAUSING) and message and not step:
+        word = message
+    return (
+        f'<div class="run-head" data-run="{esc(row["id"])}" data-state="{esc(state)}"><h2>{dot(row["colour"])}'
+        f"{esc(row['name'])} {badge(state)}</h2>"
+        f"{_bar(row, extra)}<div class='st-facts'><span>{esc(word)}</span>"
+        + "".join(f"<span>{fact}</span>" for fact in facts)
+        + "</div></div>"
+    )
+
+
+def _bar(row: Row, extra: Mapping[str, Any]) -> str:
+    state, total, step = row["state"], row["total_steps"], row["step"] or 0
+    colour = f"--c:{esc(row['colour'])}"
+    if state in states.ACTIVE and not step:
+        fraction = extra.get("fraction")
+        if fraction is None:
+            return f'<div class="st-progress unsure" role="progressbar" style="{colour}"><i></i></div>'
+        share = 100 * float(fraction)
+    else:
+        share = 100.0 if state == states.DONE else 100 * step / total if total else 0.0
+    return (
+        f'<div class="st-progress" role="progressbar" aria-valuenow="{share:.0f}" style="{colour}">'
+        f'<i style="width:{share:.1f}%"></i></div>'
+    )
+
+
+def film(samples: Sequence[Mapping[str, Any]]) -> str:
+    """The sample prompts' answers from the first check to now."""
+    if not samples:
+        return ""
+    prompts: dict[str, dict[int, str]] = {}
+    for event in samples:
+        prompts.setdefault(str(event.get("prompt", "")), {})[int(event.get("step") or 0)] = str(event.get("text", ""))
+    parts = []
+    for prompt, answers in prompts.items():
+        frames = "".join(
+            f'<div class="frame"><small>step {step:,}</small>{esc(text)}</div>'
+            for step, text in sorted(answers.items())
+        )
+        parts.append(f'<h4>{esc(prompt)}</h4><div class="frames">{frames}</div>')
+    return f'<div class="film">{"".join(parts)}</div>'
+
+
+def run_table(rows: Sequence[Row], chosen: str = "") -> str:
+    """Runs as a table whose names are buttons (`data-run`)."""
+    lines = []
+    for row in rows:
+        link = f'<button class="link" type="button" data-run="{esc(row["id"])}">{esc(row["name"])}</button>'
+        name = dot(row["colour"]) + link
+        took = (row["ended"] or time.time()) - row["started"] if row["started"] else None
+        steps = f"{row['step'] or 0:,}" + (f" / {row['total_steps']:,}" if row["total_steps"] else "")
+        final = row["eval_loss"] if row["eval_loss"] is not None else row["loss"]
+        lines.append(
+            [
+                f'<span style="display:inline-flex;align-items:center">{name}</span>',
+                badge(row["state"]),
+                esc(row["model"]),
+                esc(row["method"]),
+                f'<span class="num">{number(final)}</span>',
+                f'<span class="num">{seconds(took)}</span>',
+                f'<span class="num">{steps}</span>',
+            ]
+        )
+    return table(["run", "state", "base", "method", "loss", "time", "steps"], lines)

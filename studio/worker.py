@@ -1,0 +1,123 @@
+"""`python -m studio.worker RUN_ID`: trains one run in a process of its own.
+
+Events go to the store, commands come from it; the page's process may end and begin again meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from engine.errors import EngineError
+from engine.paths import studio_home
+from engine.train.events import Event
+from engine.train.job import JobSpec
+from studio import process, states
+from studio.faults import is_memory, memory_event, unexpected_event
+from studio.store import Store
+
+logger = logging.getLogger("studio.worker")
+
+_AFTER = {"done": states.DONE, "paused": states.PAUSED, "stopped": states.STOPPED}
+
+
+class StoreSink:
+    """Every event becomes a row; `training` turns true at the first step, when there is something to keep."""
+
+    def __init__(self, store: Store, run_id: str) -> None:
+        self.store = store
+        self.run_id = run_id
+        self.training = False
+
+    def emit(self, event: Event) -> None:
+        """Keep the event, and move the run from starting to running when training begins."""
+        self.store.add_event(self.run_id, event)
+        if event["type"] == "start":
+            self.training = True
+            self.store.move(self.run_id, [states.STARTING], states.RUNNING)
+
+
+class StoreControl:
+    """Commands from the store. TERM asks for an orderly stop once there is something to keep, else it ends at once."""
+
+    def __init__(self, store: Store, sink: StoreSink) -> None:
+        self.store = store
+        self.sink = sink
+        self.terminated = False
+        signal.signal(signal.SIGTERM, self._terminate)
+
+    def _terminate(self, number: int, frame: FrameType | None) -> None:
+        if not self.sink.training:
+            raise SystemExit(128 + number)
+        self.terminated = True
+
+    def poll(self) -> str | None:
+        """The next command, or None."""
+        return "stop" if self.terminated else self.store.take(self.sink.run_id)
+
+
+def claim(store: Store, run_id: str) -> bool:
+    """Make this process the run's own; False when the run has been taken back or is another's."""
+    pid = os.getpid()
+    started = process.started_at(pid)
+    with store.exclusive() as db:
+        cursor = db.conn.execute(
+            "UPDATE runs SET pid = ?, pid_started = ? WHERE id = ? AND state IN (?, ?) AND (pid IS NULL OR pid = ?)",
+            [pid, started, run_id, states.STARTING, states.STOPPING, pid],
+        )
+    return bool(cursor.rowcount == 1)
+
+
+def train(store: Store, run_id: str, folder: Path) -> int:
+    """Train the claimed run and set its final state; returns the exit status."""
+    row = store.run(run_id)
+    sink = StoreSink(store, run_id)
+    control = StoreControl(store, sink)
+    try:
+        sink.emit({"type": "status", "phase": "loading", "message": "Starting"})
+        from engine.train import worker
+
+        spec = JobSpec.from_file(folder / "spec.yaml")
+        final = worker.run(spec, folder, sink, control, resume=bool(row["resume"]))
+        store.update_run(run_id, state=_AFTER[final], ended=time.time(), error=None)
+        return 0
+    except EngineError as error:
+        logger.exception("The run failed.")
+        _fail(store, sink, error.to_event())
+    except Exception as error:
+        logger.exception("The run failed.")
+        named = memory_event(error) if is_memory(error) else unexpected_event(error)
+        _fail(store, sink, named)
+    return 1
+
+
+def _fail(store: Store, sink: StoreSink, event: Event) -> None:
+    sink.emit(event)
+    error = {key: event[key] for key in ("code", "message", "hint")}
+    store.update_run(sink.run_id, state=states.FAILED, ended=time.time(), error=error)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; the one argument is the run's id."""
+    arguments = sys.argv[1:] if argv is None else argv
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    home = studio_home()
+    store = Store(home)
+    if len(arguments) != 1:
+        print("usage: python -m studio.worker RUN_ID", file=sys.stderr)
+        return 2
+    run_id = arguments[0]
+    store.run(run_id)
+    if not claim(store, run_id):
+        logger.warning("Run %s is not waiting for a worker; nothing to do.", run_id)
+        return 3
+    return train(store, run_id, home / "runs" / run_id)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,194 @@
+"""The whole road in a real browser: page, sample, training, a reload in the middle, comparison. On the built-in toy."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from studio_server import serving
+
+from engine.paths import REPOSITORY
+
+sync_api = pytest.importorskip("playwright.sync_api")
+
+CHROMIUM = os.environ.get("STUDIO_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+IMAGES = REPOSITORY / "docs" / "images"
+WIDTHS = (1280, 390)
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium; install it, or name it in STUDIO_CHROMIUM"),
+]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A studio of its own, with an empty home."""
+    with serving(tmp_path_factory.mktemp("home")) as running:
+        yield running.address
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        )
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser: Any, server: str) -> Iterator[Any]:
+    """A fresh page; at its end nothing may have been asked from anywhere but the server."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    page.set_default_timeout(60_000)
+    foreign: list[str] = []
+    page.on("request", lambda r: None if r.url.startswith((server, "data:", "blob:")) else foreign.append(r.url))
+    yield page
+    context.close()
+    assert foreign == []
+
+
+def shoot(page: Any, name: str) -> None:
+    """Pictures at both widths, only where `STUDIO_SCREENSHOTS` asks for them."""
+    for width in WIDTHS:
+        page.set_viewport_size({"width": width, "height": 900})
+        page.wait_for_timeout(400)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{name} is too wide at {width}"
+        if os.environ.get("STUDIO_SCREENSHOTS"):
+            IMAGES.mkdir(parents=True, exist_ok=True)
+            page.screenshot(path=IMAGES / f"{name}-{width}.png", full_page=True)
+    page.set_viewport_size({"width": WIDTHS[0], "height": 900})
+
+
+def steps_drawn(page: Any) -> int:
+    """How many points the loss curve has."""
+    line = page.locator("#live-curves .chart polyline.thin").first
+    return len((line.get_attribute("points") or "").split()) if line.count() else 0
+
+
+def curve(page: Any) -> list[str]:
+    hover = page.locator("#live-curves .plot[data-hover]").first.get_attribute("data-hover") or ""
+    return re.findall(r'\[[^\[\]]*, ([\d.]+), "([\d.e+-]+)"\]', hover.split('"evaluation"')[0])
+
+
+def head(page: Any, state: str) -> Any:
+    return page.locator(f"#live-head .run-head[data-state={state}]")
+
+
+def test_from_the_first_page_to_two_different_answers_in_four_clicks(page: Any, server: str) -> None:
+    page.goto(server)
+    page.locator("#start-toy").wait_for()
+    page.wait_for_timeout(1000)
+    shoot(page, "start")
+    page.click("#start-toy")
+    start = page.locator("#train-start")
+    start.wait_for()
+    assert re.fullmatch(r"Train on these \d+ rows", start.inner_text())
+    page.locator("#train-count b").wait_for(timeout=120_000)
+    shoot(page, "train")
+    start.click()
+    page.locator("#live-curves polyline.thin").first.wait_for(timeout=120_000)
+    run = re.search(r"run=(run-[0-9a-f]{8})", page.url)
+    assert run is not None
+
+    while steps_drawn(page) < 6:
+        page.wait_for_timeout(100)
+    before, state = curve(page), page.locator("#live-head .run-head").get_attribute("data-state")
+    page.reload()
+    page.locator(f"#live-head .run-head[data-run={run[1]}]").wait_for()
+    page.locator("#live-curves polyline.thin").first.wait_for()
+    after = curve(page)
+    assert state == "running" and after[: len(before)] == before
+    head(page, "done").wait_for(timeout=240_000)
+    assert len(curve(page)) == 36
+    assert page.locator("#live-film .frame").count() >= 4
+    shoot(page, "live")
+
+    page.click("#live-compare")
+    prompt = page.locator("#compare-prompt textarea")
+    sync_api.expect(prompt).not_to_have_value("")
+    page.click("#compare-generate")
+    page.locator("#compare-answers >> text=Answered in").wait_for(timeout=120_000)
+    answers = page.locator("#compare-answers .answer").all_inner_texts()
+    assert len(answers) == 2 and all(answers) and answers[0] != answers[1]
+    assert re.search(r"fair winds", answers[1], re.IGNORECASE), answers
+    assert not re.search(r"fair winds", answers[0], re.IGNORECASE), answers
+    shoot(page, "compare")
+
+    page.click("#tab-runs-button")
+    page.locator("#runs-table button[data-run]").first.click()
+    page.locator("#runs-head .run-head").wait_for()
+    page.wait_for_timeout(500)
+    shoot(page, "runs")
+    page.click("#runs-delete")
+    page.click("#runs-delete-yes")
+    page.locator("#runs-table >> text=No runs yet").wait_for()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "code"),
+    [
+        ("empty.csv", b"", "data-empty"),
+        ("broken.csv", b"question,answer\nhi,\xff\xfe\xfa there\n", "data-encoding"),
+        ("bomb.parquet", b"PK\x03\x04" + b"\0" * 1000, "data-not-parquet"),
+        ("null.jsonl", b'{"prompt": "a", "completion": null}\n', "data-nothing-left"),
+    ],
+)
+def test_a_bad_file_is_an_instruction_on_the_page(
+    page: Any, server: str, tmp_path: Path, name: str, content: bytes, code: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    page.goto(f"{server}/?tab=data")
+    page.locator("#data-file input[type=file]").set_input_files(tmp_path / name)
+    page.locator(f"#data-verdict .notice.error[data-code={code}]").wait_for()
+    assert page.locator("text=Traceback").count() == 0
+    good = tmp_path / "good.csv"
+    good.write_text("question,answer\n" + "".join(f"What is {n}?,It is {n}.\n" for n in range(20)), encoding="utf-8")
+    page.locator("#data-file button[aria-label=Clear], #data-file button[aria-label='Remove this file']").first.click()
+    page.locator("#data-file input[type=file]").set_input_files(good)
+    page.locator("#data-verdict .notice.good").wait_for()
+    page.locator("#data-use >> text=Use these 20 rows").wait_for()
+    shoot(page, "data")
+    page.click("#data-use")
+    page.locator("#train-start >> text=Train on these 18 rows").wait_for()
+    page.reload()
+    page.locator("#train-start >> text=Train on these 18 rows").wait_for()
+
+
+def test_a_file_over_the_limit_is_refused_by_name_and_the_page_goes_on(page: Any, server: str, tmp_path: Path) -> None:
+    big = tmp_path / "big.csv"
+    with big.open("wb") as file:
+        file.truncate(200 * 2**20)
+    page.goto(f"{server}/?tab=data")
+    page.locator("#data-file input[type=file]").set_input_files(big)
+    page.locator("#data-limit[data-code=data-too-large] >> text=big.csv is too large: 200 MB").wait_for()
+    assert page.locator("#data-verdict").is_hidden()
+    good = tmp_path / "good.txt"
+    good.write_text("one\n\ntwo\n\nthree\n", encoding="utf-8")
+    page.locator("#data-file input[type=file]").set_input_files(good)
+    page.locator("#data-verdict .notice.good").wait_for()
+    assert page.locator("#data-limit").is_hidden()
+
+
+def test_the_server_itself_refuses_an_upload_over_the_limit(server: str) -> None:
+    body = (
+        b'--x\r\nContent-Disposition: form-data; name="files"; filename="big.csv"\r\n'
+        b"Content-Type: text/csv\r\n\r\n" + b"a,b\n" * (30 * 2**20) + b"\r\n--x--\r\n"
+    )
+    request = urllib.request.Request(
+        f"{server}/gradio_api/upload", body, {"Content-Type": "multipart/form-data; boundary=x"}
+    )
+    # Answered with 413, or cut off in the middle, depending on how far the sender has come.
+    with pytest.raises(OSError):
+        urllib.request.urlopen(request, timeout=60)
+    assert urllib.request.urlopen(server, timeout=10).status == 200
