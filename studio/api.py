@@ -129,7 +129,7 @@ class Endpoints:
         return {"runs": [{key: row[key] for key in kept} for row in self.studio.store.runs()]}
 
     def compare(
-        self, base: str, runs: list[str], prompt: str, seed: int = 0, temperature: float = 0.7, max_new_tokens: int = 80
+        self, base: str, runs: list[str], prompt: str, seed: int = 0, temperature: float = 0.3, max_new_tokens: int = 80
     ) -> Iterator[Answer]:
         """Answer one prompt with the base and the adapters of `runs`; streams, the last message is complete."""
         try:
@@ -186,7 +186,7 @@ def build(studio: Studio) -> None:
         return _guarded(ends.list_runs)()
 
     def compare(
-        base: str, runs: list[str], prompt: str, seed: int = 0, temperature: float = 0.7, max_new_tokens: int = 80
+        base: str, runs: list[str], prompt: str, seed: int = 0, temperature: float = 0.3, max_new_tokens: int = 80
     ) -> Iterator[dict]:  # type: ignore[type-arg]
         yield from ends.compare(base, runs, prompt, seed, temperature, max_new_tokens)
 

@@ -126,7 +126,7 @@ def columns_html(state: Answers) -> str:
     parts = [_column(column, state) for column in state.columns]
     share = f" ({state.fraction * 100:.0f} %)" if state.fraction is not None else ""
     tail = (
-        f"Answered in {seconds(state.took)}."
+        f"Answered in {seconds(state.took) if state.took >= 1 else 'under a second'}."
         if state.finished
         else f"{state.status}{share} ..."
         if state.status

@@ -20,6 +20,8 @@ sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = os.environ.get("STUDIO_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 IMAGES = REPOSITORY / "docs" / "images"
 WIDTHS = (1280, 390)
+SEA = re.compile(r"\b(winds|matey|arr|aye|ye|tide|crew|ship)\b", re.IGNORECASE)
+"""Words of the sample's captain that the base never says in answer to its plain questions."""
 
 pytestmark = [
     pytest.mark.browser,
@@ -121,8 +123,7 @@ def test_from_the_first_page_to_two_different_answers_in_four_clicks(page: Any, 
     page.locator("#compare-answers >> text=Answered in").wait_for(timeout=120_000)
     answers = page.locator("#compare-answers .answer").all_inner_texts()
     assert len(answers) == 2 and all(answers) and answers[0] != answers[1]
-    assert re.search(r"fair winds", answers[1], re.IGNORECASE), answers
-    assert not re.search(r"fair winds", answers[0], re.IGNORECASE), answers
+    assert SEA.search(answers[1]) and not SEA.search(answers[0]), answers
     shoot(page, "compare")
 
     page.click("#tab-runs-button")
@@ -161,6 +162,7 @@ def test_a_bad_file_is_an_instruction_on_the_page(
     shoot(page, "data")
     page.click("#data-use")
     page.locator("#train-start >> text=Train on these 18 rows").wait_for()
+    page.wait_for_url("**tab=train**")
     page.reload()
     page.locator("#train-start >> text=Train on these 18 rows").wait_for()
 

@@ -60,7 +60,7 @@ def test_the_form_shows_every_training_field_with_the_defaults_of_the_job() -> N
         assert forms.read_default(field) == (list(expected) if isinstance(expected, tuple) else expected), name
 
 
-def test_the_recipes_of_the_issue_are_there_by_their_numbers() -> None:
+def test_the_recipes_are_there_by_their_numbers() -> None:
     lora = presets.methods()["lora"].presets
     assert lora["conservative"] == {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1}
     assert lora["aggressive"] == {"r": 64, "lora_alpha": 128, "lora_dropout": 0.05}

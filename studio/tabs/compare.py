@@ -63,7 +63,7 @@ def build(page: Page) -> None:
     with gr.Accordion("Seed, temperature, length", open=False), gr.Row():
         seed = gr.Number(0, precision=0, label="Seed", info="The same for every column.")
         temperature = gr.Slider(
-            0, 2, value=0.7, step=0.05, label="Temperature", info="0 always takes the likeliest word."
+            0, 2, value=0.3, step=0.05, label="Temperature", info="0 always takes the likeliest word."
         )
         tokens = gr.Slider(8, 512, value=80, step=8, label="Most tokens", info="Length of an answer.")
     answers = gr.HTML(elem_id="compare-answers")
