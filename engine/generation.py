@@ -92,7 +92,8 @@ def decode(
     columns = max(len(who), 1)
     limit = _room(ids, context_length(model.config), sampling.max_new_tokens)
     device = next(model.parameters()).device
-    extra = {"adapter_names": list(who)} if any(who) else {}
+    # An adapter that is attached and switched on must not answer for the base.
+    extra = {"adapter_names": list(who)} if who and hasattr(model, "switchboard") else {}
     was_training = model.training
     model.eval()
     try:
