@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
 import urllib.request
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,16 @@ sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = os.environ.get("STUDIO_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 IMAGES = REPOSITORY / "docs" / "images"
 WIDTHS = (1280, 390)
+
+
+def zip_bomb() -> bytes:
+    """64 MB of zeros in a few kilobytes of zip."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("part.parquet", bytes(64 * 2**20))
+    return packed.getvalue()
+
+
 SEA = re.compile(r"\b(winds|matey|arr|aye|ye|tide|crew|ship)\b", re.IGNORECASE)
 """Words of the sample's captain that the base never says in answer to its plain questions."""
 
@@ -141,7 +153,9 @@ def test_from_the_first_page_to_two_different_answers_in_four_clicks(page: Any, 
     [
         ("empty.csv", b"", "data-empty"),
         ("broken.csv", b"question,answer\nhi,\xff\xfe\xfa there\n", "data-encoding"),
-        ("bomb.parquet", b"PK\x03\x04" + b"\0" * 1000, "data-not-parquet"),
+        ("delimiter.csv", b"question~answer\nhi~there\nyou~me\n", "data-delimiter"),
+        ("filtered.csv", b"question,answer\na,\n,b\n", "data-nothing-left"),
+        ("bomb.parquet", zip_bomb(), "data-not-parquet"),
         ("null.jsonl", b'{"prompt": "a", "completion": null}\n', "data-nothing-left"),
     ],
 )
@@ -165,6 +179,18 @@ def test_a_bad_file_is_an_instruction_on_the_page(
     page.wait_for_url("**tab=train**")
     page.reload()
     page.locator("#train-start >> text=Train on these 18 rows").wait_for()
+
+
+def test_columns_with_unknown_names_are_asked_for(page: Any, server: str, tmp_path: Path) -> None:
+    path = tmp_path / "columns.csv"
+    path.write_text("name,colour\nx,red\ny,blue\nz,green\n", encoding="utf-8")
+    page.goto(f"{server}/?tab=data")
+    page.locator("#data-file input[type=file]").set_input_files(path)
+    page.locator("#data-verdict .notice.warn >> text=Is this right?").wait_for()
+    assert page.locator("#data-verdict >> text=No known format fits the columns name, colour").count() == 1
+    for label, column in (("Column of the prompt", "name"), ("Column of the completion", "colour")):
+        assert page.get_by_label(label).input_value() == column
+    page.locator("#data-use >> text=Use these 3 rows").wait_for()
 
 
 def test_a_file_over_the_limit_is_refused_by_name_and_the_page_goes_on(page: Any, server: str, tmp_path: Path) -> None:

@@ -213,6 +213,28 @@ def test_a_job_cannot_point_at_files_of_the_server(client: Client, dataset: str)
     assert "adapter.method" in client.predict(asked, api_name="/submit_run")["error"]["message"]
 
 
+def test_models_that_cannot_be_used_fail_by_name(client: Client, dataset: str, tmp_path: Path) -> None:
+    """A folder with pickles only, a hub id that is not there, names that lead out: the run says so, the page lives."""
+    pickles = tmp_path / "pickles"
+    pickles.mkdir()
+    (pickles / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    (pickles / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    for model, code in (
+        (str(pickles), "unsafe-file"),
+        ("nobody/no-such-model", "model"),
+        ("no-such-built-in", "model"),
+        ("../../etc", "unsafe-file"),
+        (str(tmp_path / "nowhere"), "model"),
+    ):
+        answered = client.predict({**job(dataset), "model": model}, api_name="/submit_run")
+        if "error" not in answered:
+            run = str(answered["run"])
+            wait(lambda run=run: status(client, run)["state"] == "failed")
+            answered = status(client, run)
+        assert answered["error"]["code"] == code, (model, answered["error"])
+        assert answered["error"]["message"] and answered["error"]["hint"]
+
+
 def test_a_name_that_leads_out_of_its_folder_is_refused(client: Client, tmp_path: Path) -> None:
     rows = tmp_path / "rows.txt"
     rows.write_text("one\n\ntwo\n", encoding="utf-8")
