@@ -19,10 +19,11 @@ import torch
 
 from engine.errors import CheckpointError, ConfigError, DataError, TrainingError
 from engine.models.loading import load_causal_lm
-from engine.tasks.causal_lm import encode_example, keeps_rows_apart, pack, pad_rows
+from engine.tasks.base import Loaded
+from engine.tasks.causal_lm import TASK, encode_example, keeps_rows_apart, pack, pad_rows
 from engine.train.events import Recorder
 from engine.train.job import JobSpec
-from engine.train.loop import step_rows
+from engine.train.loop import encode_parts, step_rows
 from engine.train.optim import rate_at
 from engine.train.worker import run
 
@@ -197,7 +198,7 @@ class At:
 def test_pause_and_resume_are_exact(data: Path, tmp_path: Path) -> None:
     spec = job(data, max_steps=8)
     _, whole = train(spec, tmp_path / "whole")
-    state, first = train(spec, tmp_path / "run", At(4, "pause"))
+    state, first = train(spec, tmp_path / "run", At(5, "pause"))
     assert (state, first.events[-1]["type"], first.events[-1]["step"]) == ("paused", "paused", 3)
     state, second = train(spec, tmp_path / "run", resume=True)
     assert state == "done"
@@ -206,7 +207,7 @@ def test_pause_and_resume_are_exact(data: Path, tmp_path: Path) -> None:
 
 
 def test_stop_keeps_a_usable_adapter(data: Path, tmp_path: Path) -> None:
-    state, recorder = train(job(data), tmp_path / "run", At(3, "stop"))
+    state, recorder = train(job(data), tmp_path / "run", At(4, "stop"))
     assert state == "stopped" and recorder.events[-1]["step"] == 2
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
     state, _ = train(job(data), tmp_path / "run", resume=True)
@@ -214,9 +215,9 @@ def test_stop_keeps_a_usable_adapter(data: Path, tmp_path: Path) -> None:
 
 
 def test_checkpoint_and_sample_on_demand(data: Path, tmp_path: Path) -> None:
-    _, recorder = train(job(data), tmp_path / "a", At(3, "checkpoint"))
+    _, recorder = train(job(data), tmp_path / "a", At(4, "checkpoint"))
     assert [e["step"] for e in recorder.of("checkpoint")] == [2]
-    _, recorder = train(job(data, sample_prompts=["Hello."]), tmp_path / "b", At(3, "sample"))
+    _, recorder = train(job(data, sample_prompts=["Hello."]), tmp_path / "b", At(5, "sample"))
     assert [e["step"] for e in recorder.of("sample")] == [0, 2, 6]
 
 
@@ -268,7 +269,6 @@ def test_learning_rates() -> None:
 
 def test_packed_rows_are_the_padded_rows(data: Path) -> None:
     from engine.data import load
-    from engine.tasks.causal_lm import TASK
 
     model, tokenizer = load_causal_lm("tiny-llama", precision="fp32")
     assert keeps_rows_apart(model)
@@ -380,3 +380,111 @@ def test_command_line_errors_are_events_and_words(data: Path, tmp_path: Path) ->
 def test_gradient_checkpointing_changes_no_loss(data: Path, tmp_path: Path) -> None:
     curves = [losses(train(job(data, gradient_checkpointing=on), tmp_path / str(on))[1]) for on in (False, True)]
     assert max(abs(curves[0][s] - curves[1][s]) for s in curves[0]) < 1e-5
+
+
+class Afterwards:
+    """Asks from the given poll on, as a person's stop stays asked for."""
+
+    def __init__(self, poll: int, what: str) -> None:
+        self.left, self.what, self.polls = poll, what, 0
+
+    def poll(self) -> str | None:
+        self.polls += 1
+        return self.what if self.polls >= self.left else None
+
+
+def test_a_stop_is_heard_during_an_evaluation(tmp_path: Path) -> None:
+    path = tmp_path / "many.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"Say {i}.", "completion": f"{i}."}) + "\n" for i in range(200)))
+    spec = job(path, sample_prompts=["Hello."])
+    spec = JobSpec.from_dict(spec.to_dict() | {"data": {"path": str(path), "eval_split": 0.5}})
+    control = Afterwards(5, "stop")
+    state, recorder = train(spec, tmp_path / "run", control)
+    assert state == "stopped" and control.polls == 5
+    assert not recorder.of("eval") and not recorder.of("step")
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_run_paused_in_its_last_evaluation_makes_up_for_it(data: Path, tmp_path: Path) -> None:
+    _, whole = train(job(data), tmp_path / "whole")
+    # One poll in the first evaluation, one before each of the six steps, then one in the last evaluation.
+    state, _ = train(job(data), tmp_path / "run", Afterwards(8, "pause"))
+    assert state == "paused"
+    state, rest = train(job(data), tmp_path / "run", resume=True)
+    assert state == "done" and not rest.of("step")
+    assert rest.of("done")[0]["eval_loss"] == pytest.approx(whole.of("done")[0]["eval_loss"], abs=1e-6)
+
+
+def test_a_refused_resume_leaves_the_runs_own_job(data: Path, tmp_path: Path) -> None:
+    train(job(data), tmp_path / "run", At(3, "pause"))
+    before = (tmp_path / "run" / "spec.yaml").read_text()
+    with pytest.raises(CheckpointError):
+        train(job(data, seed=1), tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "spec.yaml").read_text() == before
+    data.write_text(data.read_text() + json.dumps({"instruction": "One more.", "output": "Arr."}) + "\n")
+    with pytest.raises(CheckpointError, match="other rows"):
+        train(job(data), tmp_path / "run", resume=True)
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(data: Path, tmp_path: Path) -> None:
+    spec = job(data, max_steps=9, checkpoint_every=2)
+    _, whole = train(spec, tmp_path / "whole")
+    train(spec, tmp_path / "run", Afterwards(8, "pause"))
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    assert newest.name == "step-000006"
+    (newest / "optimizer.safetensors").write_bytes(b"short")
+    state, rest = train(spec, tmp_path / "run", resume=True)
+    assert state == "done" and rest.of("start")[0]["first_step"] == 4
+    assert "step-000006" in rest.of("warning")[0]["message"]
+    assert max(abs(losses(whole)[s] - loss) for s, loss in losses(rest).items()) < 1e-6
+
+
+def test_a_sample_that_cannot_be_answered_is_a_warning(data: Path, tmp_path: Path) -> None:
+    state, recorder = train(job(data, max_steps=1, sample_prompts=["word " * 3000]), tmp_path / "run")
+    assert state == "done" and "left out" in recorder.of("warning")[0]["message"]
+
+
+def test_held_back_rows_without_an_answer_in_reach_are_a_warning(data: Path) -> None:
+    loaded = Loaded(*load_causal_lm("tiny-llama", precision="fp32"))
+    near, far = {"prompt": "Say it.", "completion": "It."}, {"prompt": "word " * 300, "completion": "It."}
+    recorder = Recorder()
+    train_part, held = encode_parts(TASK, loaded, job(data), [near], [far], recorder)
+    assert len(train_part.rows) == 1 and held.rows == []
+    assert any("without evaluation" in event["message"] for event in recorder.of("warning"))
+    with pytest.raises(DataError):
+        encode_parts(TASK, loaded, job(data), [far], [near], recorder)
+
+
+def test_rows_are_cut_at_the_models_context(data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    rows = [{"prompt": f"Tell {i}.", "completion": "word " * 2000} for i in range(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    state, recorder = train(job(path, max_steps=1, batch_size=1, max_length=100_000), tmp_path / "run")
+    assert state == "done" and "longer than 512 tokens" in recorder.of("warning")[0]["message"]
+
+
+def test_a_model_without_a_chat_template_learns_to_stop() -> None:
+    from engine.generation import encode_prompt
+    from engine.models.loading import DEFAULT_CHAT_TEMPLATE
+
+    _, tokenizer = load_causal_lm("tiny-llama", precision="fp32")
+    tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+    question = {"role": "user", "content": "Hi?"}
+    for row in (
+        {"messages": [question, {"role": "assistant", "content": "Hello."}]},
+        {"prompt": "Hi?", "completion": "Hello."},
+    ):
+        tokens = next(encode_example(row, tokenizer, "answers"))
+        learned = [i for i, keep in zip(tokens.ids, tokens.learned, strict=True) if keep]
+        assert learned[-1] == tokenizer.eos_token_id and "Hello." in tokenizer.decode(learned)
+        asked = encode_prompt(tokenizer, [question])[0].tolist()
+        assert list(tokens.ids[: len(asked)]) == asked
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"seed": 5_000_000_000}, {"epochs": float("inf")}, {"weight_decay": float("nan")}, {"sample_prompts": [""]}],
+)
+def test_values_that_would_break_a_run_later(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(values))):
+        JobSpec.from_dict({"model": "m", "data": {"path": "d"}, "training": values})

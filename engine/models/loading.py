@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 
 DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{{ message['role'] + ':\n' + message['content'] + '\n\n' }}"
+    "{{ message['role'] + ':\n' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token or '' }}{% endif %}{{ '\n\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
 )
-"""For tokenizers without one: each message as its role, a colon, its text and an empty line. Plain text needs no
-special token, so it works with every vocabulary; training teaches the model to follow it."""
+"""For tokenizers without one: each message as its role, a colon, its text and an empty line; an answer ends with the
+tokenizer's end token, or the model would never learn to stop. Training teaches the model to follow it."""
 
 _PRECISIONS = ("auto", "fp32", "bf16")
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")

@@ -51,14 +51,17 @@ class CausalLM:
         Raises:
             DataError: no row is left.
         """
+        from engine.models.loading import context_length
+
         rows: list[Tokens] = []
         cut = empty = 0
+        limit = min(training.max_length, context_length(loaded.model.config) or training.max_length)
         for number, example in enumerate(examples):
             if number % 200 == 0:
                 on_progress("tokenising", number / len(examples), f"Tokenising row {number + 1} of {len(examples)}")
             for tokens in encode_example(example, loaded.processor, training.loss_on):
-                cut += len(tokens.ids) > training.max_length
-                short = Tokens(tokens.ids[: training.max_length], tokens.learned[: training.max_length])
+                cut += len(tokens.ids) > limit
+                short = Tokens(tokens.ids[:limit], tokens.learned[:limit])
                 # The first token has nothing before it to be predicted from.
                 if any(short.learned[1:]):
                     rows.append(short)
@@ -66,14 +69,14 @@ class CausalLM:
                     empty += 1
         if not rows:
             raise DataError(
-                f"None of the {len(examples)} rows has an answer within {training.max_length} tokens.",
+                f"None of the {len(examples)} rows has an answer within {limit} tokens.",
                 "Raise max_length, or check which column holds the answers.",
             )
         notes = []
         if cut:
-            notes.append(f"{cut} of {len(examples)} rows are longer than {training.max_length} tokens and were cut.")
+            notes.append(f"{cut} of {len(examples)} rows are longer than {limit} tokens and were cut.")
         if empty:
-            notes.append(f"{empty} rows were left out: no answer within {training.max_length} tokens.")
+            notes.append(f"{empty} rows were left out: no answer within {limit} tokens.")
         return Encoded(rows, tuple(notes))
 
     def collator(self, loaded: Loaded) -> Callable[[list[Tokens]], Batch]:
@@ -115,23 +118,17 @@ def encode_example(example: Mapping[str, Any], tokenizer: Any, loss_on: str) -> 
     """One row of `engine.data` as tokens.
 
     - `messages`: rendered by the chat template; targets are the assistant's words and the token that ends its turn.
-    - `prompt`, `completion`: a user's and an assistant's message where the model has a chat template of its own,
-      otherwise joined as they are, with the end token.
+    - `prompt`, `completion`: a user's and an assistant's message, in the form in which prompts are asked later.
     - `text`: every token is a target.
     """
-    from engine.models.loading import uses_default_template
-
     if "messages" in example:
         yield from _chat(example["messages"], tokenizer, loss_on)
-    elif "prompt" in example and not uses_default_template(tokenizer):
+    elif "prompt" in example:
         roles = (
             {"role": "user", "content": example["prompt"]},
             {"role": "assistant", "content": example["completion"]},
         )
         yield from _chat(roles, tokenizer, loss_on)
-    elif "prompt" in example:
-        prompt, end = example["prompt"], tokenizer.eos_token or ""
-        yield _spans(prompt + example["completion"] + end, [(len(prompt), None)], tokenizer, loss_on)
     else:
         yield _spans(example["text"] + (tokenizer.eos_token or ""), [(0, None)], tokenizer, loss_on)
 
@@ -157,7 +154,12 @@ def _turns_apart(messages: Sequence[Mapping[str, str]], tokenizer: Any, loss_on:
         if message["role"] == "assistant":
             before = render(tokenizer, messages[:number], answer_next=True)
             whole = render(tokenizer, messages[: number + 1])
-            start = len(before) if whole.startswith(before) else whole.rfind(message["content"])
+            start = len(before) if whole.startswith(before) else whole.rfind(message["content"].strip())
+            if start < 0:
+                raise DataError(
+                    "The model's chat template rewrites the answers, so they cannot be told from the questions.",
+                    "Use loss_on: all, or another base.",
+                )
             yield _spans(whole, [(start, len(whole.rstrip()))], tokenizer, loss_on)
 
 

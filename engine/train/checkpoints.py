@@ -40,16 +40,24 @@ def save_checkpoint(
     """Write the checkpoint of `step` under a temporary name, rename it, and drop all but the last two."""
     final = folder / f"step-{step:06d}"
     draft = folder / f".step-{step:06d}.{os.getpid()}"
-    shutil.rmtree(draft, ignore_errors=True)
+    for left_over in folder.glob(".step-*"):
+        shutil.rmtree(left_over, ignore_errors=True)
     draft.mkdir(parents=True)
     tensors, scalars = _optimizer_state(optimizer, parameters)
     tensors["random.torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
-    write_safetensors(draft / "adapter.safetensors", raw_state(model, "default"))
-    write_safetensors(draft / "optimizer.safetensors", tensors)
     state = {"step": step, "optimizer": scalars, "random": random.getstate(), **counters}
-    write_text(draft / "state.json", json.dumps(state))
+    try:
+        write_safetensors(draft / "adapter.safetensors", raw_state(model, "default"))
+        write_safetensors(draft / "optimizer.safetensors", tensors)
+        write_text(draft / "state.json", json.dumps(state))
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise CheckpointError(
+            f"The checkpoint of step {step} cannot be written: {error}.",
+            "Free some space on the disk, then resume: the checkpoint before it is whole.",
+        ) from error
     if final.exists():
         shutil.rmtree(final)
     draft.rename(final)
@@ -66,6 +74,19 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """The counters, scalars and the job of a checkpoint, without its tensors.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    try:
+        state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"The checkpoint {path.name} cannot be read: {error}.", "Start the run again.") from error
+    return state
+
+
 def restore_checkpoint(
     path: Path, model: PeftModel, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, Any]:
@@ -74,12 +95,12 @@ def restore_checkpoint(
     Raises:
         CheckpointError: a file is missing or damaged, or belongs to another job.
     """
+    state = read_state(path)
     try:
-        state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
         tensors = load_file(path / "optimizer.safetensors")
         adapter = load_file(path / "adapter.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"The checkpoint {path.name} cannot be read: {error}", "Start the run again.") from error
+        raise CheckpointError(f"The checkpoint {path.name} cannot be read: {error}.", "Start the run again.") from error
     restore_raw_state(model, "default", adapter)
     torch.set_rng_state(tensors.pop("random.torch"))
     cuda = tensors.pop("random.cuda", None)

@@ -7,6 +7,7 @@ are checked where the method lives (`engine.adapters`), which the worker does be
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -106,6 +107,10 @@ class TrainingSpec:
             value = getattr(self, name)
             if value is not None and value < 1:
                 found.append(f"training.{name} is {value}; needed: 1 or more, or nothing")
+        if self.seed >= 2**32:
+            found.append(f"training.seed is {self.seed}; needed: less than {2**32}")
+        if any(not prompt.strip() for prompt in self.sample_prompts):
+            found.append("training.sample_prompts holds an empty prompt; leave it out")
         if self.max_length < 8:
             found.append(f"training.max_length is {self.max_length}; needed: 8 tokens or more")
         if not 0 <= self.warmup_ratio <= 1:
@@ -233,7 +238,7 @@ def _convert(label: str, kind: str, value: Any, found: list[str]) -> Any:
             if not isinstance(value, bool) and float(value) == int(float(value)):
                 return int(float(value))
         elif kind.startswith("float"):
-            if not isinstance(value, bool):
+            if not isinstance(value, bool) and math.isfinite(float(value)):
                 return float(value)
         elif kind.startswith("str"):
             if isinstance(value, str):

@@ -24,10 +24,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from engine.checkpoint import save_adapter
-from engine.errors import CheckpointError, TrainingError
+from engine.errors import CheckpointError, DataError, EngineError, TrainingError
 from engine.model import PeftModel
 from engine.tasks.base import Batch, Encoded, Loaded, Task
-from engine.train.checkpoints import list_checkpoints, restore_checkpoint, save_checkpoint
+from engine.train.checkpoints import list_checkpoints, read_state, restore_checkpoint, save_checkpoint
 from engine.train.events import Control, Sink
 from engine.train.job import JobSpec
 from engine.train.optim import make_optimizer, rate_at
@@ -124,24 +124,29 @@ def fit(run: Run, resume: bool) -> str:
             "threads": torch.get_num_threads(),
         }
     )
-    if run.step == 0:
-        evaluate(run)
     training = run.spec.training
+    # A run that was paused in its last evaluation has that one to make up for.
+    asked = evaluate(run) if run.step in (0, run.total_steps) else None
     stream = step_rows(run.train_rows, training.batch_size * training.gradient_accumulation, training.seed, run.step)
     while run.step < run.total_steps:
-        asked = run.control.poll()
+        asked = asked or run.control.poll()
         if asked in ("stop", "pause"):
             return _leave(run, asked)
         if asked == "checkpoint":
             _checkpoint(run)
         elif asked == "sample":
-            sample(run)
+            asked = sample(run)
+            if asked:
+                continue
+        asked = None
         _step(run, next(stream))
         last = run.step == run.total_steps
         if run.step % training.eval_every == 0 or last:
-            evaluate(run)
+            asked = evaluate(run)
         if run.step % training.checkpoint_every == 0 and not last:
             _checkpoint(run)
+    if asked in ("stop", "pause"):
+        return _leave(run, asked)
     return _finish(run)
 
 
@@ -200,13 +205,22 @@ def _to(batch: Batch, device: torch.device) -> Batch:
 
 
 @torch.no_grad()
-def evaluate(run: Run) -> float | None:
-    """Mean loss over the evaluation rows, and the samples; None where there are no such rows."""
+def evaluate(run: Run) -> str | None:
+    """Mean loss over the evaluation rows, and the samples.
+
+    Returns:
+        What the control asked for meanwhile. `stop` and `pause` end the evaluation at once, without its event: with
+        many rows it may last longer than a person's patience.
+    """
+    asked: str | None = None
     if run.eval_rows:
         run.wrapped.eval()
         total, count = 0.0, 0
         size = run.spec.training.batch_size
         for start in range(0, len(run.eval_rows), size):
+            asked = asked or run.control.poll()
+            if asked in ("stop", "pause"):
+                return asked
             batch = run.collate(run.eval_rows[start : start + size])
             part = run.task.loss(run.wrapped, _to(batch, run.accelerator.device))
             total, count = total + float(part.total), count + part.count
@@ -215,15 +229,23 @@ def evaluate(run: Run) -> float | None:
         if run.counters.first_eval_loss is None:
             run.counters.first_eval_loss = loss
         run.sink.emit({"type": "eval", "step": run.step, "loss": loss, "tokens": count})
-    sample(run)
-    return run.counters.eval_loss
+    return asked or sample(run)
 
 
-def sample(run: Run) -> None:
-    """Answer the fixed prompts with the adapter as it is now."""
+def sample(run: Run) -> str | None:
+    """Answer the fixed prompts with the adapter as it is now; returns what the control asked for meanwhile."""
     for prompt in run.spec.training.sample_prompts:
-        text = run.task.sample(run.model, run.loaded, prompt)
+        asked = run.control.poll()
+        if asked:
+            return asked
+        try:
+            text = run.task.sample(run.model, run.loaded, prompt)
+        except EngineError as error:
+            # A prompt that cannot be answered is no reason to lose the run.
+            run.sink.emit({"type": "warning", "message": f"The sample {prompt[:60]!r} was left out: {error}"})
+            continue
         run.sink.emit({"type": "sample", "step": run.step, "prompt": prompt, "text": text})
+    return None
 
 
 def _checkpoint(run: Run) -> Path:
@@ -244,7 +266,14 @@ def _identity(spec: JobSpec) -> dict[str, Any]:
     plain = spec.to_dict()
     free = ("eval_every", "checkpoint_every", "sample_prompts", "threads", "max_grad_norm", "learning_rate")
     training = {key: value for key, value in plain["training"].items() if key not in free}
-    return {"model": plain["model"], "adapter": plain["adapter"], "training": training}
+    return {"model": plain["model"], "adapter": plain["adapter"], "training": training, "data": _rows_of(spec)}
+
+
+def _rows_of(spec: JobSpec) -> dict[str, Any]:
+    """The rows by their content: the order of rows and the rows held back follow from them."""
+    from engine.data import fingerprint
+
+    return {"fingerprint": fingerprint(spec.data.path), "eval_split": spec.data.eval_split}
 
 
 def _resume(run: Run) -> None:
@@ -253,12 +282,23 @@ def _resume(run: Run) -> None:
         message = "There was no checkpoint yet; the run starts from its first step."
         run.sink.emit({"type": "warning", "message": message})
         return
-    state = restore_checkpoint(found[-1], run.model, run.optimizer.optimizer, run.parameters)
-    if state.get("job") != _identity(run.spec):
+    state: dict[str, Any] | None = None
+    for path in reversed(found):
+        try:
+            foreign = read_state(path).get("job") != _identity(run.spec)
+            if not foreign:
+                state = restore_checkpoint(path, run.model, run.optimizer.optimizer, run.parameters)
+                break
+        except CheckpointError as error:
+            if path == found[0]:
+                raise
+            run.sink.emit({"type": "warning", "message": f"{error.message} The one before it is used."})
+            continue
         raise CheckpointError(
-            f"The checkpoint {found[-1].name} was written by a job with other settings.",
-            "Resume with the run's own spec.yaml, or start a new run.",
+            f"The checkpoint {path.name} was written by a job with other settings or other rows.",
+            "Resume with the run's own spec.yaml and data, or start a new run.",
         )
+    assert state is not None
     run.step = int(state["step"])
     run.counters = Counters(**state["counters"])
 
@@ -300,10 +340,13 @@ def encode_parts(
     def tell(phase: str, fraction: float | None, message: str) -> None:
         sink.emit({"type": "status", "phase": phase, "fraction": fraction, "message": message})
 
-    parts = (
-        task.encode(train, loaded, spec.training, tell),
-        (task.encode(held, loaded, spec.training, tell) if held else Encoded([])),
-    )
+    first, second = task.encode(train, loaded, spec.training, tell), Encoded([])
+    if held:
+        try:
+            second = task.encode(held, loaded, spec.training, tell)
+        except DataError as error:
+            second = Encoded([], (f"{error.message} The run goes on without evaluation.",))
+    parts = (first, second)
     for label, part in zip(("Training", "Evaluation"), parts, strict=True):
         for note in part.notes:
             sink.emit({"type": "warning", "message": f"{label}: {note}"})

@@ -41,7 +41,8 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
 
     out.mkdir(parents=True, exist_ok=True)
     _refuse_to_overwrite(spec, out, resume)
-    spec.save(out / "spec.yaml")
+    if not (resume and (out / "spec.yaml").exists()):
+        spec.save(out / "spec.yaml")
     if spec.training.threads:
         torch.set_num_threads(spec.training.threads)
 
