@@ -76,7 +76,7 @@ def read_config(model_id: str | Path) -> AdapterConfig:
             return spec.config.from_dict(raw)
     raise CheckpointError(
         f"{path} has peft_type {kind!r}, which is not a method of this version.",
-        f"Methods here: {', '.join(spec.config.PEFT_TYPE.value for spec in ADAPTERS.values())}.",
+        f"Methods here: {', '.join(dict.fromkeys(spec.config.PEFT_TYPE.value for spec in ADAPTERS.values()))}.",
     )
 
 

@@ -43,9 +43,9 @@ def spec_of(config: AdapterConfig) -> AdapterSpec:
     Raises:
         ConfigError: the config belongs to no method of the registry.
     """
-    for spec in ADAPTERS.values():
-        if isinstance(config, spec.config):
-            return spec
+    method = str(getattr(config, "method", None))
+    if method in ADAPTERS:
+        return ADAPTERS[method]
     raise ConfigError(f"{type(config).__name__} belongs to no adapter method that is registered here.")
 
 
@@ -237,8 +237,7 @@ class PeftModel(nn.Module):
         finally:
             self.switchboard.disabled = before
             for layer, weights in merged:
-                for name, weight in weights.items():
-                    layer.merge(name, weight)
+                layer.merge(weights)
 
     def _trainable(self, adapter: str, flag: bool) -> None:
         for parameter in self.adapter_parameters(adapter).values():
@@ -316,11 +315,10 @@ class PeftModel(nn.Module):
             if not spec.mergeable:
                 raise ConfigError(f"{name!r} is a {spec.title} adapter, which cannot be merged into a weight.")
         self._refuse_tied(names)
-        for name in names:
-            weight = self.switchboard.weights.get(name, 1.0)
-            for layer in self._layers[name]:
-                if isinstance(layer, AdapterLayer):
-                    layer.merge(name, weight, keep)
+        weights = {name: self.switchboard.weights.get(name, 1.0) for name in names}
+        for layer in dict.fromkeys(layer for name in names for layer in self._layers[name]):
+            if isinstance(layer, AdapterLayer):
+                layer.merge(weights, keep)
 
     def _refuse_tied(self, names: Sequence[str]) -> None:
         users: dict[int, list[str]] = {}

@@ -40,5 +40,6 @@ class Registry(Mapping[str, "AdapterSpec"]):
 ADAPTERS = Registry(
     {
         "lora": "engine.adapters.lora",
+        "dora": "engine.adapters.dora",
     }
 )
