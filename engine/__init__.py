@@ -33,6 +33,7 @@ _NAMES = {
     "PeftModelForTokenClassification": "engine.model",
     "PeftType": "engine.adapters.base",
     "TaskType": "engine.adapters.base",
+    "VeraConfig": "engine.adapters.vera",
     "expand_lora_rank": "engine.resize",
     "get_optimal_config": "engine.auto",
     "get_peft_config": "engine.auto",
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from engine.adapters.base import TaskType as TaskType
     from engine.adapters.dora import DoRAConfig as DoRAConfig
     from engine.adapters.lora import LoraConfig as LoraConfig
+    from engine.adapters.vera import VeraConfig as VeraConfig
     from engine.model import PeftModel as PeftModel
     from engine.model import get_peft_model as get_peft_model
     from engine.train.job import JobSpec as JobSpec

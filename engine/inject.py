@@ -361,7 +361,7 @@ def find_targets(model: nn.Module, config: Any, layers: tuple[str, ...]) -> tupl
     Raises:
         TargetError: nothing matches (with the nearest names), or a match is of a kind that the method cannot serve.
     """
-    task = config.task_type
+    task, excluded = config.task_type, getattr(config, "exclude_modules", None)
     wanted = config.target_modules if config.target_modules is not None else default_targets(model)
     if wanted == "all-linear":
         names = _all_linear(model, task)
@@ -371,7 +371,7 @@ def find_targets(model: nn.Module, config: Any, layers: tuple[str, ...]) -> tupl
             wanted = names
     else:
         names = [name for name, _ in base_modules(model) if matches(name, wanted)]
-    names = [n for n in names if _in_chosen_layers(n, config) and not matches(n, config.exclude_modules)]
+    names = [n for n in names if _in_chosen_layers(n, config) and not matches(n, excluded)]
     if not names:
         raise _nothing_matches(model, wanted, config)
     wrong = []

@@ -41,5 +41,6 @@ ADAPTERS = Registry(
     {
         "lora": "engine.adapters.lora",
         "dora": "engine.adapters.dora",
+        "vera": "engine.adapters.vera",
     }
 )

@@ -34,6 +34,7 @@ class PeftType(enum.StrEnum):
     """The method's name in `adapter_config.json`."""
 
     LORA = "LORA"
+    VERA = "VERA"
 
 
 LINEAR, CONV1D, EMBEDDING, CONV2D = "linear", "conv1d", "embedding", "conv2d"
@@ -53,6 +54,15 @@ def layer_kind(module: nn.Module) -> str | None:
     if isinstance(module, nn.Conv2d):
         return CONV2D
     return None
+
+
+def features(base: nn.Module) -> tuple[int, int]:
+    """(inputs, outputs) of a linear layer or Conv1D; a packed 4-bit weight's shape does not tell them."""
+    if layer_kind(base) == CONV1D:
+        n_in, n_out = base.weight.shape  # type: ignore[misc]
+        return int(n_in), int(n_out)
+    assert isinstance(base, nn.Linear)
+    return base.in_features, base.out_features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +225,18 @@ class AdapterWeights(nn.Module):
         return dict(self.named_parameters())
 
 
+class SharedState(nn.Module):
+    """What all layers of one adapter use together, such as VeRA's projections: buffers, kept once beside the model.
+
+    It moves and is copied with the model. A layer's weights refer to it without owning it (in a tuple, say, so that
+    torch does not register it there again).
+    """
+
+    def export(self) -> dict[str, Tensor]:
+        """Name -> tensor, in the file `base_model.<name>`; what is left out must follow from the config."""
+        return dict(self.named_buffers())
+
+
 @dataclass(frozen=True)
 class AdapterSpec:
     """The record of one method in the registry.
@@ -229,6 +251,8 @@ class AdapterSpec:
         mergeable: whether its change can be merged into the base weight.
         mixable: whether several can be added up with weights.
         identity_at_start: whether a fresh adapter leaves the base's outputs as they are.
+        share: makes what the adapter's layers share: (module name -> base layer, config) -> SharedState. `build` then
+            takes it as a fourth argument. None: each layer stands alone.
     """
 
     name: str
@@ -240,6 +264,7 @@ class AdapterSpec:
     mergeable: bool
     mixable: bool
     identity_at_start: bool
+    share: Any = None
 
 
 def master(tensor: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from engine.adapters.base import (
     AdapterWeights,
     PeftType,
     compute_cast,
+    features,
     layer_kind,
     master,
     target_faults,
@@ -192,10 +193,7 @@ class LowRankLinear(LowRankWeights):
         weight = base.weight
         assert isinstance(weight, Tensor)
         self.transposed = layer_kind(base) == CONV1D
-        if self.transposed:
-            n_in, n_out = weight.shape
-        else:
-            n_in, n_out = base.in_features, base.out_features  # type: ignore[assignment]  # 4-bit weights are packed
+        n_in, n_out = features(base)
         place = {"device": weight.device, "dtype": torch.float32}
         self.lora_A = nn.Linear(n_in, self.r, bias=False, **place)
         self.lora_B = nn.Linear(self.r, n_out, bias=config.lora_bias, **place)
