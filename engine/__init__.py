@@ -23,6 +23,7 @@ _NAMES = {
     "DoRAConfig": "engine.adapters.dora",
     "JobSpec": "engine.train.job",
     "LoraConfig": "engine.adapters.lora",
+    "MoRAConfig": "engine.adapters.mora",
     "PeftConfig": "engine.auto",
     "PeftModel": "engine.model",
     "PeftModelForCausalLM": "engine.model",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from engine.adapters.base import TaskType as TaskType
     from engine.adapters.dora import DoRAConfig as DoRAConfig
     from engine.adapters.lora import LoraConfig as LoraConfig
+    from engine.adapters.mora import MoRAConfig as MoRAConfig
     from engine.adapters.vera import VeraConfig as VeraConfig
     from engine.model import PeftModel as PeftModel
     from engine.model import get_peft_model as get_peft_model

@@ -42,5 +42,6 @@ ADAPTERS = Registry(
         "lora": "engine.adapters.lora",
         "dora": "engine.adapters.dora",
         "vera": "engine.adapters.vera",
+        "mora": "engine.adapters.mora",
     }
 )

@@ -34,6 +34,7 @@ class PeftType(enum.StrEnum):
     """The method's name in `adapter_config.json`."""
 
     LORA = "LORA"
+    MORA = "MORA"
     VERA = "VERA"
 
 
