@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from engine.adapters.base import (
     Switchboard,
     TaskType,
     layer_kind,
+    master,
 )
 from engine.errors import EngineError, TargetError
 
@@ -87,18 +88,25 @@ class AdapterLayer(nn.Module):
             return y
         if board.rows is not None:
             return self._rows(x, y, board.rows)
+        out = y
         for adapter, weight in board.weights.items():
             if weight and adapter not in self.merged:
                 change = self._change(adapter, x, y, weight)
                 if change is not None:
-                    y = y + change.to(y.dtype)
-        return y
+                    out = out + change.to(y.dtype)
+        return out
 
     def _change(self, adapter: str, x: Tensor, y: Tensor, weight: float) -> Tensor | None:
         change: Tensor | None = None
         if adapter in self.adapters:
             weights = self.adapters[adapter]
             assert isinstance(weights, AdapterWeights)
+            if self.merged and weights.reads_base:
+                raise EngineError(
+                    f"{adapter!r} builds on the base weight of {self.module_name}, which now holds "
+                    f"{', '.join(map(repr, self.merged))}.",
+                    "Merge both (merge_adapter), or unmerge_adapter() first.",
+                )
             change = weights.delta(x, y, self.base_layer, weight)
         if adapter in self.biases:
             shift = self._shift(adapter) * weight
@@ -137,10 +145,47 @@ class AdapterLayer(nn.Module):
         return y
 
     @torch.no_grad()
-    def merge(self, adapter: str, weight: float, keep: bool = True) -> None:
-        """W += weight * dW. `keep` stores the former tensors on the CPU, so that `unmerge` is exact to the bit."""
-        if adapter in self.merged or not self.holds(adapter):
+    def merge(self, weights: Mapping[str, float], keep: bool = True) -> None:
+        """W += sum of weight * dW over adapters (name -> weight); those already merged stay so, with their weights.
+
+        Each dW is of the base's own weight, so all are taken before any is added. `keep` stores the former tensors on
+        the CPU, so that `unmerge` is exact to the bit.
+        """
+        new = {name: weight for name, weight in weights.items() if name not in self.merged and self.holds(name)}
+        if not new:
             return
+        every = {**self.merged, **new}
+        self.unmerge()
+        base = self.base_layer
+        changes: dict[str, Tensor] = {}
+        for adapter, weight in every.items():
+            for name, change in self._weight_changes(adapter).items():
+                if getattr(base, name) is None:
+                    raise TargetError(
+                        f"{self.module_name} has no bias to merge {adapter!r}'s bias into.",
+                        "Keep the adapter unmerged.",
+                    )
+                change = change * weight
+                changes[name] = changes[name] + change if name in changes else change
+        merged: dict[str, Tensor] = {}
+        for name, change in changes.items():
+            tensor = getattr(base, name)
+            merged[name] = (master(tensor) + change.to(tensor.device)).to(tensor.dtype)
+            if not torch.isfinite(merged[name]).all():
+                raise EngineError(
+                    f"Merging {' and '.join(map(repr, every))} into {self.module_name} gives values that are not "
+                    "finite; nothing is merged there.",
+                    "The adapter is damaged or diverged; train it again or use an earlier checkpoint.",
+                )
+        for name, tensor in merged.items():
+            target = getattr(base, name)
+            if keep:
+                self._before[name] = target.detach().to("cpu", copy=True)
+            target.copy_(tensor)
+        self.merged = every
+
+    def _weight_changes(self, adapter: str) -> dict[str, Tensor]:
+        """Name of a base tensor -> what the adapter adds to it at weight 1."""
         base = self.base_layer
         changes: dict[str, Tensor] = {}
         if adapter in self.adapters:
@@ -157,26 +202,7 @@ class AdapterLayer(nn.Module):
                 changes["bias"] = bias
         if adapter in self.biases:
             changes["bias"] = changes.get("bias", 0) + self._shift(adapter)
-        merged: dict[str, Tensor] = {}
-        for name, change in changes.items():
-            tensor = getattr(base, name)
-            if tensor is None:
-                raise TargetError(
-                    f"{self.module_name} has no bias to merge {adapter!r}'s bias into.", "Keep the adapter unmerged."
-                )
-            merged[name] = (tensor.float() + change.to(tensor.device) * weight).to(tensor.dtype)
-            if not torch.isfinite(merged[name]).all():
-                raise EngineError(
-                    f"Merging {adapter!r} into {self.module_name} gives values that are not finite; nothing was merged "
-                    "there.",
-                    "The adapter is damaged or diverged; train it again or use an earlier checkpoint.",
-                )
-        for name, tensor in merged.items():
-            target = getattr(base, name)
-            if keep and name not in self._before:
-                self._before[name] = target.detach().to("cpu", copy=True)
-            target.copy_(tensor)
-        self.merged[adapter] = weight
+        return changes
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -335,7 +361,7 @@ def find_targets(model: nn.Module, config: Any, layers: tuple[str, ...]) -> tupl
     Raises:
         TargetError: nothing matches (with the nearest names), or a match is of a kind that the method cannot serve.
     """
-    task = config.task_type
+    task, excluded = config.task_type, getattr(config, "exclude_modules", None)
     wanted = config.target_modules if config.target_modules is not None else default_targets(model)
     if wanted == "all-linear":
         names = _all_linear(model, task)
@@ -345,7 +371,7 @@ def find_targets(model: nn.Module, config: Any, layers: tuple[str, ...]) -> tupl
             wanted = names
     else:
         names = [name for name, _ in base_modules(model) if matches(name, wanted)]
-    names = [n for n in names if _in_chosen_layers(n, config) and not matches(n, config.exclude_modules)]
+    names = [n for n in names if _in_chosen_layers(n, config) and not matches(n, excluded)]
     if not names:
         raise _nothing_matches(model, wanted, config)
     wrong = []

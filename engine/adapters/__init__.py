@@ -40,5 +40,8 @@ class Registry(Mapping[str, "AdapterSpec"]):
 ADAPTERS = Registry(
     {
         "lora": "engine.adapters.lora",
+        "dora": "engine.adapters.dora",
+        "vera": "engine.adapters.vera",
+        "mora": "engine.adapters.mora",
     }
 )

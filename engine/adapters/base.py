@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -33,6 +34,8 @@ class PeftType(enum.StrEnum):
     """The method's name in `adapter_config.json`."""
 
     LORA = "LORA"
+    MORA = "MORA"
+    VERA = "VERA"
 
 
 LINEAR, CONV1D, EMBEDDING, CONV2D = "linear", "conv1d", "embedding", "conv2d"
@@ -52,6 +55,15 @@ def layer_kind(module: nn.Module) -> str | None:
     if isinstance(module, nn.Conv2d):
         return CONV2D
     return None
+
+
+def features(base: nn.Module) -> tuple[int, int]:
+    """(inputs, outputs) of a linear layer or Conv1D; a packed 4-bit weight's shape does not tell them."""
+    if layer_kind(base) == CONV1D:
+        n_in, n_out = base.weight.shape  # type: ignore[misc]
+        return int(n_in), int(n_out)
+    assert isinstance(base, nn.Linear)
+    return base.in_features, base.out_features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +101,11 @@ class AdapterConfig:
     @property
     def peft_type(self) -> PeftType:
         return self.PEFT_TYPE
+
+    @property
+    def method(self) -> str:
+        """The registry's name of the method that serves this config; the peft_type in lower case by default."""
+        return self.PEFT_TYPE.value.lower()
 
     def faults(self) -> list[str]:
         """Every fault of the fields, each with the value received and what was needed."""
@@ -138,6 +155,24 @@ class AdapterConfig:
         return cls(**{key: value for key, value in raw.items() if key in known})
 
 
+def target_faults(config: Any) -> list[str]:
+    """The faults of the fields that say where an adapter sits; sets of names become sorted lists."""
+    found = []
+    if config.layers_pattern and config.layers_to_transform is None:
+        found.append("layers_pattern is given without layers_to_transform; needed: the layer numbers too")
+    for label in ("target_modules", "exclude_modules"):
+        value = getattr(config, label, None)
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                found.append(f"{label} is {value!r}, which is not a regular expression ({error})")
+        elif value is not None:
+            names = sorted(set(value)) if isinstance(value, set | frozenset) else list(value)
+            object.__setattr__(config, label, names)
+    return found
+
+
 @dataclass
 class Switchboard:
     """Which adapters contribute, with which weight, to which rows; one object shared by all layers of a model.
@@ -158,7 +193,11 @@ class AdapterWeights(nn.Module):
 
     The parameter names are those of the file: `lora_A.weight` here is `<module>.lora_A.weight` there. `frozen_names`
     are buffers that training needs and the exported file does not hold (see `export`).
+
+    `reads_base`: whether `delta` depends on the base's weight or output, and so cannot stand beside a merged adapter.
     """
+
+    reads_base: ClassVar[bool] = False
 
     def delta(self, x: Tensor, y: Tensor, base: nn.Module, weight: float) -> Tensor:
         """What the adapter adds to the layer's output, times `weight`.
@@ -175,7 +214,7 @@ class AdapterWeights(nn.Module):
         raise TypeError(f"{type(self).__name__} does not say what it adds to a layer's output")
 
     def delta_weight(self, base: nn.Module) -> Tensor:
-        """The change of `base.weight` (its shape) that `delta` amounts to at weight 1, in float32."""
+        """The change of the unmerged `base.weight` (its shape) that `delta` amounts to at weight 1, in float32."""
         raise TargetError(f"{type(self).__name__} cannot be merged into a weight.")
 
     def delta_bias(self, base: nn.Module) -> Tensor | None:
@@ -185,6 +224,18 @@ class AdapterWeights(nn.Module):
     def export(self) -> dict[str, Tensor]:
         """Name -> tensor as the file holds it."""
         return dict(self.named_parameters())
+
+
+class SharedState(nn.Module):
+    """What all layers of one adapter use together, such as VeRA's projections: buffers, kept once beside the model.
+
+    It moves and is copied with the model. A layer's weights refer to it without owning it (in a tuple, say, so that
+    torch does not register it there again).
+    """
+
+    def export(self) -> dict[str, Tensor]:
+        """Name -> tensor, in the file `base_model.<name>`; what is left out must follow from the config."""
+        return dict(self.named_buffers())
 
 
 @dataclass(frozen=True)
@@ -201,6 +252,8 @@ class AdapterSpec:
         mergeable: whether its change can be merged into the base weight.
         mixable: whether several can be added up with weights.
         identity_at_start: whether a fresh adapter leaves the base's outputs as they are.
+        share: makes what the adapter's layers share: (module name -> base layer, config) -> SharedState. `build` then
+            takes it as a fourth argument. None: each layer stands alone.
     """
 
     name: str
@@ -212,6 +265,12 @@ class AdapterSpec:
     mergeable: bool
     mixable: bool
     identity_at_start: bool
+    share: Any = None
+
+
+def master(tensor: Tensor) -> Tensor:
+    """`tensor` in float32, or in float64 if it is that already: the type of sums that must not lose digits."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def compute_cast(weight: Tensor, x: Tensor) -> Tensor:
