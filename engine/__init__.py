@@ -20,6 +20,7 @@ _NAMES = {
     "AutoPeftModelForSeq2SeqLM": "engine.auto",
     "AutoPeftModelForSequenceClassification": "engine.auto",
     "AutoPeftModelForTokenClassification": "engine.auto",
+    "IA3Config": "engine.adapters.ia3",
     "JobSpec": "engine.train.job",
     "LoraConfig": "engine.adapters.lora",
     "PeftConfig": "engine.auto",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from engine.adapters.base import AdapterConfig as AdapterConfig
     from engine.adapters.base import PeftType as PeftType
     from engine.adapters.base import TaskType as TaskType
+    from engine.adapters.ia3 import IA3Config as IA3Config
     from engine.adapters.lora import LoraConfig as LoraConfig
     from engine.model import PeftModel as PeftModel
     from engine.model import get_peft_model as get_peft_model

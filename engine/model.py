@@ -121,14 +121,14 @@ class PeftModel(nn.Module):
         names, wanted = find_targets(model, peft_config, spec.layers)
         saved = self._saved_names(peft_config)
         origin = peft_config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
-        config = peft_config.replace(target_modules=wanted, base_model_name_or_path=origin)
+        config = peft_config.replace(target_modules=wanted, base_model_name_or_path=origin).settled(names)
         # Everything that can fail comes before the first wrapper, so a refused adapter leaves the model as it was.
         built = [(name, spec.build(unwrapped(module_at(model, name)), config, name)) for name in names]
         layers: list[Wrapper] = []
         for name, weights in built:
             layer = wrap(model, name, self.switchboard)
             weights.train(self.training)
-            layer.adapters[adapter_name] = weights
+            layer.attach(adapter_name, weights)
             layers.append(layer)
         for name in saved:
             module = wrap_saved(model, name, self.switchboard)
@@ -237,8 +237,7 @@ class PeftModel(nn.Module):
         finally:
             self.switchboard.disabled = before
             for layer, weights in merged:
-                for name, weight in weights.items():
-                    layer.merge(name, weight)
+                layer.merge(weights)
 
     def _trainable(self, adapter: str, flag: bool) -> None:
         for parameter in self.adapter_parameters(adapter).values():
@@ -316,11 +315,10 @@ class PeftModel(nn.Module):
             if not spec.mergeable:
                 raise ConfigError(f"{name!r} is a {spec.title} adapter, which cannot be merged into a weight.")
         self._refuse_tied(names)
-        for name in names:
-            weight = self.switchboard.weights.get(name, 1.0)
-            for layer in self._layers[name]:
-                if isinstance(layer, AdapterLayer):
-                    layer.merge(name, weight, keep)
+        weights = {name: self.switchboard.weights.get(name, 1.0) for name in names}
+        for layer in dict.fromkeys(layer for name in names for layer in self._layers[name]):
+            if isinstance(layer, AdapterLayer):
+                layer.merge(weights, keep)
 
     def _refuse_tied(self, names: Sequence[str]) -> None:
         users: dict[int, list[str]] = {}

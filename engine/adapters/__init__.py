@@ -39,6 +39,7 @@ class Registry(Mapping[str, "AdapterSpec"]):
 
 ADAPTERS = Registry(
     {
+        "ia3": "engine.adapters.ia3",
         "lora": "engine.adapters.lora",
     }
 )

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -32,6 +33,7 @@ class TaskType(enum.StrEnum):
 class PeftType(enum.StrEnum):
     """The method's name in `adapter_config.json`."""
 
+    IA3 = "IA3"
     LORA = "LORA"
 
 
@@ -68,6 +70,8 @@ class AdapterConfig:
     PEFT_TYPE: ClassVar[PeftType]
     # Fields that PEFT writes and this method has no use for, with the only value that means "not used".
     UNUSED: ClassVar[Mapping[str, Any]] = {}
+    # Default target modules, the first fitting line taken; empty for the attention projections of `engine.inject`.
+    TARGET_RULES: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
     base_model_name_or_path: str | None = None
     revision: str | None = None
@@ -96,6 +100,14 @@ class AdapterConfig:
 
     def replace(self, **changes: Any) -> AdapterConfig:
         return dataclasses.replace(self, **changes)
+
+    def settled(self, modules: Sequence[str]) -> AdapterConfig:
+        """The config with what depends on the model made explicit, so that its file says all.
+
+        Args:
+            modules: the full names of the modules that `target_modules` selects.
+        """
+        return self
 
     def exported(self) -> AdapterConfig:
         """The config that goes with `AdapterWeights.export`, where the file's form differs from the trained one."""
@@ -138,6 +150,27 @@ class AdapterConfig:
         return cls(**{key: value for key, value in raw.items() if key in known})
 
 
+def target_faults(config: Any, *more: str) -> list[str]:
+    """The faults of the fields that say where an adapter sits; sets of names become sorted lists.
+
+    `more` names further fields that hold module names or one regular expression.
+    """
+    found = []
+    if getattr(config, "layers_pattern", None) and config.layers_to_transform is None:
+        found.append("layers_pattern is given without layers_to_transform; needed: the layer numbers too")
+    for label in ("target_modules", "exclude_modules", *more):
+        value = getattr(config, label, None)
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                found.append(f"{label} is {value!r}, which is not a regular expression ({error})")
+        elif value is not None:
+            names = sorted(set(value)) if isinstance(value, set | frozenset) else list(value)
+            object.__setattr__(config, label, names)
+    return found
+
+
 @dataclass
 class Switchboard:
     """Which adapters contribute, with which weight, to which rows; one object shared by all layers of a model.
@@ -158,24 +191,37 @@ class AdapterWeights(nn.Module):
 
     The parameter names are those of the file: `lora_A.weight` here is `<module>.lora_A.weight` there. `frozen_names`
     are buffers that training needs and the exported file does not hold (see `export`).
+
+    `reads_base`: whether `delta` depends on the base's weight or output, and so cannot stand beside a merged adapter.
+    `shifts_input`: whether `shift_input` gives anything; layers ask only those that say so.
     """
 
-    def delta(self, x: Tensor, y: Tensor, base: nn.Module, weight: float) -> Tensor:
+    reads_base: ClassVar[bool] = False
+    shifts_input: ClassVar[bool] = False
+
+    def shift_input(self, x: Tensor, weight: float) -> Tensor:
+        """What the adapter adds to the base layer's input, times `weight`; called where `shifts_input` is True.
+
+        With a linear base layer, y = W (x + sum_i w_i shift_i(x)): shifts add up as outputs do.
+        """
+        raise TypeError(f"{type(self).__name__} does not say what it adds to a layer's input")
+
+    def delta(self, x: Tensor, y: Tensor, base: nn.Module, weight: float) -> Tensor | None:
         """What the adapter adds to the layer's output, times `weight`.
 
         Args:
             x: the layer's input; (..., in) for linear layers, token ids for embeddings, (N, C, H, W) for Conv2d.
-            y: the base layer's output for `x`.
+            y: the base layer's own output, without any adapter's `delta`.
             base: the base layer.
             weight: the mixing weight.
 
         Returns:
-            A tensor of `y`'s shape.
+            A tensor of `y`'s shape, or None for nothing.
         """
         raise TypeError(f"{type(self).__name__} does not say what it adds to a layer's output")
 
     def delta_weight(self, base: nn.Module) -> Tensor:
-        """The change of `base.weight` (its shape) that `delta` amounts to at weight 1, in float32."""
+        """The change of the unmerged `base.weight` (its shape) that `delta` amounts to at weight 1, in float32."""
         raise TargetError(f"{type(self).__name__} cannot be merged into a weight.")
 
     def delta_bias(self, base: nn.Module) -> Tensor | None:
@@ -212,6 +258,11 @@ class AdapterSpec:
     mergeable: bool
     mixable: bool
     identity_at_start: bool
+
+
+def master(tensor: Tensor) -> Tensor:
+    """`tensor` in float32, or in float64 if it is that already: the type of sums that must not lose digits."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def compute_cast(weight: Tensor, x: Tensor) -> Tensor:
