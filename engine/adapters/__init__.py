@@ -40,6 +40,7 @@ class Registry(Mapping[str, "AdapterSpec"]):
 ADAPTERS = Registry(
     {
         "ia3": "engine.adapters.ia3",
+        "loha": "engine.adapters.loha",
         "lora": "engine.adapters.lora",
     }
 )
