@@ -23,6 +23,7 @@ _NAMES = {
     "IA3Config": "engine.adapters.ia3",
     "JobSpec": "engine.train.job",
     "LoHaConfig": "engine.adapters.loha",
+    "LoKrConfig": "engine.adapters.lokr",
     "LoraConfig": "engine.adapters.lora",
     "PeftConfig": "engine.auto",
     "PeftModel": "engine.model",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from engine.adapters.base import TaskType as TaskType
     from engine.adapters.ia3 import IA3Config as IA3Config
     from engine.adapters.loha import LoHaConfig as LoHaConfig
+    from engine.adapters.lokr import LoKrConfig as LoKrConfig
     from engine.adapters.lora import LoraConfig as LoraConfig
     from engine.model import PeftModel as PeftModel
     from engine.model import get_peft_model as get_peft_model

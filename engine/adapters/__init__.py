@@ -41,6 +41,7 @@ ADAPTERS = Registry(
     {
         "ia3": "engine.adapters.ia3",
         "loha": "engine.adapters.loha",
+        "lokr": "engine.adapters.lokr",
         "lora": "engine.adapters.lora",
     }
 )

@@ -35,6 +35,7 @@ class PeftType(enum.StrEnum):
 
     IA3 = "IA3"
     LOHA = "LOHA"
+    LOKR = "LOKR"
     LORA = "LORA"
 
 
