@@ -21,7 +21,10 @@ _NAMES = {
     "AutoPeftModelForSequenceClassification": "engine.auto",
     "AutoPeftModelForTokenClassification": "engine.auto",
     "DoRAConfig": "engine.adapters.dora",
+    "IA3Config": "engine.adapters.ia3",
     "JobSpec": "engine.train.job",
+    "LoHaConfig": "engine.adapters.loha",
+    "LoKrConfig": "engine.adapters.lokr",
     "LoraConfig": "engine.adapters.lora",
     "MoRAConfig": "engine.adapters.mora",
     "PeftConfig": "engine.auto",
@@ -50,6 +53,9 @@ if TYPE_CHECKING:
     from engine.adapters.base import PeftType as PeftType
     from engine.adapters.base import TaskType as TaskType
     from engine.adapters.dora import DoRAConfig as DoRAConfig
+    from engine.adapters.ia3 import IA3Config as IA3Config
+    from engine.adapters.loha import LoHaConfig as LoHaConfig
+    from engine.adapters.lokr import LoKrConfig as LoKrConfig
     from engine.adapters.lora import LoraConfig as LoraConfig
     from engine.adapters.mora import MoRAConfig as MoRAConfig
     from engine.adapters.vera import VeraConfig as VeraConfig

@@ -57,6 +57,7 @@ class AdapterLayer(nn.Module):
         adapters: adapter name -> its weights here.
         biases: adapter name -> its own copy of the base bias, where the adapter trains biases.
         merged: adapter name -> the weight it was merged with.
+        shifting: the adapters that also change the base layer's input.
     """
 
     def __init__(self, base: nn.Module, switchboard: Switchboard, name: str) -> None:
@@ -67,6 +68,7 @@ class AdapterLayer(nn.Module):
         self.switchboard = switchboard
         self.module_name = name
         self.merged: dict[str, float] = {}
+        self.shifting: set[str] = set()
         self._before: dict[str, Tensor] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -81,14 +83,21 @@ class AdapterLayer(nn.Module):
     def holds(self, adapter: str) -> bool:
         return adapter in self.adapters or adapter in self.biases
 
+    def attach(self, adapter: str, weights: AdapterWeights) -> None:
+        self.adapters[adapter] = weights
+        if weights.shifts_input:
+            self.shifting.add(adapter)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        y = self.base_layer(x, *args, **kwargs)
         board = self.switchboard
         if board.disabled:
-            return y
+            return self.base_layer(x, *args, **kwargs)
+        y = self.base_layer(self._shifted(x) if self.shifting else x, *args, **kwargs)
         if board.rows is not None:
             return self._rows(x, y, board.rows)
         out = y
+        if self.shifting and self._reads_output():
+            y = self.base_layer(x, *args, **kwargs)
         for adapter, weight in board.weights.items():
             if weight and adapter not in self.merged:
                 change = self._change(adapter, x, y, weight)
@@ -96,18 +105,43 @@ class AdapterLayer(nn.Module):
                     out = out + change.to(y.dtype)
         return out
 
+    def _shifted(self, x: Tensor) -> Tensor:
+        """The base layer's input with what adapters add to it."""
+        board, y = self.switchboard, x
+        if board.rows is not None:
+            for adapter, index in self._row_index(x, board.rows):
+                if adapter in self.shifting:
+                    y = y.index_add(0, index, self._shift_of(adapter, x.index_select(0, index), 1.0))
+            return y
+        for adapter, weight in board.weights.items():
+            if weight and adapter in self.shifting and adapter not in self.merged:
+                y = y + self._shift_of(adapter, x, weight)
+        return y
+
+    def _reads_output(self) -> bool:
+        """Whether an input is shifted beside an adapter that reads the output for the input as it came."""
+        active = [name for name, weight in self.switchboard.weights.items() if weight and name in self.adapters]
+        weights = [self._weights(name) for name in active if name not in self.merged]
+        return any(w.shifts_input for w in weights) and any(w.reads_base and not w.shifts_input for w in weights)
+
+    def _weights(self, adapter: str) -> AdapterWeights:
+        weights = self.adapters[adapter]
+        assert isinstance(weights, AdapterWeights)
+        if self.merged and weights.reads_base:
+            raise EngineError(
+                f"{adapter!r} builds on the base weight of {self.module_name}, which now holds "
+                f"{', '.join(map(repr, self.merged))}.",
+                "Merge both (merge_adapter), or unmerge_adapter() first.",
+            )
+        return weights
+
+    def _shift_of(self, adapter: str, x: Tensor, weight: float) -> Tensor:
+        return self._weights(adapter).shift_input(x, weight).to(x.dtype)
+
     def _change(self, adapter: str, x: Tensor, y: Tensor, weight: float) -> Tensor | None:
         change: Tensor | None = None
         if adapter in self.adapters:
-            weights = self.adapters[adapter]
-            assert isinstance(weights, AdapterWeights)
-            if self.merged and weights.reads_base:
-                raise EngineError(
-                    f"{adapter!r} builds on the base weight of {self.module_name}, which now holds "
-                    f"{', '.join(map(repr, self.merged))}.",
-                    "Merge both (merge_adapter), or unmerge_adapter() first.",
-                )
-            change = weights.delta(x, y, self.base_layer, weight)
+            change = self._weights(adapter).delta(x, y, self.base_layer, weight)
         if adapter in self.biases:
             shift = self._shift(adapter) * weight
             if layer_kind(self.base_layer) == CONV2D:
@@ -121,24 +155,26 @@ class AdapterLayer(nn.Module):
         own: Tensor = self.biases[adapter]
         return own.float() - base_bias.float()
 
-    def _rows(self, x: Tensor, y: Tensor, rows: list[str | None]) -> Tensor:
-        """Each batch row through its own adapter; a batch that is n times as long holds n beams a row, in order."""
+    def _row_index(self, x: Tensor, rows: list[str | None]) -> Iterator[tuple[str, Tensor]]:
+        """(adapter, its batch rows); a batch that is n times as long holds n beams a row, in order."""
         if self.merged:
             raise EngineError(
                 f"A mixed batch needs unmerged adapters; {', '.join(self.merged)} is merged.",
                 "Call unmerge_adapter() first.",
             )
-        if y.shape[0] % len(rows):
+        if x.shape[0] % len(rows):
             raise EngineError(
-                f"adapter_names has {len(rows)} names and the batch {y.shape[0]} rows; needed: one name a row."
+                f"adapter_names has {len(rows)} names and the batch {x.shape[0]} rows; needed: one name a row."
             )
-        times = y.shape[0] // len(rows)
+        times = x.shape[0] // len(rows)
         for adapter in dict.fromkeys(rows):
-            if adapter is None or not self.holds(adapter):
-                continue
-            index = torch.tensor(
-                [i * times + k for i, name in enumerate(rows) if name == adapter for k in range(times)], device=y.device
-            )
+            if adapter is not None and self.holds(adapter):
+                index = [i * times + k for i, name in enumerate(rows) if name == adapter for k in range(times)]
+                yield adapter, torch.tensor(index, device=x.device)
+
+    def _rows(self, x: Tensor, y: Tensor, rows: list[str | None]) -> Tensor:
+        """Each batch row through its own adapter."""
+        for adapter, index in self._row_index(x, rows):
             change = self._change(adapter, x.index_select(0, index), y.index_select(0, index), 1.0)
             if change is not None:
                 y = y.index_add(0, index, change.to(y.dtype).expand(len(index), *y.shape[1:]))
@@ -216,6 +252,7 @@ class AdapterLayer(nn.Module):
         for holder in (self.adapters, self.biases):
             if adapter in holder:
                 del holder[adapter]
+        self.shifting.discard(adapter)
 
 
 class SavedModule(nn.Module):
@@ -312,19 +349,20 @@ def linear_suffixes(model: nn.Module) -> list[str]:
     return sorted((s for s in counts if not s.isdigit()), key=lambda s: -counts[s])
 
 
-def default_targets(model: nn.Module) -> list[str]:
-    """The architecture's usual attention projections, by the first of DEFAULT_RULES that fits.
+def default_targets(model: nn.Module, rules: Sequence[Sequence[str]] = ()) -> list[str]:
+    """The architecture's usual modules, by the first of the rules (DEFAULT_RULES unless given) that fits.
 
     Raises:
         TargetError: none fits; the message lists the linear layers that there are.
     """
-    present = set(linear_suffixes(model))
-    for rule in DEFAULT_RULES:
-        if present.issuperset(rule):
+    names = [name for name, module in base_modules(model) if layer_kind(unwrapped(module)) in (LINEAR, CONV1D)]
+    for rule in rules or DEFAULT_RULES:
+        if all(any(matches(name, [item]) for name in names) for item in rule):
             return list(rule)
     raise TargetError(
-        f"{type(model).__name__} has no attention projections that the engine knows by name.",
-        f"Set target_modules; its linear layers are: {', '.join(sorted(present)) or 'none'}.",
+        f"{type(model).__name__} has no {'usual targets' if rules else 'attention projections'} that the engine knows "
+        "by name.",
+        f"Set target_modules; its linear layers are: {', '.join(sorted(linear_suffixes(model))) or 'none'}.",
     )
 
 
@@ -362,7 +400,9 @@ def find_targets(model: nn.Module, config: Any, layers: tuple[str, ...]) -> tupl
         TargetError: nothing matches (with the nearest names), or a match is of a kind that the method cannot serve.
     """
     task, excluded = config.task_type, getattr(config, "exclude_modules", None)
-    wanted = config.target_modules if config.target_modules is not None else default_targets(model)
+    wanted = config.target_modules
+    if wanted is None:
+        wanted = default_targets(model, config.TARGET_RULES)
     if wanted == "all-linear":
         names = _all_linear(model, task)
         wanted = sorted({name.rsplit(".", 1)[-1] for name in names})

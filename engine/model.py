@@ -122,7 +122,7 @@ class PeftModel(nn.Module):
         names, wanted = find_targets(model, peft_config, spec.layers)
         saved = self._saved_names(peft_config)
         origin = peft_config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
-        config = peft_config.replace(target_modules=wanted, base_model_name_or_path=origin)
+        config = peft_config.replace(target_modules=wanted, base_model_name_or_path=origin).settled(names)
         # Everything that can fail comes before the first wrapper, so a refused adapter leaves the model as it was.
         bases = {name: unwrapped(module_at(model, name)) for name in names}
         shared = (spec.share(bases, config),) if spec.share else ()
@@ -131,7 +131,7 @@ class PeftModel(nn.Module):
         for name, weights in built:
             layer = wrap(model, name, self.switchboard)
             weights.train(self.training)
-            layer.adapters[adapter_name] = weights
+            layer.attach(adapter_name, weights)
             layers.append(layer)
         for name in saved:
             module = wrap_saved(model, name, self.switchboard)

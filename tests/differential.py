@@ -53,9 +53,9 @@ def gradients(model: Any, folder: Path) -> dict[str, torch.Tensor]:
     return save(model, folder)
 
 
-def train_steps(model: Any, steps: int) -> list[float]:
+def train_steps(model: Any, steps: int, rate: float = 3e-3) -> list[float]:
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
     losses = []
     for _ in range(steps):
         loss = model(input_ids=tiny.ids(4), labels=tiny.ids(4)).loss
@@ -102,11 +102,11 @@ def same_merged_weights(config: str, family: str, fields: Fields, tmp: Path) -> 
         assert torch.allclose(mine[key], other[key], atol=1e-5), key
 
 
-def same_training(config: str, family: str, fields: Fields, tmp: Path, steps: int = 20) -> None:
+def same_training(config: str, family: str, fields: Fields, tmp: Path, steps: int = 20, rate: float = 3e-3) -> None:
     theirs = make(peft, config, family, fields)
     save(theirs, tmp)
     ours = load(engine, family, tmp, is_trainable=True)
-    mine, other = train_steps(ours, steps), train_steps(theirs, steps)
+    mine, other = train_steps(ours, steps, rate), train_steps(theirs, steps, rate)
     assert other[0] - other[-1] > 0.02
     assert max(abs(a - b) for a, b in zip(mine, other, strict=True)) < 1e-4
 
@@ -117,6 +117,38 @@ def same_generation(config: str, family: str, fields: Fields, tmp: Path, beams: 
     ours = load(engine, family, tmp)
     settings = {"input_ids": tiny.ids(), "max_new_tokens": 10, "num_beams": beams, "pad_token_id": 0}
     assert torch.equal(ours.generate(**settings), theirs.generate(**settings))
+
+
+def same_convolutions(config: str, fields: Fields, tmp: Path, wrong: tuple[str, ...] = ()) -> None:
+    """Files, outputs, gradients and merged weights on strided, dilated and grouped convolutions.
+
+    `wrong` are the endings of keys whose gradients PEFT gets wrong at convolutions.
+    """
+    theirs = tiny.shake(peft.get_peft_model(tiny.grouped(), getattr(peft, config)(**fields)))
+    their_file = save(theirs, tmp / "theirs")
+    ours = engine.PeftModel.from_pretrained(tiny.grouped(), tmp / "theirs", is_trainable=True)
+    our_file = save(ours, tmp / "ours")
+    assert {k: v.shape for k, v in our_file.items()} == {k: v.shape for k, v in their_file.items()}
+    again = peft.PeftModel.from_pretrained(tiny.grouped(), tmp / "ours")
+    before = pixels_of(theirs)
+    for model in (ours, again):
+        assert (pixels_of(model) - before).abs().max() < 1e-5
+    merged = engine.PeftModel.from_pretrained(tiny.grouped(), tmp / "theirs").merge_and_unload()
+    assert (pixels_of(merged) - before).abs().max() < 1e-5
+    for model in (ours, theirs):
+        pixels_of(model).square().mean().backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(parameter.grad)
+    mine, other = save(ours, tmp / "g1"), save(theirs, tmp / "g2")
+    for key in other:
+        expected = "head" in key or not key.endswith(wrong)
+        assert torch.allclose(mine[key], other[key], atol=1e-5) == expected, key
+
+
+def pixels_of(model: Any) -> torch.Tensor:
+    return model(torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3)))
 
 
 def ids_of(cases: list[tuple[str, Fields]]) -> list[str]:

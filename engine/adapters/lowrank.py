@@ -26,6 +26,7 @@ from engine.adapters.base import (
     AdapterConfig,
     AdapterWeights,
     PeftType,
+    by_pattern,
     compute_cast,
     features,
     layer_kind,
@@ -136,22 +137,15 @@ class LowRankConfig(AdapterConfig):
 
     def rank_of(self, module: str) -> int:
         """The rank at `module`: the first rank_pattern that matches, else `r`."""
-        return int(_by_pattern(self.rank_pattern, module, self.r))
+        return int(by_pattern(self.rank_pattern, module, self.r))
 
     def alpha_of(self, module: str) -> float:
-        return float(_by_pattern(self.alpha_pattern, module, self.lora_alpha))
+        return float(by_pattern(self.alpha_pattern, module, self.lora_alpha))
 
     def scale(self, module: str) -> float:
         """s = alpha / r, or alpha / sqrt(r) for rsLoRA."""
         r = self.rank_of(module)
         return self.alpha_of(module) / (math.sqrt(r) if self.use_rslora else r)
-
-
-def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
-    for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
 
 
 class LowRankWeights(AdapterWeights):
@@ -177,6 +171,9 @@ class LowRankWeights(AdapterWeights):
         if self.offset_A is not None and self.offset_B is not None:
             a, b = torch.cat([a, master(self.offset_A)]), torch.cat([b, -master(self.offset_B)], dim=1)
         return a, b
+
+    def delta(self, x: Tensor, y: Tensor, base: nn.Module, weight: float) -> Tensor:
+        raise TypeError(f"{type(self).__name__} does not say what it adds to a layer's output")
 
     def _a(self) -> Tensor:
         raise TypeError(f"{type(self).__name__} has no matrix A")
