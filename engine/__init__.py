@@ -20,8 +20,13 @@ _NAMES = {
     "AutoPeftModelForSeq2SeqLM": "engine.auto",
     "AutoPeftModelForSequenceClassification": "engine.auto",
     "AutoPeftModelForTokenClassification": "engine.auto",
+    "DoRAConfig": "engine.adapters.dora",
+    "IA3Config": "engine.adapters.ia3",
     "JobSpec": "engine.train.job",
+    "LoHaConfig": "engine.adapters.loha",
+    "LoKrConfig": "engine.adapters.lokr",
     "LoraConfig": "engine.adapters.lora",
+    "MoRAConfig": "engine.adapters.mora",
     "PeftConfig": "engine.auto",
     "PeftModel": "engine.model",
     "PeftModelForCausalLM": "engine.model",
@@ -32,6 +37,7 @@ _NAMES = {
     "PeftModelForTokenClassification": "engine.model",
     "PeftType": "engine.adapters.base",
     "TaskType": "engine.adapters.base",
+    "VeraConfig": "engine.adapters.vera",
     "expand_lora_rank": "engine.resize",
     "get_optimal_config": "engine.auto",
     "get_peft_config": "engine.auto",
@@ -46,7 +52,13 @@ if TYPE_CHECKING:
     from engine.adapters.base import AdapterConfig as AdapterConfig
     from engine.adapters.base import PeftType as PeftType
     from engine.adapters.base import TaskType as TaskType
+    from engine.adapters.dora import DoRAConfig as DoRAConfig
+    from engine.adapters.ia3 import IA3Config as IA3Config
+    from engine.adapters.loha import LoHaConfig as LoHaConfig
+    from engine.adapters.lokr import LoKrConfig as LoKrConfig
     from engine.adapters.lora import LoraConfig as LoraConfig
+    from engine.adapters.mora import MoRAConfig as MoRAConfig
+    from engine.adapters.vera import VeraConfig as VeraConfig
     from engine.model import PeftModel as PeftModel
     from engine.model import get_peft_model as get_peft_model
     from engine.train.job import JobSpec as JobSpec

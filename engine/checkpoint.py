@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from engine.adapters import ADAPTERS
-from engine.adapters.base import EMBEDDING, AdapterConfig, AdapterWeights, layer_kind
+from engine.adapters.base import EMBEDDING, AdapterConfig, AdapterWeights, SharedState, layer_kind
 from engine.errors import CheckpointError, UnsafeFileError
 from engine.inject import AdapterLayer, SavedModule, Wrapper
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from engine.model import PeftModel
 
 PREFIX = "base_model.model."
+SHARED = "base_model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -76,7 +77,7 @@ def read_config(model_id: str | Path) -> AdapterConfig:
             return spec.config.from_dict(raw)
     raise CheckpointError(
         f"{path} has peft_type {kind!r}, which is not a method of this version.",
-        f"Methods here: {', '.join(spec.config.PEFT_TYPE.value for spec in ADAPTERS.values())}.",
+        f"Methods here: {', '.join(dict.fromkeys(spec.config.PEFT_TYPE.value for spec in ADAPTERS.values()))}.",
     )
 
 
@@ -104,11 +105,26 @@ def read_weights(model_id: str | Path) -> dict[str, Tensor]:
 
 def adapter_state(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
     """The adapter's tensors under their keys in the file."""
+    return {
+        key: tensor.detach().to("cpu").contiguous() for key, tensor in exported_tensors(model, adapter_name).items()
+    }
+
+
+def exported_tensors(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
+    """Key in the file -> the adapter's tensor, where it lies."""
     state: dict[str, Tensor] = {}
     for layer in model._layers[adapter_name]:
         for name, tensor in _tensors(layer, adapter_name).items():
-            state[f"{PREFIX}{layer.module_name}.{name}"] = tensor.detach().to("cpu").contiguous()
+            state[f"{PREFIX}{layer.module_name}.{name}"] = tensor
+    if adapter_name in model.shared:
+        state |= {f"{SHARED}{name}": tensor for name, tensor in _shared(model, adapter_name).export().items()}
     return state
+
+
+def _shared(model: PeftModel, adapter: str) -> SharedState:
+    shared = model.shared[adapter]
+    assert isinstance(shared, SharedState)
+    return shared
 
 
 def _tensors(layer: Wrapper, adapter: str) -> dict[str, Tensor]:
@@ -192,6 +208,12 @@ def write_weights(model: PeftModel, adapter_name: str, tensors: Mapping[str, Ten
             kept[f"{start}base_layer.weight"] = layer.base_layer
         if adapter_name in layer.biases:
             places[start + _bias_key(layer, adapter_name)] = layer.biases[adapter_name]
+    if adapter_name in model.shared:
+        # A file may bring what its config says can be made again; then it counts.
+        needed = _shared(model, adapter_name).export()
+        for name, place in model.shared[adapter_name].named_buffers():
+            if name in needed or SHARED + name in tensors:
+                places[SHARED + name] = place
     missing = [key for key in places if key not in tensors]
     extra = [key for key in tensors if key not in places and key not in kept]
     if missing or extra:
@@ -252,9 +274,9 @@ def load_adapter(model: PeftModel, model_id: str | Path, adapter_name: str, is_t
         raise
 
 
-def raw_state(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
-    """What resuming needs: the parameters as they are trained, and the frozen buffers beside them."""
-    state: dict[str, Tensor] = {}
+def _raw(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
+    """What `raw_state` copies, where it lies."""
+    found: dict[str, Tensor] = {}
     for layer in model._layers[adapter_name]:
         if isinstance(layer, SavedModule):
             parts: dict[str, Any] = dict(layer.copies[adapter_name].state_dict())
@@ -262,8 +284,15 @@ def raw_state(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
             parts = dict(layer.adapters[adapter_name].state_dict()) if adapter_name in layer.adapters else {}
             if adapter_name in layer.biases:
                 parts["own_bias"] = layer.biases[adapter_name]
-        state |= {f"{layer.module_name}.{name}": t.detach().to("cpu").clone() for name, t in parts.items()}
-    return state
+        found |= {f"{layer.module_name}.{name}": tensor for name, tensor in parts.items()}
+    if adapter_name in model.shared:
+        found |= {SHARED + name: tensor for name, tensor in model.shared[adapter_name].named_buffers()}
+    return found
+
+
+def raw_state(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
+    """What resuming needs: the parameters as they are trained, and the frozen buffers beside them."""
+    return {name: tensor.detach().to("cpu").clone() for name, tensor in _raw(model, adapter_name).items()}
 
 
 @torch.no_grad()
@@ -273,15 +302,7 @@ def restore_raw_state(model: PeftModel, adapter_name: str, state: Mapping[str, T
     Raises:
         CheckpointError: the checkpoint holds other tensors than this adapter.
     """
-    own: dict[str, Tensor] = {}
-    for layer in model._layers[adapter_name]:
-        if isinstance(layer, SavedModule):
-            parts: dict[str, Any] = dict(layer.copies[adapter_name].state_dict())
-        else:
-            parts = dict(layer.adapters[adapter_name].state_dict()) if adapter_name in layer.adapters else {}
-            if adapter_name in layer.biases:
-                parts["own_bias"] = layer.biases[adapter_name]
-        own |= {f"{layer.module_name}.{name}": t for name, t in parts.items()}
+    own = _raw(model, adapter_name)
     if own.keys() != state.keys():
         odd = sorted(own.keys() ^ state.keys())
         raise CheckpointError(

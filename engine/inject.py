@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from engine.adapters.base import (
     Switchboard,
     TaskType,
     layer_kind,
+    master,
 )
 from engine.errors import EngineError, TargetError
 
@@ -56,6 +57,7 @@ class AdapterLayer(nn.Module):
         adapters: adapter name -> its weights here.
         biases: adapter name -> its own copy of the base bias, where the adapter trains biases.
         merged: adapter name -> the weight it was merged with.
+        shifting: the adapters that also change the base layer's input.
     """
 
     def __init__(self, base: nn.Module, switchboard: Switchboard, name: str) -> None:
@@ -66,6 +68,7 @@ class AdapterLayer(nn.Module):
         self.switchboard = switchboard
         self.module_name = name
         self.merged: dict[str, float] = {}
+        self.shifting: set[str] = set()
         self._before: dict[str, Tensor] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -80,26 +83,65 @@ class AdapterLayer(nn.Module):
     def holds(self, adapter: str) -> bool:
         return adapter in self.adapters or adapter in self.biases
 
+    def attach(self, adapter: str, weights: AdapterWeights) -> None:
+        self.adapters[adapter] = weights
+        if weights.shifts_input:
+            self.shifting.add(adapter)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        y = self.base_layer(x, *args, **kwargs)
         board = self.switchboard
         if board.disabled:
-            return y
+            return self.base_layer(x, *args, **kwargs)
+        y = self.base_layer(self._shifted(x) if self.shifting else x, *args, **kwargs)
         if board.rows is not None:
             return self._rows(x, y, board.rows)
+        out = y
+        if self.shifting and self._reads_output():
+            y = self.base_layer(x, *args, **kwargs)
         for adapter, weight in board.weights.items():
             if weight and adapter not in self.merged:
                 change = self._change(adapter, x, y, weight)
                 if change is not None:
-                    y = y + change.to(y.dtype)
+                    out = out + change.to(y.dtype)
+        return out
+
+    def _shifted(self, x: Tensor) -> Tensor:
+        """The base layer's input with what adapters add to it."""
+        board, y = self.switchboard, x
+        if board.rows is not None:
+            for adapter, index in self._row_index(x, board.rows):
+                if adapter in self.shifting:
+                    y = y.index_add(0, index, self._shift_of(adapter, x.index_select(0, index), 1.0))
+            return y
+        for adapter, weight in board.weights.items():
+            if weight and adapter in self.shifting and adapter not in self.merged:
+                y = y + self._shift_of(adapter, x, weight)
         return y
+
+    def _reads_output(self) -> bool:
+        """Whether an input is shifted beside an adapter that reads the output for the input as it came."""
+        active = [name for name, weight in self.switchboard.weights.items() if weight and name in self.adapters]
+        weights = [self._weights(name) for name in active if name not in self.merged]
+        return any(w.shifts_input for w in weights) and any(w.reads_base and not w.shifts_input for w in weights)
+
+    def _weights(self, adapter: str) -> AdapterWeights:
+        weights = self.adapters[adapter]
+        assert isinstance(weights, AdapterWeights)
+        if self.merged and weights.reads_base:
+            raise EngineError(
+                f"{adapter!r} builds on the base weight of {self.module_name}, which now holds "
+                f"{', '.join(map(repr, self.merged))}.",
+                "Merge both (merge_adapter), or unmerge_adapter() first.",
+            )
+        return weights
+
+    def _shift_of(self, adapter: str, x: Tensor, weight: float) -> Tensor:
+        return self._weights(adapter).shift_input(x, weight).to(x.dtype)
 
     def _change(self, adapter: str, x: Tensor, y: Tensor, weight: float) -> Tensor | None:
         change: Tensor | None = None
         if adapter in self.adapters:
-            weights = self.adapters[adapter]
-            assert isinstance(weights, AdapterWeights)
-            change = weights.delta(x, y, self.base_layer, weight)
+            change = self._weights(adapter).delta(x, y, self.base_layer, weight)
         if adapter in self.biases:
             shift = self._shift(adapter) * weight
             if layer_kind(self.base_layer) == CONV2D:
@@ -113,34 +155,73 @@ class AdapterLayer(nn.Module):
         own: Tensor = self.biases[adapter]
         return own.float() - base_bias.float()
 
-    def _rows(self, x: Tensor, y: Tensor, rows: list[str | None]) -> Tensor:
-        """Each batch row through its own adapter; a batch that is n times as long holds n beams a row, in order."""
+    def _row_index(self, x: Tensor, rows: list[str | None]) -> Iterator[tuple[str, Tensor]]:
+        """(adapter, its batch rows); a batch that is n times as long holds n beams a row, in order."""
         if self.merged:
             raise EngineError(
                 f"A mixed batch needs unmerged adapters; {', '.join(self.merged)} is merged.",
                 "Call unmerge_adapter() first.",
             )
-        if y.shape[0] % len(rows):
+        if x.shape[0] % len(rows):
             raise EngineError(
-                f"adapter_names has {len(rows)} names and the batch {y.shape[0]} rows; needed: one name a row."
+                f"adapter_names has {len(rows)} names and the batch {x.shape[0]} rows; needed: one name a row."
             )
-        times = y.shape[0] // len(rows)
+        times = x.shape[0] // len(rows)
         for adapter in dict.fromkeys(rows):
-            if adapter is None or not self.holds(adapter):
-                continue
-            index = torch.tensor(
-                [i * times + k for i, name in enumerate(rows) if name == adapter for k in range(times)], device=y.device
-            )
+            if adapter is not None and self.holds(adapter):
+                index = [i * times + k for i, name in enumerate(rows) if name == adapter for k in range(times)]
+                yield adapter, torch.tensor(index, device=x.device)
+
+    def _rows(self, x: Tensor, y: Tensor, rows: list[str | None]) -> Tensor:
+        """Each batch row through its own adapter."""
+        for adapter, index in self._row_index(x, rows):
             change = self._change(adapter, x.index_select(0, index), y.index_select(0, index), 1.0)
             if change is not None:
                 y = y.index_add(0, index, change.to(y.dtype).expand(len(index), *y.shape[1:]))
         return y
 
     @torch.no_grad()
-    def merge(self, adapter: str, weight: float, keep: bool = True) -> None:
-        """W += weight * dW. `keep` stores the former tensors on the CPU, so that `unmerge` is exact to the bit."""
-        if adapter in self.merged or not self.holds(adapter):
+    def merge(self, weights: Mapping[str, float], keep: bool = True) -> None:
+        """W += sum of weight * dW over adapters (name -> weight); those already merged stay so, with their weights.
+
+        Each dW is of the base's own weight, so all are taken before any is added. `keep` stores the former tensors on
+        the CPU, so that `unmerge` is exact to the bit.
+        """
+        new = {name: weight for name, weight in weights.items() if name not in self.merged and self.holds(name)}
+        if not new:
             return
+        every = {**self.merged, **new}
+        self.unmerge()
+        base = self.base_layer
+        changes: dict[str, Tensor] = {}
+        for adapter, weight in every.items():
+            for name, change in self._weight_changes(adapter).items():
+                if getattr(base, name) is None:
+                    raise TargetError(
+                        f"{self.module_name} has no bias to merge {adapter!r}'s bias into.",
+                        "Keep the adapter unmerged.",
+                    )
+                change = change * weight
+                changes[name] = changes[name] + change if name in changes else change
+        merged: dict[str, Tensor] = {}
+        for name, change in changes.items():
+            tensor = getattr(base, name)
+            merged[name] = (master(tensor) + change.to(tensor.device)).to(tensor.dtype)
+            if not torch.isfinite(merged[name]).all():
+                raise EngineError(
+                    f"Merging {' and '.join(map(repr, every))} into {self.module_name} gives values that are not "
+                    "finite; nothing is merged there.",
+                    "The adapter is damaged or diverged; train it again or use an earlier checkpoint.",
+                )
+        for name, tensor in merged.items():
+            target = getattr(base, name)
+            if keep:
+                self._before[name] = target.detach().to("cpu", copy=True)
+            target.copy_(tensor)
+        self.merged = every
+
+    def _weight_changes(self, adapter: str) -> dict[str, Tensor]:
+        """Name of a base tensor -> what the adapter adds to it at weight 1."""
         base = self.base_layer
         changes: dict[str, Tensor] = {}
         if adapter in self.adapters:
@@ -157,26 +238,7 @@ class AdapterLayer(nn.Module):
                 changes["bias"] = bias
         if adapter in self.biases:
             changes["bias"] = changes.get("bias", 0) + self._shift(adapter)
-        merged: dict[str, Tensor] = {}
-        for name, change in changes.items():
-            tensor = getattr(base, name)
-            if tensor is None:
-                raise TargetError(
-                    f"{self.module_name} has no bias to merge {adapter!r}'s bias into.", "Keep the adapter unmerged."
-                )
-            merged[name] = (tensor.float() + change.to(tensor.device) * weight).to(tensor.dtype)
-            if not torch.isfinite(merged[name]).all():
-                raise EngineError(
-                    f"Merging {adapter!r} into {self.module_name} gives values that are not finite; nothing was merged "
-                    "there.",
-                    "The adapter is damaged or diverged; train it again or use an earlier checkpoint.",
-                )
-        for name, tensor in merged.items():
-            target = getattr(base, name)
-            if keep and name not in self._before:
-                self._before[name] = target.detach().to("cpu", copy=True)
-            target.copy_(tensor)
-        self.merged[adapter] = weight
+        return changes
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -190,6 +252,7 @@ class AdapterLayer(nn.Module):
         for holder in (self.adapters, self.biases):
             if adapter in holder:
                 del holder[adapter]
+        self.shifting.discard(adapter)
 
 
 class SavedModule(nn.Module):
@@ -286,19 +349,20 @@ def linear_suffixes(model: nn.Module) -> list[str]:
     return sorted((s for s in counts if not s.isdigit()), key=lambda s: -counts[s])
 
 
-def default_targets(model: nn.Module) -> list[str]:
-    """The architecture's usual attention projections, by the first of DEFAULT_RULES that fits.
+def default_targets(model: nn.Module, rules: Sequence[Sequence[str]] = ()) -> list[str]:
+    """The architecture's usual modules, by the first of the rules (DEFAULT_RULES unless given) that fits.
 
     Raises:
         TargetError: none fits; the message lists the linear layers that there are.
     """
-    present = set(linear_suffixes(model))
-    for rule in DEFAULT_RULES:
-        if present.issuperset(rule):
+    names = [name for name, module in base_modules(model) if layer_kind(unwrapped(module)) in (LINEAR, CONV1D)]
+    for rule in rules or DEFAULT_RULES:
+        if all(any(matches(name, [item]) for name in names) for item in rule):
             return list(rule)
     raise TargetError(
-        f"{type(model).__name__} has no attention projections that the engine knows by name.",
-        f"Set target_modules; its linear layers are: {', '.join(sorted(present)) or 'none'}.",
+        f"{type(model).__name__} has no {'usual targets' if rules else 'attention projections'} that the engine knows "
+        "by name.",
+        f"Set target_modules; its linear layers are: {', '.join(sorted(linear_suffixes(model))) or 'none'}.",
     )
 
 
@@ -335,8 +399,10 @@ def find_targets(model: nn.Module, config: Any, layers: tuple[str, ...]) -> tupl
     Raises:
         TargetError: nothing matches (with the nearest names), or a match is of a kind that the method cannot serve.
     """
-    task = config.task_type
-    wanted = config.target_modules if config.target_modules is not None else default_targets(model)
+    task, excluded = config.task_type, getattr(config, "exclude_modules", None)
+    wanted = config.target_modules
+    if wanted is None:
+        wanted = default_targets(model, config.TARGET_RULES)
     if wanted == "all-linear":
         names = _all_linear(model, task)
         wanted = sorted({name.rsplit(".", 1)[-1] for name in names})
@@ -345,7 +411,7 @@ def find_targets(model: nn.Module, config: Any, layers: tuple[str, ...]) -> tupl
             wanted = names
     else:
         names = [name for name, _ in base_modules(model) if matches(name, wanted)]
-    names = [n for n in names if _in_chosen_layers(n, config) and not matches(n, config.exclude_modules)]
+    names = [n for n in names if _in_chosen_layers(n, config) and not matches(n, excluded)]
     if not names:
         raise _nothing_matches(model, wanted, config)
     wrong = []

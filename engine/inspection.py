@@ -8,6 +8,7 @@ from typing import Any
 
 from engine.adapters import ADAPTERS
 from engine.adapters.base import AdapterConfig, TaskType
+from engine.checkpoint import exported_tensors
 from engine.errors import ConfigError
 from engine.inject import AdapterLayer
 from engine.model import get_peft_model
@@ -51,12 +52,11 @@ def count(model: str, adapter: Mapping[str, Any]) -> dict[str, Any]:
     peft_model = get_peft_model(meta_model(model), adapter_config(adapter, TaskType.CAUSAL_LM))
     trainable, total = peft_model.get_nb_trainable_parameters()
     layers = [layer for layer in peft_model._layers["default"] if isinstance(layer, AdapterLayer)]
-    config = peft_model.peft_config["default"]
-    grows = config.exported() is not config
+    tensors = exported_tensors(peft_model, "default").values()
     return {
         "trainable": trainable,
         "parameters": total,
         "share": trainable / total,
-        "adapter_bytes": 4 * trainable * (2 if grows else 1),
+        "adapter_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
         "targets": dict(Counter(layer.module_name.rsplit(".", 1)[-1] for layer in layers)),
     }

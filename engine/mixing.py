@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from engine.adapters import ADAPTERS
 from engine.adapters.base import CONV2D, EMBEDDING, layer_kind
 from engine.errors import ConfigError
 from engine.inject import AdapterLayer
@@ -65,6 +66,11 @@ def add_weighted_adapter(
         raise ConfigError(f"{len(adapters)} adapters and {len(weights)} weights were given; needed: one weight each.")
     configs: list[Any] = [model._known(name) for name in adapters]
     for name, config in zip(adapters, configs, strict=True):
+        if config.method != "lora":
+            raise ConfigError(
+                f"{name!r} is a {ADAPTERS[config.method].title} adapter; only LoRA adapters can be combined into one.",
+                "Mix it live with set_adapter_weights.",
+            )
         if config.modules_to_save or config.bias != "none" or config.lora_bias:
             raise ConfigError(
                 f"{name!r} also trains whole modules or biases, which cannot be combined.",

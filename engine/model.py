@@ -43,9 +43,9 @@ def spec_of(config: AdapterConfig) -> AdapterSpec:
     Raises:
         ConfigError: the config belongs to no method of the registry.
     """
-    for spec in ADAPTERS.values():
-        if isinstance(config, spec.config):
-            return spec
+    method = str(getattr(config, "method", None))
+    if method in ADAPTERS:
+        return ADAPTERS[method]
     raise ConfigError(f"{type(config).__name__} belongs to no adapter method that is registered here.")
 
 
@@ -90,6 +90,7 @@ class PeftModel(nn.Module):
         self.base_model = BaseModel(model)
         self.peft_config: dict[str, AdapterConfig] = {}
         self.switchboard = Switchboard()
+        self.shared = nn.ModuleDict()
         self._layers: dict[str, list[Wrapper]] = {}
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -121,20 +122,24 @@ class PeftModel(nn.Module):
         names, wanted = find_targets(model, peft_config, spec.layers)
         saved = self._saved_names(peft_config)
         origin = peft_config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
-        config = peft_config.replace(target_modules=wanted, base_model_name_or_path=origin)
+        config = peft_config.replace(target_modules=wanted, base_model_name_or_path=origin).settled(names)
         # Everything that can fail comes before the first wrapper, so a refused adapter leaves the model as it was.
-        built = [(name, spec.build(unwrapped(module_at(model, name)), config, name)) for name in names]
+        bases = {name: unwrapped(module_at(model, name)) for name in names}
+        shared = (spec.share(bases, config),) if spec.share else ()
+        built = [(name, spec.build(base, config, name, *shared)) for name, base in bases.items()]
         layers: list[Wrapper] = []
         for name, weights in built:
             layer = wrap(model, name, self.switchboard)
             weights.train(self.training)
-            layer.adapters[adapter_name] = weights
+            layer.attach(adapter_name, weights)
             layers.append(layer)
         for name in saved:
             module = wrap_saved(model, name, self.switchboard)
             module.copies[adapter_name] = copy.deepcopy(module.original_module)
             layers.append(module)
         layers += self._own_biases(adapter_name, config, names)
+        if shared:
+            self.shared[adapter_name] = shared[0]
         self.peft_config[adapter_name] = config
         self._layers[adapter_name] = layers
         self._trainable(adapter_name, False)
@@ -161,7 +166,7 @@ class PeftModel(nn.Module):
         if mode == "none":
             return []
         model = self.get_base_model()
-        names = list(targets) if mode == "lora_only" else [name for name, _ in base_modules(model)]
+        names = [name for name, _ in base_modules(model)] if mode == "all" else list(targets)
         added: list[Wrapper] = []
         for name in names:
             module = module_at(model, name)
@@ -181,6 +186,8 @@ class PeftModel(nn.Module):
             if isinstance(layer, AdapterLayer) and adapter_name in layer.merged:
                 layer.unmerge()
             layer.drop(adapter_name)
+        if adapter_name in self.shared:
+            del self.shared[adapter_name]
         del self.peft_config[adapter_name]
         self.switchboard.weights.pop(adapter_name, None)
         if not self.switchboard.weights and self.peft_config:
@@ -237,8 +244,7 @@ class PeftModel(nn.Module):
         finally:
             self.switchboard.disabled = before
             for layer, weights in merged:
-                for name, weight in weights.items():
-                    layer.merge(name, weight)
+                layer.merge(weights)
 
     def _trainable(self, adapter: str, flag: bool) -> None:
         for parameter in self.adapter_parameters(adapter).values():
@@ -316,11 +322,10 @@ class PeftModel(nn.Module):
             if not spec.mergeable:
                 raise ConfigError(f"{name!r} is a {spec.title} adapter, which cannot be merged into a weight.")
         self._refuse_tied(names)
-        for name in names:
-            weight = self.switchboard.weights.get(name, 1.0)
-            for layer in self._layers[name]:
-                if isinstance(layer, AdapterLayer):
-                    layer.merge(name, weight, keep)
+        weights = {name: self.switchboard.weights.get(name, 1.0) for name in names}
+        for layer in dict.fromkeys(layer for name in names for layer in self._layers[name]):
+            if isinstance(layer, AdapterLayer):
+                layer.merge(weights, keep)
 
     def _refuse_tied(self, names: Sequence[str]) -> None:
         users: dict[int, list[str]] = {}
@@ -364,6 +369,7 @@ class PeftModel(nn.Module):
             else:
                 replace_module(model, name, layer.current() if keep_saved else layer.original_module)
         self.peft_config, self._layers = {}, {}
+        self.shared.clear()
         self.switchboard.weights = {}
         return model
 

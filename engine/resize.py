@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.adapters.lora import LoraConfig, LoraLinear
+from engine.adapters.lora import LoraConfig
+from engine.adapters.lowrank import LowRankLinear
 from engine.errors import ConfigError
 from engine.inject import AdapterLayer
-from engine.model import PeftModel
+from engine.model import PeftModel, spec_of
 
 
 @torch.no_grad()
@@ -36,15 +37,15 @@ def expand_lora_rank(
         ConfigError: the new rank is smaller, the adapter is not LoRA on linear layers, or is merged.
     """
     before = model._known(adapter_name)
-    if not isinstance(before, LoraConfig) or not isinstance(config, LoraConfig):
-        raise ConfigError(f"expand_lora_rank serves LoRA adapters; {adapter_name!r} is {type(before).__name__}.")
+    if not isinstance(before, LoraConfig) or not isinstance(config, LoraConfig) or before.use_dora:
+        raise ConfigError(f"expand_lora_rank serves LoRA adapters; {adapter_name!r} is {spec_of(before).title}.")
     names = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
     after = dataclasses.replace(before, **{name: getattr(config, name) for name in names})
     layers = [layer for layer in model._layers[adapter_name] if isinstance(layer, AdapterLayer)]
     for layer in layers:
         if adapter_name not in layer.adapters:
             continue
-        if not isinstance(layer.adapters[adapter_name], LoraLinear) or adapter_name in layer.merged:
+        if not isinstance(layer.adapters[adapter_name], LowRankLinear) or adapter_name in layer.merged:
             raise ConfigError(f"{layer.module_name} cannot be expanded: it is merged, or not a linear layer.")
         if after.rank_of(layer.module_name) < before.rank_of(layer.module_name):
             raise ConfigError(
@@ -61,7 +62,7 @@ def expand_lora_rank(
 def _expand(layer: AdapterLayer, after: LoraConfig, adapter: str, optimizer: torch.optim.Optimizer | None) -> None:
     old: Any = layer.adapters[adapter]
     plain = dataclasses.replace(after, init_lora_weights=True)
-    new = LoraLinear(layer.base_layer, plain, layer.module_name)
+    new = LowRankLinear(layer.base_layer, plain, layer.module_name)
     r, ratio = old.r, old.scale / new.scale
     new.lora_A.weight[:r] = old.lora_A.weight
     new.lora_B.weight[:, :r] = old.lora_B.weight * ratio

@@ -326,7 +326,7 @@ def test_damaged_missing_and_unsafe_files(tmp_path: Path) -> None:
     ("change", "words"),
     [
         ({"peft_type": "SOMETHING"}, "SOMETHING"),
-        ({"use_dora": True}, "use_dora is True"),
+        ({"use_qalora": True}, "use_qalora is True"),
         ({"made_up": 1}, "made_up is not a field"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
     ],

@@ -1,6 +1,6 @@
 """What every adapter method must keep, run over the registry and every kind of layer that a method claims.
 
-A new method is tested by standing in the registry; CASES needs a line only for settings that its defaults don't fit.
+A new method is tested by standing in the registry; FITTING needs a line only where its defaults don't fit.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from engine import PeftModel, get_peft_model
 from engine.adapters import ADAPTERS
 from engine.adapters.base import CONV1D, CONV2D, EMBEDDING, LINEAR
 from engine.errors import EngineError
+from engine.inspection import adapter_config
+from engine.model import spec_of
+from studio import forms, presets
 from tests import tiny
 
 # A model for each kind of layer, and the names of such layers in it.
@@ -27,11 +30,13 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     EMBEDDING: (tiny.llama, ["embed_tokens"]),
     CONV2D: (tiny.pixels, ["first", "second"]),
 }
+# Settings for methods whose defaults are too large for models this small.
+FITTING: dict[str, dict[str, Any]] = {"mora": {"r": 4}}
 CASES = [(name, kind) for name in ADAPTERS for kind in LAYERS]
 
 
 def config(name: str, targets: list[str], **more: Any) -> Any:
-    return ADAPTERS[name].config(target_modules=targets, **more)
+    return ADAPTERS[name].config(target_modules=targets, **FITTING.get(name, {}), **more)
 
 
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
@@ -164,7 +169,8 @@ def test_autocast_bf16(case: Any) -> None:
 
 @pytest.mark.parametrize("name", list(ADAPTERS))
 def test_mixed_batch_equals_separate_runs(name: str) -> None:
-    model = get_peft_model(tiny.llama(), config(name, ["q_proj", "down_proj", "embed_tokens"]), "one")
+    targets = ["q_proj", "down_proj", *(["embed_tokens"] if EMBEDDING in ADAPTERS[name].layers else [])]
+    model = get_peft_model(tiny.llama(), config(name, targets), "one")
     tiny.shake(model, 0.2)
     model.add_adapter("two", config(name, ["v_proj"]))
     model.set_adapter("two")
@@ -216,3 +222,13 @@ def test_generate_equals_the_merged_model(name: str, how: dict[str, Any]) -> Non
     if ADAPTERS[name].mergeable:
         torch.manual_seed(0)
         assert torch.equal(ours, model.merge_and_unload().generate(input_ids=tiny.ids(), **settings))
+
+
+@pytest.mark.parametrize("name", list(ADAPTERS))
+def test_the_form_of_the_method_makes_configs(name: str) -> None:
+    form = presets.methods()[name]
+    assert (form.title, form.paper) == (ADAPTERS[name].title, ADAPTERS[name].paper)
+    plain = {field.name: forms.read_default(field) for field in form.fields}
+    for preset in ({}, *form.presets.values()):
+        made = adapter_config({"method": name, **plain, **preset}, None)
+        assert spec_of(made) is ADAPTERS[name]

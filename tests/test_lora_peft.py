@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 import engine
-from tests import tiny
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import peft
+from tests import differential, tiny
+from tests.differential import load, peft, save, train_steps
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
@@ -41,76 +36,26 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("bert", {}),
     ("bert", {"target_modules": "all-linear"}),
 ]
-IDS = [f"{family}-{'-'.join(map(str, extra)) or 'default'}" for family, extra in CASES]
+IDS = differential.ids_of(CASES)
 
 
-def make(library: Any, family: str, extra: dict[str, Any], **more: Any) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        config = library.LoraConfig(task_type=tiny.TASK_TYPES[family], r=4, **extra, **more)
-        return library.get_peft_model(tiny.FAMILIES[family](), config).eval()
-
-
-def load(library: Any, family: str, folder: Path, **more: Any) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return library.PeftModel.from_pretrained(tiny.FAMILIES[family](), folder, **more).eval()
-
-
-def save(model: Any, folder: Path) -> dict[str, torch.Tensor]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.save_pretrained(folder)
-    return load_file(folder / "adapter_model.safetensors")
-
-
-def gradients(model: Any, folder: Path) -> dict[str, torch.Tensor]:
-    """Gradients of a fixed loss under the file's keys: written into the parameters and saved as an adapter."""
-    tiny.logits(model).square().mean().backward()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
-    return save(model, folder)
+def make(library: Any, family: str, extra: dict[str, Any]) -> Any:
+    return differential.make(library, "LoraConfig", family, {"r": 4, **extra})
 
 
 @pytest.mark.parametrize(("family", "extra"), CASES, ids=IDS)
 def test_files_outputs_and_gradients(family: str, extra: dict[str, Any], tmp_path: Path) -> None:
-    theirs = tiny.shake(make(peft, family, extra))
-    their_file = save(theirs, tmp_path / "theirs")
-    ours = load(engine, family, tmp_path / "theirs", is_trainable=True)
-    assert (tiny.logits(ours) - tiny.logits(theirs)).abs().max() < 1e-5
-    our_file = save(ours, tmp_path / "ours")
-    assert {k: v.shape for k, v in our_file.items()} == {k: v.shape for k, v in their_file.items()}
-    assert all(torch.equal(our_file[key], their_file[key]) for key in their_file)
-    again = load(peft, family, tmp_path / "ours")
-    assert (tiny.logits(again) - tiny.logits(theirs)).abs().max() < 1e-5
-    mine, other = gradients(ours, tmp_path / "g1"), gradients(theirs, tmp_path / "g2")
-    assert mine.keys() == other.keys()
-    for key in other:
-        if not key.endswith("base_layer.weight"):
-            assert torch.allclose(mine[key], other[key], atol=1e-5), key
+    differential.same_files_outputs_gradients("LoraConfig", family, {"r": 4, **extra}, tmp_path)
 
 
 @pytest.mark.parametrize(("family", "extra"), CASES, ids=IDS)
 def test_fresh_adapters_have_the_same_parameters(family: str, extra: dict[str, Any]) -> None:
-    ours, theirs = make(engine, family, extra), make(peft, family, extra)
-    mine = {k: v.shape for k, v in engine.get_peft_model_state_dict(ours).items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert mine == {k: v.shape for k, v in peft.get_peft_model_state_dict(theirs).items()}
-    assert ours.get_nb_trainable_parameters()[0] == theirs.get_nb_trainable_parameters()[0]
+    differential.same_fresh_parameters("LoraConfig", family, {"r": 4, **extra})
 
 
 @pytest.mark.parametrize(("family", "extra"), CASES, ids=IDS)
 def test_merged_weights(family: str, extra: dict[str, Any], tmp_path: Path) -> None:
-    theirs = tiny.shake(make(peft, family, extra))
-    save(theirs, tmp_path)
-    ours = load(engine, family, tmp_path)
-    mine, other = ours.merge_and_unload().state_dict(), theirs.merge_and_unload().state_dict()
-    assert mine.keys() == other.keys()
-    for key in other:
-        assert torch.allclose(mine[key], other[key], atol=1e-5), key
+    differential.same_merged_weights("LoraConfig", family, {"r": 4, **extra}, tmp_path)
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4"])
@@ -143,37 +88,18 @@ def test_gaussian_start() -> None:
     assert not any(p.any() for n, p in model.adapter_parameters().items() if "lora_B" in n)
 
 
-def train_steps(model: Any, steps: int) -> list[float]:
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-    losses = []
-    for _ in range(steps):
-        loss = model(input_ids=tiny.ids(4), labels=tiny.ids(4)).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss))
-    return losses
+EVERYWHERE = {"r": 4, "target_modules": "all-linear"}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
 def test_thirty_steps_from_the_same_weights(family: str, tmp_path: Path) -> None:
-    theirs = make(peft, family, {"target_modules": "all-linear"})
-    save(theirs, tmp_path)
-    ours = load(engine, family, tmp_path, is_trainable=True)
-    mine, other = train_steps(ours, 30), train_steps(theirs, 30)
-    assert other[0] - other[-1] > 0.1
-    assert max(abs(a - b) for a, b in zip(mine, other, strict=True)) < 1e-4
+    differential.same_training("LoraConfig", family, EVERYWHERE, tmp_path, 30)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
 def test_generation(family: str, beams: int, tmp_path: Path) -> None:
-    theirs = tiny.shake(make(peft, family, {"target_modules": "all-linear"}), 0.3)
-    save(theirs, tmp_path)
-    ours = load(engine, family, tmp_path)
-    settings = {"input_ids": tiny.ids(), "max_new_tokens": 10, "num_beams": beams, "pad_token_id": 0}
-    assert torch.equal(ours.generate(**settings), theirs.generate(**settings))
+    differential.same_generation("LoraConfig", family, EVERYWHERE, tmp_path, beams)
 
 
 def test_conv2d_against_peft_without_dilation(tmp_path: Path) -> None:

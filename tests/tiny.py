@@ -107,6 +107,13 @@ def pixels() -> nn.Module:
     return Pixels().eval()
 
 
+def grouped() -> nn.Module:
+    """Pixels with a grouped convolution, and padded with zeros: PEFT's adapters know no other padding."""
+    model = pixels()
+    model.second = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=2).eval()
+    return model
+
+
 def shake(model: nn.Module, size: float = 0.1) -> nn.Module:
     """Random values into everything trainable, so that nothing is the identity by accident."""
     generator = torch.Generator().manual_seed(7)

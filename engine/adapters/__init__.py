@@ -39,6 +39,12 @@ class Registry(Mapping[str, "AdapterSpec"]):
 
 ADAPTERS = Registry(
     {
+        "ia3": "engine.adapters.ia3",
+        "loha": "engine.adapters.loha",
+        "lokr": "engine.adapters.lokr",
         "lora": "engine.adapters.lora",
+        "dora": "engine.adapters.dora",
+        "vera": "engine.adapters.vera",
+        "mora": "engine.adapters.mora",
     }
 )

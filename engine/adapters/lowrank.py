@@ -1,0 +1,367 @@
+"""What LoRA and its relatives share: the settings, and a change s B A of the weight at each kind of layer.
+
+    A: (r, in), B: (out, r),   s = alpha / r, or alpha / sqrt(r) for rsLoRA (https://arxiv.org/abs/2312.03732)
+
+PiSSA (https://arxiv.org/abs/2404.02948) starts A and B from the r largest singular values of W and trains
+W_res = W - s B0 A0 plus s B A; here W stays untouched and the layer computes W x + s (B A - B0 A0) x, which is the
+same function with the same gradients, so that switching the adapter off gives the base bit for bit and any number of
+adapters share one base.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the field's usual name)
+from torch import Tensor, nn
+
+from engine.adapters.base import (
+    CONV1D,
+    AdapterConfig,
+    AdapterWeights,
+    PeftType,
+    by_pattern,
+    compute_cast,
+    features,
+    layer_kind,
+    master,
+    target_faults,
+)
+from engine.errors import TargetError
+
+_PISSA = re.compile(r"pissa(_niter_\d+)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankConfig(AdapterConfig):
+    """The settings of LoRA and DoRA, by PEFT's names.
+
+    Attributes:
+        r: rank; the adapter has r (in + out) parameters per linear layer.
+        lora_alpha: the change is scaled by lora_alpha / r.
+        lora_dropout: share of the adapter's input that training drops.
+        target_modules: names or name endings, one regular expression for whole names, `"all-linear"`, or None for
+            the architecture's usual attention projections.
+        exclude_modules: names, endings or one regular expression to leave out.
+        layers_to_transform: only these layer numbers. layers_pattern: the list's name before the number.
+        rank_pattern, alpha_pattern: name ending or regular expression -> r or lora_alpha for those modules.
+        bias: `none`; `lora_only` also trains the adapted layers' biases; `all` trains every bias of the model.
+        lora_bias: gives B a bias of its own.
+        use_rslora: scale by lora_alpha / sqrt(r).
+        modules_to_save: further modules that are trained in full and saved with the adapter.
+        init_lora_weights: True (A Kaiming-uniform, B zero), `"gaussian"` (A ~ N(0, 1/r^2), B zero), `"pissa"`,
+            `"pissa_niter_N"` (randomised SVD with N iterations), or False (A and B random: not the identity).
+        use_dora: True trains DoRA: the rows' magnitudes apart from their directions (engine.adapters.dora).
+        fan_in_fan_out: kept for PEFT's format; the engine reads it off the layer.
+    """
+
+    PEFT_TYPE: ClassVar[PeftType] = PeftType.LORA
+    UNUSED: ClassVar[Mapping[str, Any]] = {
+        "alora_invocation_tokens": None,
+        "arrow_config": None,
+        "auto_mapping": None,
+        "corda_config": None,
+        "ensure_weight_tying": False,
+        "eva_config": None,
+        "kasa_config": None,
+        "layer_replication": None,
+        "loftq_config": {},
+        "lora_ga_config": None,
+        "megatron_config": None,
+        "megatron_core": "megatron.core",
+        "monteclora_config": None,
+        "qalora_group_size": 16,
+        "target_parameters": None,
+        "trainable_token_indices": None,
+        "use_bdlora": None,
+        "use_qalora": False,
+        "velora_config": None,
+    }
+
+    r: int = 8
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    lora_bias: bool = False
+    use_dora: bool = False
+
+    def faults(self) -> list[str]:
+        found = []
+        for label, value in (("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                found.append(f"{label} is {value!r}; needed: a whole number from 1")
+        named = {f"alpha_pattern[{key!r}]": value for key, value in self.alpha_pattern.items()}
+        for label, alpha in {"lora_alpha": self.lora_alpha, **named}.items():
+            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not alpha > 0:
+                found.append(f"{label} is {alpha!r}; needed: a number above 0")
+        if not isinstance(self.lora_dropout, int | float) or not 0 <= self.lora_dropout < 1:
+            found.append(f"lora_dropout is {self.lora_dropout!r}; needed: 0 up to, but not including, 1")
+        if self.bias not in ("none", "all", "lora_only"):
+            found.append(f"bias is {self.bias!r}; needed: none, all or lora_only")
+        init = self.init_lora_weights
+        if not isinstance(init, bool) and init != "gaussian" and not (isinstance(init, str) and _PISSA.fullmatch(init)):
+            found.append(f"init_lora_weights is {init!r}; needed: True, False, 'gaussian', 'pissa' or 'pissa_niter_N'")
+        if self.use_dora and self.lora_bias:
+            found.append("lora_bias is True with use_dora; needed: False, for DoRA has no bias of its own")
+        return found + target_faults(self)
+
+    def exported(self) -> LowRankConfig:
+        """PiSSA leaves as a plain LoRA of rank 2r, [A; A0] and [B, -B0], with the same scale."""
+        if not (isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith("pissa")):
+            return self
+        grow = math.sqrt(2) if self.use_rslora else 2
+        return dataclasses.replace(
+            self,
+            r=2 * self.r,
+            lora_alpha=self.lora_alpha * grow,
+            rank_pattern={key: 2 * value for key, value in self.rank_pattern.items()},
+            alpha_pattern={key: value * grow for key, value in self.alpha_pattern.items()},
+            init_lora_weights=True,
+        )
+
+    def rank_of(self, module: str) -> int:
+        """The rank at `module`: the first rank_pattern that matches, else `r`."""
+        return int(by_pattern(self.rank_pattern, module, self.r))
+
+    def alpha_of(self, module: str) -> float:
+        return float(by_pattern(self.alpha_pattern, module, self.lora_alpha))
+
+    def scale(self, module: str) -> float:
+        """s = alpha / r, or alpha / sqrt(r) for rsLoRA."""
+        r = self.rank_of(module)
+        return self.alpha_of(module) / (math.sqrt(r) if self.use_rslora else r)
+
+
+class LowRankWeights(AdapterWeights):
+    """The part that the layer kinds share: rank, scale, dropout, initial values and PiSSA's frozen offset."""
+
+    offset_A: Tensor | None
+    offset_B: Tensor | None
+
+    def __init__(self, config: LowRankConfig, module: str) -> None:
+        super().__init__()
+        self.r = config.rank_of(module)
+        self.scale = config.scale(module)
+        self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.register_buffer("offset_A", None)
+        self.register_buffer("offset_B", None)
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """A as (r, in) and B as (out, r), float32, PiSSA's offset appended: s B A is the change of the weight.
+
+        A convolution's weight counts as the matrix (out, in * height * width).
+        """
+        a, b = master(self._a()), master(self._b())
+        if self.offset_A is not None and self.offset_B is not None:
+            a, b = torch.cat([a, master(self.offset_A)]), torch.cat([b, -master(self.offset_B)], dim=1)
+        return a, b
+
+    def delta(self, x: Tensor, y: Tensor, base: nn.Module, weight: float) -> Tensor:
+        raise TypeError(f"{type(self).__name__} does not say what it adds to a layer's output")
+
+    def _a(self) -> Tensor:
+        raise TypeError(f"{type(self).__name__} has no matrix A")
+
+    def _b(self) -> Tensor:
+        raise TypeError(f"{type(self).__name__} has no matrix B")
+
+
+class LowRankLinear(LowRankWeights):
+    """LoRA at nn.Linear, W: (out, in), or at GPT-2's Conv1D, W: (in, out)."""
+
+    def __init__(self, base: nn.Module, config: LowRankConfig, module: str) -> None:
+        super().__init__(config, module)
+        weight = base.weight
+        assert isinstance(weight, Tensor)
+        self.transposed = layer_kind(base) == CONV1D
+        n_in, n_out = features(base)
+        place = {"device": weight.device, "dtype": torch.float32}
+        self.lora_A = nn.Linear(n_in, self.r, bias=False, **place)
+        self.lora_B = nn.Linear(self.r, n_out, bias=config.lora_bias, **place)
+        self._initialise(config.init_lora_weights, weight)
+
+    def _initialise(self, how: bool | str, weight: Tensor) -> None:
+        a, b = self.lora_A.weight, self.lora_B.weight
+        if a.is_meta:
+            return
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        if how == "gaussian":
+            nn.init.normal_(a, std=1 / self.r)
+        if how is False:
+            nn.init.kaiming_uniform_(b, a=math.sqrt(5))
+        else:
+            nn.init.zeros_(b)
+            if self.lora_B.bias is not None:
+                nn.init.zeros_(self.lora_B.bias)
+        if isinstance(how, str) and how.startswith("pissa"):
+            self._principal(weight, int(how.rsplit("_", 1)[1]) if "niter" in how else None)
+
+    @torch.no_grad()
+    def _principal(self, weight: Tensor, iterations: int | None) -> None:
+        """A0 = sqrt(S/s) V^T, B0 = U sqrt(S/s) from the r largest singular values of W, in float32."""
+        w = (weight.T if self.transposed else weight).float()
+        if self.r > min(w.shape):
+            raise TargetError(
+                f"PiSSA with r={self.r} needs a matrix with at least that many singular values; this one is "
+                f"{tuple(w.shape)}.",
+                "Lower r, or give this module a smaller one in rank_pattern.",
+            )
+        if iterations is None:
+            u, s, vt = torch.linalg.svd(w, full_matrices=False)
+            u, s, vt = u[:, : self.r], s[: self.r], vt[: self.r]
+        else:
+            u, s, v = torch.svd_lowrank(w, q=self.r, niter=iterations)
+            vt = v.T
+        root = torch.sqrt(s / self.scale)
+        self.lora_A.weight.copy_(root[:, None] * vt)
+        self.lora_B.weight.copy_(u * root)
+        self.offset_A = self.lora_A.weight.detach().clone()
+        self.offset_B = self.lora_B.weight.detach().clone()
+
+    def _a(self) -> Tensor:
+        return self.lora_A.weight
+
+    def _b(self) -> Tensor:
+        return self.lora_B.weight
+
+    def delta(self, x: Tensor, y: Tensor, base: nn.Module, weight: float) -> Tensor:
+        factor = self.scale * weight
+        h = F.linear(self.dropout(x), compute_cast(self.lora_A.weight, x))
+        out = F.linear(h * factor, compute_cast(self.lora_B.weight, x))
+        if self.lora_B.bias is not None:
+            out = out + self.lora_B.bias.to(out.dtype) * factor
+        if self.offset_A is not None and self.offset_B is not None:
+            h0 = F.linear(x, compute_cast(self.offset_A, x))
+            out = out - F.linear(h0 * factor, compute_cast(self.offset_B, x))
+        return out
+
+    def delta_weight(self, base: nn.Module) -> Tensor:
+        a, b = self.matrices()
+        change = (b @ a) * self.scale
+        return change.T if self.transposed else change
+
+    def delta_bias(self, base: nn.Module) -> Tensor | None:
+        return None if self.lora_B.bias is None else self.lora_B.bias.float() * self.scale
+
+    def export(self) -> dict[str, Tensor]:
+        a, b = self.matrices()
+        tensors = {"lora_A.weight": a, "lora_B.weight": b}
+        if self.lora_B.bias is not None:
+            tensors["lora_B.bias"] = self.lora_B.bias
+        return tensors
+
+
+class LowRankEmbedding(LowRankWeights):
+    """LoRA at nn.Embedding, E: (V, d): E'[i] = E[i] + s (B A[:, i]), A: (r, V) zero, B: (d, r) ~ N(0, 1)."""
+
+    def __init__(self, base: nn.Embedding, config: LowRankConfig, module: str) -> None:
+        super().__init__(config, module)
+        _plain_start_only(config, module, "an embedding")
+        device = base.weight.device
+        self.lora_embedding_A = nn.Parameter(torch.zeros(self.r, base.num_embeddings, device=device))
+        self.lora_embedding_B = nn.Parameter(torch.randn(base.embedding_dim, self.r, device=device))
+        if config.init_lora_weights is False and not self.lora_embedding_A.is_meta:
+            nn.init.normal_(self.lora_embedding_A)
+
+    def _a(self) -> Tensor:
+        return self.lora_embedding_A
+
+    def _b(self) -> Tensor:
+        return self.lora_embedding_B
+
+    def delta(self, x: Tensor, y: Tensor, base: nn.Module, weight: float) -> Tensor:
+        # The padding row of the base gets no gradient and neither does ours.
+        h = F.embedding(x, self.lora_embedding_A.T, padding_idx=base.padding_idx)  # type: ignore[arg-type]
+        b = self.lora_embedding_B
+        out = F.linear(h.to(y.dtype) * (self.scale * weight), b.to(y.dtype))
+        # Gemma's embeddings scale their output; the change has to be scaled the same way.
+        scale = getattr(base, "embed_scale", None)
+        return out if scale is None else out * torch.as_tensor(scale, dtype=out.dtype, device=out.device)
+
+    def delta_weight(self, base: nn.Module) -> Tensor:
+        a, b = self.matrices()
+        return (b @ a).T * self.scale
+
+    def export(self) -> dict[str, Tensor]:
+        return {"lora_embedding_A": self.lora_embedding_A, "lora_embedding_B": self.lora_embedding_B}
+
+
+class LowRankConv2d(LowRankWeights):
+    """LoRA at nn.Conv2d: A is a convolution of the base's kernel, stride, padding and dilation to r channels, B 1x1."""
+
+    def __init__(self, base: nn.Conv2d, config: LowRankConfig, module: str) -> None:
+        super().__init__(config, module)
+        _plain_start_only(config, module, "a convolution")
+        if base.groups != 1:
+            raise TargetError(
+                f"{type(config).__name__} cannot serve the grouped convolution {module} (groups={base.groups}).",
+                "Leave it out with exclude_modules.",
+            )
+        place: dict[str, Any] = {"device": base.weight.device, "dtype": torch.float32}
+        shape: dict[str, Any] = {
+            "kernel_size": base.kernel_size,
+            "stride": base.stride,
+            "padding": base.padding,
+            "dilation": base.dilation,
+            "padding_mode": base.padding_mode,
+        }
+        self.lora_A = nn.Conv2d(base.in_channels, self.r, bias=False, **shape, **place)
+        self.lora_B = nn.Conv2d(self.r, base.out_channels, 1, bias=config.lora_bias, **place)
+        if self.lora_A.weight.is_meta:
+            return
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        if config.init_lora_weights == "gaussian":
+            nn.init.normal_(self.lora_A.weight, std=1 / self.r)
+        if config.init_lora_weights is not False:
+            nn.init.zeros_(self.lora_B.weight)
+            if self.lora_B.bias is not None:
+                nn.init.zeros_(self.lora_B.bias)
+
+    def _a(self) -> Tensor:
+        return self.lora_A.weight.flatten(1)
+
+    def _b(self) -> Tensor:
+        return self.lora_B.weight.flatten(1)
+
+    def delta(self, x: Tensor, y: Tensor, base: nn.Module, weight: float) -> Tensor:
+        a, x = self.lora_A, self.dropout(x)
+        if a.padding_mode != "zeros":
+            x = F.pad(x, a._reversed_padding_repeated_twice, mode=a.padding_mode)
+        padding = a.padding if a.padding_mode == "zeros" else 0
+        h = F.conv2d(x, compute_cast(a.weight, x), None, a.stride, padding, a.dilation)
+        factor = self.scale * weight
+        out = F.conv2d(h * factor, compute_cast(self.lora_B.weight, x))
+        if self.lora_B.bias is not None:
+            out = out + (self.lora_B.bias * factor).to(out.dtype)[None, :, None, None]
+        return out
+
+    def delta_weight(self, base: nn.Module) -> Tensor:
+        a, b = self.matrices()
+        return (b @ a).view(-1, *self.lora_A.weight.shape[1:]) * self.scale
+
+    def delta_bias(self, base: nn.Module) -> Tensor | None:
+        return None if self.lora_B.bias is None else self.lora_B.bias.float() * self.scale
+
+
+def _plain_start_only(config: LowRankConfig, module: str, what: str) -> None:
+    if isinstance(config.init_lora_weights, str) and config.init_lora_weights.startswith("pissa"):
+        raise TargetError(
+            f"PiSSA starts from a matrix's singular values, and {module} is {what}.",
+            "Leave it out with exclude_modules, or set init_lora_weights=True.",
+        )
