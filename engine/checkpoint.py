@@ -9,7 +9,6 @@ import json
 import os
 import re
 import tempfile
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,7 +136,7 @@ def _tensors(layer: Wrapper, adapter: str) -> dict[str, Tensor]:
         found.update(weights.export())
         if layer_kind(layer.base_layer) == EMBEDDING:
             # PEFT saves a targeted embedding's own weight too; without it, it warns and looks for it.
-            found["base_layer.weight"] = layer.base_layer.weight  # type: ignore[assignment]
+            found["base_layer.weight"] = layer._before.get("weight", layer.base_layer.weight)  # type: ignore[arg-type]
     if adapter in layer.biases:
         found[_bias_key(layer, adapter)] = layer.biases[adapter]
     return found
@@ -205,7 +204,8 @@ def write_weights(model: PeftModel, adapter_name: str, tensors: Mapping[str, Ten
             continue
         if adapter_name in layer.adapters:
             places |= {start + name: p for name, p in layer.adapters[adapter_name].named_parameters()}
-            kept[f"{start}base_layer.weight"] = layer.base_layer
+            if layer_kind(layer.base_layer) == EMBEDDING:
+                kept[f"{start}base_layer.weight"] = layer.base_layer
         if adapter_name in layer.biases:
             places[start + _bias_key(layer, adapter_name)] = layer.biases[adapter_name]
     if adapter_name in model.shared:
@@ -224,13 +224,14 @@ def write_weights(model: PeftModel, adapter_name: str, tensors: Mapping[str, Ten
                 f"{key} has shape {tuple(tensors[key].shape)} in the file and {tuple(place.shape)} in the model.",
                 f"The adapter was made for {_origin(model, adapter_name)}; load that base, or check r.",
             )
+    for key, base in kept.items():
+        _check_embedding(key, base, tensors.get(key))
     for key, place in places.items():
         place.copy_(tensors[key])
-    for key, base in kept.items():
-        _embedding(key, base, tensors.get(key))
 
 
-def _embedding(key: str, base: nn.Module, saved: Tensor | None) -> None:
+def _check_embedding(key: str, base: nn.Module, saved: Tensor | None) -> None:
+    """A file may bring the base's own embedding (PEFT saves it): it has to be this base's, for it is shared by all."""
     weight = base.weight
     if saved is None or not isinstance(weight, Tensor):
         return
@@ -239,9 +240,12 @@ def _embedding(key: str, base: nn.Module, saved: Tensor | None) -> None:
             f"{key} has shape {tuple(saved.shape)} in the file and {tuple(weight.shape)} in the model.",
             "The vocabulary was resized before training: resize the base's embeddings to the same size first.",
         )
-    if not torch.equal(saved.to(weight), weight):
-        warnings.warn(f"{key}: the adapter brings its own base embedding, which replaces the model's.", stacklevel=3)
-        weight.copy_(saved)
+    here = weight.detach().to("cpu")
+    if not (torch.equal(saved.to(here.dtype), here) or torch.equal(saved, here.to(saved.dtype))):
+        raise CheckpointError(
+            f"{key}: the adapter was trained over another base embedding than this model's.",
+            "Load the base that it was trained on; the embedding belongs to the base, which adapters never change.",
+        )
 
 
 def _origin(model: PeftModel, adapter_name: str) -> str:

@@ -218,16 +218,7 @@ class Answerer:
         if isinstance(self.model, PeftModel):
             self.model.load_adapter(folder, name)
         else:
-            try:
-                self.model = PeftModel.from_pretrained(self.model, folder, name)
-            except Exception:
-                # from_pretrained wraps in place before it reads the tensors.
-                from engine.inject import AdapterLayer, replace_module, wrappers
-
-                for path, layer in list(wrappers(self.model)):
-                    original = layer.base_layer if isinstance(layer, AdapterLayer) else layer.original_module
-                    replace_module(self.model, path, original)
-                raise
+            self.model = PeftModel.from_pretrained(self.model, folder, name)
         self._attached[name] = folder
 
     def detach(self, name: str) -> None:

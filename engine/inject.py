@@ -150,10 +150,11 @@ class AdapterLayer(nn.Module):
         return change
 
     def _shift(self, adapter: str) -> Tensor:
-        base_bias = self.base_layer.bias
+        # What the bias was before any merge: the difference to a merged one would count other adapters twice.
+        base_bias = self._before.get("bias", self.base_layer.bias)
         assert isinstance(base_bias, Tensor)
         own: Tensor = self.biases[adapter]
-        return own.float() - base_bias.float()
+        return own.float() - base_bias.float().to(own.device)
 
     def _row_index(self, x: Tensor, rows: list[str | None]) -> Iterator[tuple[str, Tensor]]:
         """(adapter, its batch rows); a batch that is n times as long holds n beams a row, in order."""

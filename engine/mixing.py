@@ -71,7 +71,8 @@ def add_weighted_adapter(
                 f"{name!r} is a {ADAPTERS[config.method].title} adapter; only LoRA adapters can be combined into one.",
                 "Mix it live with set_adapter_weights.",
             )
-        if config.modules_to_save or config.bias != "none" or config.lora_bias:
+        whole = any(not isinstance(layer, AdapterLayer) or name in layer.biases for layer in model._layers[name])
+        if whole or config.lora_bias:
             raise ConfigError(
                 f"{name!r} also trains whole modules or biases, which cannot be combined.",
                 "Mix it live with set_adapter_weights, or train it without them.",

@@ -92,9 +92,15 @@ class PeftModel(nn.Module):
         self.switchboard = Switchboard()
         self.shared = nn.ModuleDict()
         self._layers: dict[str, list[Wrapper]] = {}
-        for parameter in model.parameters():
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained:
             parameter.requires_grad_(False)
-        self.add_adapter(adapter_name, peft_config)
+        try:
+            self.add_adapter(adapter_name, peft_config)
+        except EngineError:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            raise
         self.set_adapter(adapter_name)
 
     def __getattr__(self, name: str) -> Any:
@@ -121,6 +127,7 @@ class PeftModel(nn.Module):
         model, spec = self.get_base_model(), spec_of(peft_config)
         names, wanted = find_targets(model, peft_config, spec.layers)
         saved = self._saved_names(peft_config)
+        self._refuse_both(names, saved)
         origin = peft_config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
         config = peft_config.replace(target_modules=wanted, base_model_name_or_path=origin).settled(names)
         # Everything that can fail comes before the first wrapper, so a refused adapter leaves the model as it was.
@@ -143,6 +150,17 @@ class PeftModel(nn.Module):
         self.peft_config[adapter_name] = config
         self._layers[adapter_name] = layers
         self._trainable(adapter_name, False)
+
+    def _refuse_both(self, targets: Sequence[str], saved: Sequence[str]) -> None:
+        """A module is adapted or trained in full, not both, whichever adapter asks."""
+        model = self.get_base_model()
+        twice = [name for name in targets if name in saved or isinstance(module_at(model, name), SavedModule)]
+        twice += [name for name in saved if isinstance(module_at(model, name), AdapterLayer)]
+        if twice:
+            raise TargetError(
+                f"{', '.join(dict.fromkeys(twice))}: asked for both as a target and in modules_to_save.",
+                "Take it out of one of the two.",
+            )
 
     def _saved_names(self, config: Any) -> list[str]:
         """Modules trained in full: those asked for, and the head of a classifier, which starts at random."""
@@ -354,20 +372,24 @@ class PeftModel(nn.Module):
     def merge_and_unload(self, adapter_names: Sequence[str] | None = None) -> nn.Module:
         """The plain base model with the active adapters' changes in its weights; the wrappers are gone."""
         self._merge(adapter_names, keep=False)
-        return self._strip(keep_saved=True)
+        weights = self.switchboard.weights
+        names = list(adapter_names) if adapter_names is not None else list(weights)
+        return self._strip(sorted(names, key=lambda name: -abs(weights.get(name, 1.0))))
 
     def unload(self) -> nn.Module:
         """The plain base model as it was before the first adapter."""
         self.unmerge_adapter()
-        return self._strip(keep_saved=False)
+        return self._strip(())
 
-    def _strip(self, keep_saved: bool) -> nn.Module:
+    def _strip(self, keep: Sequence[str]) -> nn.Module:
+        """The model without wrappers; a saved module is the copy of the first of `keep` that has one."""
         model = self.get_base_model()
         for name, layer in list(self.wrappers()):
             if isinstance(layer, AdapterLayer):
                 replace_module(model, name, layer.base_layer)
             else:
-                replace_module(model, name, layer.current() if keep_saved else layer.original_module)
+                copies = [layer.copies[adapter] for adapter in keep if adapter in layer.copies]
+                replace_module(model, name, copies[0] if copies else layer.original_module)
         self.peft_config, self._layers = {}, {}
         self.shared.clear()
         self.switchboard.weights = {}
@@ -420,9 +442,16 @@ class PeftModel(nn.Module):
         """The base with the adapter of a folder or hub id attached and active, frozen unless `is_trainable`."""
         from engine.checkpoint import read_config, read_weights, write_weights
 
-        config = read_config(model_id).replace(inference_mode=not is_trainable)
+        config, tensors = read_config(model_id).replace(inference_mode=not is_trainable), read_weights(model_id)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         peft_model = model_class(config)(model, config, adapter_name)
-        write_weights(peft_model, adapter_name, read_weights(model_id))
+        try:
+            write_weights(peft_model, adapter_name, tensors)
+        except EngineError:
+            peft_model.unload()
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            raise
         if not is_trainable:
             peft_model.eval()
         return peft_model

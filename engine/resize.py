@@ -71,7 +71,10 @@ def _expand(layer: AdapterLayer, after: LoraConfig, adapter: str, optimizer: tor
         (old.lora_B.weight, new.lora_B.weight, 1 / ratio),
     ]
     if old.offset_A is not None:
-        new.offset_A, new.offset_B = old.offset_A, old.offset_B * ratio
+        # Rows and columns of zeros change nothing, and make the exported rank 2 r, as the exported config says.
+        more = new.r - old.offset_A.shape[0]
+        new.offset_A = nn.functional.pad(old.offset_A, (0, 0, 0, more))
+        new.offset_B = nn.functional.pad(old.offset_B * ratio, (0, more))
     if old.lora_B.bias is not None:
         new.lora_B.bias.copy_(old.lora_B.bias * ratio)
         pairs.append((old.lora_B.bias, new.lora_B.bias, 1 / ratio))

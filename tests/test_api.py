@@ -376,3 +376,66 @@ def test_wrapped_layers_answer_for_their_base() -> None:
     assert isinstance(layer, AdapterLayer) and layer.nf == 96 and layer.weight.shape == (32, 96)
     with pytest.raises(AttributeError):
         _ = layer.no_such_thing
+
+
+def test_a_failed_attach_gives_the_model_back(tmp_path: Path) -> None:
+    get_peft_model(tiny.llama(), LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**raw, "r": 2}))
+    model = tiny.llama()
+    for attempt in (
+        lambda: PeftModel.from_pretrained(model, tmp_path),
+        lambda: get_peft_model(model, LoraConfig(target_modules=["q_proj", "lm_head"], modules_to_save=["lm_head"])),
+    ):
+        with pytest.raises(EngineError):
+            attempt()
+        assert not any(isinstance(m, AdapterLayer) for m in model.modules())
+        assert all(p.requires_grad for p in model.parameters())
+    peft_model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), "one")
+    with pytest.raises(TargetError, match="lm_head"):
+        peft_model.add_adapter("two", LoraConfig(target_modules=["lm_head"]))
+
+
+def test_merging_biases_and_saved_modules_of_several() -> None:
+    config = LoraConfig(target_modules=["q_proj"], bias="lora_only", modules_to_save=["lm_head"])
+    model = get_peft_model(tiny.llama(), config, "one")
+    tiny.shake(model, 0.2)
+    model.add_adapter("two", config)
+    model.set_adapter("two")
+    tiny.shake(model, 0.4)
+    live_two = tiny.logits(model)
+    model.set_adapter(["one", "two"])
+    live = tiny.logits(model)
+    model.merge_adapter(["one"])
+    assert (tiny.logits(model) - live).abs().max() < 1e-5
+    model.merge_adapter()
+    assert (tiny.logits(model) - live).abs().max() < 1e-5
+    model.unmerge_adapter()
+    model.set_adapter("one")
+    assert (tiny.logits(model.merge_and_unload(["two"])) - live_two).abs().max() < 1e-5
+
+
+def test_expanded_pissa_and_classifier_mixes(tmp_path: Path) -> None:
+    model = get_peft_model(tiny.llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa"))
+    tiny.shake(model)
+    expand_lora_rank(model, LoraConfig(r=4, lora_alpha=8))
+    model.save_pretrained(tmp_path)
+    assert (tiny.logits(PeftModel.from_pretrained(tiny.llama(), tmp_path)) - tiny.logits(model)).abs().max() < 1e-5
+    heads = get_peft_model(tiny.bert(), LoraConfig(task_type="SEQ_CLS"), "one")
+    heads.add_adapter("two", LoraConfig(task_type="SEQ_CLS"))
+    with pytest.raises(ConfigError, match="whole modules"):
+        heads.add_weighted_adapter(["one", "two"], [1, 1], "mix")
+
+
+def test_an_adapter_over_another_embedding_is_refused(tmp_path: Path) -> None:
+    model = tiny.shake(get_peft_model(tiny.llama(), LoraConfig(target_modules=["embed_tokens"])))
+    live = tiny.logits(model)
+    model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny.llama(), tmp_path)
+    assert torch.equal(tiny.logits(again), live)
+    other = tiny.llama()
+    with torch.no_grad():
+        other.model.embed_tokens.weight += 1
+    with pytest.raises(CheckpointError, match="another base embedding"):
+        PeftModel.from_pretrained(other, tmp_path)
