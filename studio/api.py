@@ -6,6 +6,7 @@ Each answers plain data. A refusal is `{"error": {"code", "message", "hint"}}`, 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,27 @@ from studio import presets, states
 from studio.comparing import Answers, answer
 from studio.context import Studio
 from studio.datasets import Datasets
+from studio.faults import is_memory, memory_event, unexpected_event
 from studio.store import StateError
+
+logger = logging.getLogger("studio.api")
 
 Answer = dict[str, Any]
 
 COMMANDS = ("stop", "pause", "resume", "checkpoint", "sample")
 
 
-def refusal(fault: EngineError) -> Answer:
-    """An error of ours as the endpoints answer it."""
-    event = fault.to_event()
+_LAST_EVENT = 2**63 - 1
+"""The largest id that SQLite can hold."""
+
+
+def refusal(fault: Exception) -> Answer:
+    """An error as the endpoints answer it; one that nobody foresaw goes to the log with its traceback."""
+    if isinstance(fault, EngineError):
+        event: Answer = dict(fault.to_event())
+    else:
+        logger.error("An endpoint met an unexpected error.", exc_info=fault)
+        event = memory_event(fault) if is_memory(fault) else unexpected_event(fault)
     return {"error": {key: event[key] for key in ("code", "message", "hint")}}
 
 
@@ -37,7 +49,7 @@ def _guarded(function: Callable[..., Answer]) -> Callable[..., Answer]:
     def guarded(*arguments: Any) -> Answer:
         try:
             return function(*arguments)
-        except EngineError as fault:
+        except Exception as fault:
             return refusal(fault)
 
     return guarded
@@ -52,6 +64,8 @@ class Endpoints:
 
     def upload_data(self, path: str | None, name: str = "") -> Answer:
         """Add a csv, tsv, json, jsonl, parquet or txt file: its id, format, columns, and what is wrong with it."""
+        if name is not None and not isinstance(name, str):
+            raise ConfigError(f"name is {_short(name)}; needed: text, or nothing.")
         if not path:
             raise ConfigError("No file was sent.", "Send a csv, tsv, json, jsonl, parquet or txt file.")
         found = self.datasets.bring_in(Path(path), name or None)
@@ -75,6 +89,7 @@ class Endpoints:
         """Queue a run. `job` has a job's keys; `dataset` (an id) stands for `data`, `preset` fills what is left out."""
         if not isinstance(job, dict):
             raise ConfigError("A job must be a mapping of keys to values.")
+        _check_kinds(job)
         job = {**job}
         dataset_id = job.pop("dataset", None)
         row = self.studio.store.dataset(dataset_id)
@@ -100,12 +115,13 @@ class Endpoints:
     def run_status(self, run: str, since: int = 0) -> Answer:
         """A run's state and progress, and its events after the id `since` (at most 500; ask again from the last)."""
         row = self.studio.store.run(run)
+        after = _event_id(since)
         kept = ("id", "name", "state", "model", "method", "step", "total_steps", "loss", "eval_loss", "error", "colour")
         # Paths of this machine are nobody's business, and a client would take `path` for a file to fetch.
         hidden = ("path", "adapter", "checkpoint")
         events = [
             {key: value for key, value in event.items() if key not in hidden}
-            for event in self.studio.store.since(run, int(since or 0))[:500]
+            for event in self.studio.store.since(run, after)[:500]
         ]
         return {
             **{key: row[key] for key in kept},
@@ -133,11 +149,47 @@ class Endpoints:
     ) -> Iterator[Answer]:
         """Answer one prompt with the base and the adapters of `runs`; streams, the last message is complete."""
         try:
+            for label, value in (("base", base), ("prompt", prompt)):
+                if not isinstance(value, str):
+                    raise ConfigError(f"{label} is {_short(value)}; needed: text.")
             sampling = _sampling(seed, temperature, max_new_tokens)
             for state in answer(self.studio, base, _names(runs), prompt, sampling):
                 yield _plain(state)
-        except EngineError as fault:
+        except Exception as fault:
             yield refusal(fault)
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:40]
+
+
+def _check_kinds(job: Answer) -> None:
+    """Refuse a job whose values are of the wrong kind, all at once; None stands for a part that is left out."""
+    found = [
+        f"{key} is {_short(job[key])}; needed: text"
+        for key in ("task", "name", "quantization")
+        if key in job and not isinstance(job[key], str)
+    ]
+    if job.get("preset") is not None and not isinstance(job["preset"], str):
+        found.append(f"preset is {_short(job['preset'])}; needed: the name of a preset, or nothing")
+    if "full" in job and not isinstance(job["full"], bool):
+        found.append(f"full is {_short(job['full'])}; needed: true or false")
+    for key in ("adapter", "training", "data"):
+        if job.get(key) is not None and not isinstance(job[key], dict):
+            found.append(f"{key} is {_short(job[key])}; needed: a mapping")
+    adapter = job.get("adapter")
+    if isinstance(adapter, dict) and "method" in adapter and not isinstance(adapter["method"], str):
+        found.append(f"adapter.method is {_short(adapter['method'])}; needed: the name of a method")
+    if found:
+        raise ConfigError("The job cannot run:\n" + "\n".join(f"- {fault}" for fault in found))
+
+
+def _event_id(since: Any) -> int:
+    if since is None:
+        return 0
+    if isinstance(since, bool) or not isinstance(since, int | float) or not 0 <= since <= _LAST_EVENT:
+        raise ConfigError(f"since is {_short(since)}; needed: the id of an event.", "0 gives every event.")
+    return int(since)
 
 
 def _names(runs: Any) -> list[str]:

@@ -5,6 +5,7 @@ The truth is in the store. A worker outlives the server that started it; the nex
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -20,7 +21,7 @@ from engine.paths import REPOSITORY, inside
 from engine.train.job import JobSpec
 from studio import process, states
 from studio.lock import OwnerLock
-from studio.store import Row, StateError, Store, new_run_id
+from studio.store import Row, StateError, Store, UnknownError, new_run_id
 
 logger = logging.getLogger("studio.jobs")
 
@@ -67,8 +68,12 @@ class Jobs:
         run_id = new_run_id()
         folder = self.folder(run_id)
         folder.mkdir(parents=True)
-        spec.save(folder / "spec.yaml")
-        self.store.add_run(spec, dataset, run_id)
+        try:
+            spec.save(folder / "spec.yaml")
+            self.store.add_run(spec, dataset, run_id)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         self._wake.set()
         return run_id
 
@@ -106,34 +111,29 @@ class Jobs:
 
     def resume(self, run_id: str) -> None:
         """Queue a run again: from its newest checkpoint, or from the start when it has none."""
-        self.store.drop_commands(run_id)
-        again = int(self.has_checkpoint(run_id))
-        moved = self.store.move(
-            run_id,
-            states.RESUMABLE,
-            states.QUEUED,
-            resume=again,
-            queued=time.time(),
-            ended=None,
-            error=None,
-            pid=None,
-            pid_started=None,
-        )
-        if moved and not again:
+        again = self.has_checkpoint(run_id)
+        if not self.store.queue_again(run_id, again):
+            self._refuse(run_id, "resume", "Only a paused, stopped, failed or lost run can go on.")
+        if not again:
             # The engine refuses to write over a run; without a checkpoint there is nothing to go on from.
             for name in ("adapter", "checkpoints"):
                 shutil.rmtree(self.folder(run_id) / name, ignore_errors=True)
-        if not moved:
-            self._refuse(run_id, "resume", "Only a paused, stopped, failed or lost run can go on.")
         self._wake.set()
 
     def empty_bin(self) -> int:
-        """Remove every run in the bin with its folder, for good; returns how many."""
-        rows = self.store.runs(deleted=True)
-        for row in rows:
-            shutil.rmtree(self.folder(row["id"]), ignore_errors=True)
-            self.store.forget(row["id"])
-        return len(rows)
+        """Remove every run in the bin with its folder, for good; returns how many.
+
+        A run whose process still lives stays in the bin, and so does one that is taken out meanwhile.
+        """
+        removed = 0
+        for row in self.store.runs(deleted=True):
+            if process.alive(row["pid"], row["pid_started"]):
+                continue
+            with contextlib.suppress(StateError, UnknownError):
+                self.store.forget(row["id"])
+                shutil.rmtree(self.folder(row["id"]), ignore_errors=True)
+                removed += 1
+        return removed
 
     def has_checkpoint(self, run_id: str) -> bool:
         """Whether there is something to go on from."""
@@ -175,7 +175,7 @@ class Jobs:
                 self._press(row)
             else:
                 child = self._children.get(row["id"])
-                self._settle(row, child.poll() if child is not None else None)
+                self._settle(row, _status(child) if child is not None else None)
         self._reap()
         # The last run's process may still be giving its memory back; the next one waits for that.
         if not self._children and not self.store.in_states(states.ACTIVE):
@@ -244,7 +244,7 @@ class Jobs:
         state = self.store.run(run_id)["state"]
         if state not in states.ACTIVE:
             return
-        if state == states.STOPPING:
+        if state == states.STOPPING and (self.has_adapter(run_id) or not self._trained(row)):
             self.store.move(run_id, [state], states.STOPPED, ended=time.time())
         elif row["pid"] is None:
             self.store.requeue_unclaimed(run_id)
@@ -258,13 +258,18 @@ class Jobs:
             )
         else:
             killed = f" (signal {-status})" if status is not None and status < 0 else ""
-            self._end(
-                run_id,
-                states.LOST,
-                "lost",
-                f"The run's process is gone{killed}: it was killed, the machine restarted, or memory ran out.",
-                "Resume goes on from the last checkpoint; if it happens again, use a smaller batch or max length.",
-            )
+            message = f"The run's process is gone{killed}: it was killed, the machine restarted, or memory ran out."
+            advice = "if it happens again, use a smaller batch or max length."
+            if state == states.STOPPING:
+                message = f"The run was stopping, but its process was ended{killed} before it had saved an adapter."
+                advice = "then stop it again, or let it end."
+            goes_on = "goes on from the last checkpoint" if self.has_checkpoint(run_id) else "starts it again"
+            self._end(run_id, states.LOST, "lost", message, f"Resume {goes_on}; {advice}")
+
+    def _trained(self, row: Row) -> bool:
+        """Whether the process of this row came as far as training, so that there was something to keep."""
+        start = self.store.newest(row["id"], "start")
+        return start is not None and float(start["time"]) >= (row["started"] or 0.0)
 
     def _end(self, run_id: str, state: str, code: str, message: str, hint: str) -> None:
         error = {"code": code, "message": message, "hint": hint}
@@ -287,5 +292,15 @@ class Jobs:
         self.store.ask(run_id, command)
 
     def _refuse(self, run_id: str, command: str, hint: str) -> None:
-        state = self.store.run(run_id)["state"]
-        raise StateError(f"The run {run_id} is {state}: {command} is not possible now.", hint)
+        row = self.store.run(run_id)
+        if row["deleted_at"] is not None:
+            raise StateError(f"The run {run_id} is in the bin: {command} is not possible now.", "Take it out first.")
+        raise StateError(f"The run {run_id} is {row['state']}: {command} is not possible now.", hint)
+
+
+def _status(child: subprocess.Popen[bytes]) -> int | None:
+    """How a child that is gone ended. Its main thread may be dead a moment before the others: wait for that."""
+    try:
+        return child.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        return None

@@ -128,7 +128,7 @@ def draw(page: Page, live: Live, run_id: str, log: bool, smoothing: float, whole
     warnings = page.studio.store.since(run_id, 0, ["warning"])
     box += "".join(notice("warn", "Note", str(event.get("message", ""))) for event in warnings[-3:])
     found: Updates = {
-        live.head: words.run_head(row, newest(page, row)),
+        live.head: words.run_head(row, newest(page, row), adapter),
         live.fault: gr.HTML(box, visible=bool(box)),
         live.compare: gr.Button(visible=adapter, variant="primary" if state == states.DONE else "secondary"),
         live.resume: gr.Button(again, visible=resumable, variant="primary"),

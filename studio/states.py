@@ -34,7 +34,7 @@ WORDS = {
     PAUSING: "Pausing after this step",
     PAUSED: "Paused",
     STOPPING: "Stopping after this step",
-    STOPPED: "Stopped early, adapter kept",
+    STOPPED: "Stopped early",
     DONE: "Done",
     FAILED: "Failed",
     LOST: "Lost: the process ended without a word",

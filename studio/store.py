@@ -152,15 +152,37 @@ class Store:
         self.db.execute(f"UPDATE runs SET {assignments} WHERE id = ?", [*values.values(), run_id])
 
     def move(self, run_id: str, allowed: Iterable[str], to: str, **values: Any) -> bool:
-        """Change the state only if it is one of `allowed` now; True when it was. Two racing callers: one wins."""
+        """Change the state only if it is one of `allowed` now and the run is not in the bin; True when it did.
+
+        Two racing callers: one wins.
+        """
         allowed = tuple(allowed)
         assignments = ", ".join(f"{name} = ?" for name in ("state", *values))
         marks = ", ".join("?" * len(allowed))
         with self.exclusive() as db:
             cursor = db.conn.execute(
-                f"UPDATE runs SET {assignments} WHERE id = ? AND state IN ({marks})",
+                f"UPDATE runs SET {assignments} WHERE id = ? AND deleted_at IS NULL AND state IN ({marks})",
                 [to, *values.values(), run_id, *allowed],
             )
+        return bool(cursor.rowcount == 1)
+
+    def queue_again(self, run_id: str, resume: bool) -> bool:
+        """Queue a resumable run again and drop what it was asked before, both or neither; True when it did.
+
+        Args:
+            run_id: the run; one in the bin is refused.
+            resume: whether the worker goes on from a checkpoint.
+        """
+        now = time.time()
+        marks = ", ".join("?" * len(states.RESUMABLE))
+        with self.exclusive() as db:
+            cursor = db.conn.execute(
+                "UPDATE runs SET state = ?, resume = ?, queued = ?, ended = NULL, error = NULL, pid = NULL,"
+                f" pid_started = NULL WHERE id = ? AND deleted_at IS NULL AND state IN ({marks})",
+                [states.QUEUED, int(resume), now, run_id, *states.RESUMABLE],
+            )
+            if cursor.rowcount == 1:
+                db.conn.execute("UPDATE controls SET taken = ? WHERE run_id = ? AND taken IS NULL", [now, run_id])
         return bool(cursor.rowcount == 1)
 
     def requeue_unclaimed(self, run_id: str) -> bool:
@@ -173,10 +195,23 @@ class Store:
         return bool(cursor.rowcount == 1)
 
     def bin(self, run_id: str) -> None:
-        """Put a run without a process into the bin."""
-        if self.run(run_id)["state"] in states.LIVE:
-            raise StateError("A run that is queued or training cannot go to the bin.", "Stop it first.")
-        self.update_run(run_id, deleted_at=time.time())
+        """Put a finished run into the bin.
+
+        Raises:
+            UnknownError: there is no such run.
+            StateError: it is queued or training, or in the bin already.
+        """
+        marks = ", ".join("?" * len(states.FINISHED))
+        with self.exclusive() as db:
+            cursor = db.conn.execute(
+                f"UPDATE runs SET deleted_at = ? WHERE id = ? AND deleted_at IS NULL AND state IN ({marks})",
+                [time.time(), run_id if is_run_id(run_id) else None, *states.FINISHED],
+            )
+        if cursor.rowcount == 1:
+            return
+        if self.run(run_id)["deleted_at"] is not None:
+            raise StateError("The run is in the bin already.", "Take it out, or empty the bin.")
+        raise StateError("A run that is queued or training cannot go to the bin.", "Stop it first.")
 
     def restore(self, run_id: str) -> None:
         """Take a run out of the bin."""
@@ -185,11 +220,13 @@ class Store:
 
     def forget(self, run_id: str) -> None:
         """Remove a run in the bin with its events, for good."""
-        if self.run(run_id)["deleted_at"] is None:
-            raise StateError("Only a run in the bin can be removed for good.", "Delete it first.")
+        self.run(run_id)
         with self.exclusive() as db:
-            for table, column in (("events", "run_id"), ("controls", "run_id"), ("runs", "id")):
-                db.conn.execute(f"DELETE FROM {table} WHERE {column} = ?", [run_id])
+            cursor = db.conn.execute("DELETE FROM runs WHERE id = ? AND deleted_at IS NOT NULL", [run_id])
+            if cursor.rowcount != 1:
+                raise StateError("Only a run in the bin can be removed for good.", "Delete it first.")
+            for table in ("events", "controls"):
+                db.conn.execute(f"DELETE FROM {table} WHERE run_id = ?", [run_id])
 
     # Events
 

@@ -83,8 +83,8 @@ def recognised(found: Checked) -> str:
     return notice("good", f"{found.name}: recognised as {found.format}, {kept}", found.reason or about)
 
 
-def run_head(row: Row, extra: Mapping[str, Any] | None = None) -> str:
-    """A run's title, state, progress and the facts of its newest step."""
+def run_head(row: Row, extra: Mapping[str, Any] | None = None, adapter: bool = False) -> str:
+    """A run's title, state, progress and the facts of its newest step; `adapter` says whether it has one."""
     extra = extra or {}
     state = row["state"]
     total, step = row["total_steps"], row["step"] or 0
@@ -102,6 +102,8 @@ def run_head(row: Row, extra: Mapping[str, Any] | None = None) -> str:
     if state in states.FINISHED and row["started"] and row["ended"]:
         facts.append(f"took <b>{seconds(row['ended'] - row['started'])}</b>")
     word = states.WORDS[state]
+    if state == states.STOPPED:
+        word += ", adapter kept" if adapter else "; no adapter was saved"
     message = extra.get("message")
     if state in (states.STARTING, states.RUNNING, states.PAUSING) and message and not step:
         word = message

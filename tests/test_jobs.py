@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import pytest
 from engine.errors import UnsafeFileError
 from engine.paths import REPOSITORY
 from engine.train.job import DataSpec, JobSpec
-from studio import process, states
+from studio import process, states, words
 from studio.jobs import Jobs
 from studio.store import StateError, Store
 
@@ -96,7 +97,35 @@ def test_a_worker_that_will_not_stop_is_killed_with_its_children(jobs: Jobs) -> 
     row = jobs.store.run(run_id)
     assert len(session(row)) == 2
     jobs.stop(run_id)
-    wait(lambda: state(jobs, run_id) == states.STOPPED and session(row) == [])
+    wait(lambda: state(jobs, run_id) not in states.LIVE and session(row) == [])
+    assert state(jobs, run_id) == states.LOST, "nothing was saved, so nothing may be said to be kept"
+    error = jobs.store.run(run_id)["error"]
+    assert "adapter" in error["message"] and "signal 9" in error["message"] and "Resume" in error["hint"]
+    jobs.resume(run_id)
+
+
+@pytest.mark.parametrize(("adapter", "wanted"), [(True, states.STOPPED), (False, states.LOST)])
+def test_a_stopping_run_whose_process_is_gone_is_stopped_only_with_an_adapter(
+    jobs: Jobs, adapter: bool, wanted: str
+) -> None:
+    run_id = jobs.submit(spec())
+    jobs.store.update_run(run_id, state=states.STOPPING, started=time.time(), pid=2**22 + 1, pid_started=1.0)
+    jobs.store.add_event(run_id, {"type": "start", "total_steps": 9})
+    if adapter:
+        folder = jobs.folder(run_id) / "adapter"
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text("{}", encoding="utf-8")
+    jobs.tick()
+    assert state(jobs, run_id) == wanted
+
+
+def test_a_stopped_run_says_that_an_adapter_is_kept_only_when_there_is_one(jobs: Jobs) -> None:
+    run_id = jobs.submit(spec())
+    jobs.stop(run_id)
+    row = jobs.store.run(run_id)
+    assert row["state"] == states.STOPPED and not jobs.has_adapter(run_id)
+    assert "adapter kept" not in words.run_head(row)
+    assert "adapter kept" in words.run_head(row, adapter=True)
 
 
 def test_stop_before_the_first_step_ends_at_once(jobs: Jobs) -> None:
@@ -136,6 +165,38 @@ def test_pause_ends_the_process_and_resume_goes_on(jobs: Jobs) -> None:
     assert again["resume"] == 1 and again["pid"] != row["pid"]
     every_step = [event["step"] for event in jobs.store.by_step(run_id, "step")]
     assert every_step == list(range(1, len(every_step) + 1))
+
+
+def test_a_refused_resume_leaves_a_pending_stop_where_it_is(jobs: Jobs) -> None:
+    run_id = jobs.submit(spec())
+    jobs.store.update_run(run_id, state=states.RUNNING)
+    jobs.stop(run_id)
+    with pytest.raises(StateError):
+        jobs.resume(run_id)
+    assert jobs.store.take(run_id) == "stop"
+    jobs.store.ask(run_id, "pause")
+    jobs.store.update_run(run_id, state=states.PAUSED)
+    jobs.resume(run_id)
+    assert jobs.store.take(run_id) is None, "a run that starts again must not obey yesterday's pause"
+
+
+def test_a_run_in_the_bin_is_not_resumed(jobs: Jobs) -> None:
+    run_id = jobs.submit(spec())
+    jobs.stop(run_id)
+    jobs.store.bin(run_id)
+    with pytest.raises(StateError, match="in the bin"):
+        jobs.resume(run_id)
+    assert state(jobs, run_id) == states.STOPPED
+
+
+def test_a_run_that_cannot_be_stored_leaves_no_folder(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> str:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(jobs.store, "add_run", refuse)
+    with pytest.raises(sqlite3.OperationalError):
+        jobs.submit(spec())
+    assert list((jobs.home / "runs").iterdir()) == []
 
 
 def test_a_killed_worker_is_lost_then_resumed(jobs: Jobs) -> None:
@@ -214,3 +275,18 @@ def test_the_bin_is_emptied_with_the_folder_and_never_outside(jobs: Jobs) -> Non
     assert not folder.exists()
     with pytest.raises(UnsafeFileError):
         jobs.folder("../runs")
+
+
+def test_emptying_the_bin_skips_a_run_whose_process_still_lives(jobs: Jobs) -> None:
+    lingering = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+    try:
+        run_id = jobs.submit(spec())
+        jobs.stop(run_id)
+        jobs.store.update_run(run_id, pid=lingering.pid, pid_started=process.started_at(lingering.pid))
+        jobs.store.bin(run_id)
+        assert jobs.empty_bin() == 0
+        assert jobs.folder(run_id).is_dir() and len(jobs.store.runs(deleted=True)) == 1
+    finally:
+        lingering.kill()
+        lingering.wait()
+    assert jobs.empty_bin() == 1 and not jobs.folder(run_id).exists()

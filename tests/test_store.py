@@ -139,6 +139,32 @@ def test_the_bin_hides_restores_and_forgets(store: Store) -> None:
     assert store.runs(deleted=True) == [] and store.since(run_id) == []
 
 
+def test_a_run_that_starts_between_look_and_bin_stays_out_of_it(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_id = store.add_run(spec())
+    stale = {**store.run(run_id), "state": states.STOPPED}
+    with monkeypatch.context() as patch:
+        # What a look before the change would have seen; the run has been queued again since.
+        patch.setattr(store, "run", lambda run_id: stale)
+        with pytest.raises(StateError):
+            store.bin(run_id)
+    assert store.run(run_id)["deleted_at"] is None
+
+
+def test_a_run_in_the_bin_keeps_its_state_and_its_time_of_deletion(store: Store) -> None:
+    run_id = store.add_run(spec())
+    store.update_run(run_id, state=states.PAUSED)
+    store.bin(run_id)
+    deleted_at = store.run(run_id)["deleted_at"]
+    with pytest.raises(StateError, match="already"):
+        store.bin(run_id)
+    assert not store.move(run_id, [states.PAUSED], states.QUEUED)
+    assert not store.queue_again(run_id, resume=True)
+    row = store.run(run_id)
+    assert (row["state"], row["deleted_at"]) == (states.PAUSED, deleted_at)
+    store.restore(run_id)
+    assert store.queue_again(run_id, resume=True) and store.run(run_id)["state"] == states.QUEUED
+
+
 def test_neighbouring_runs_have_different_colours(store: Store) -> None:
     colours = [store.run(store.add_run(spec()))["colour"] for _ in range(len(PALETTE) + 1)]
     assert set(colours[:-1]) == set(PALETTE)

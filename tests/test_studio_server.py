@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -20,6 +22,9 @@ from studio_server import Running, serving, start
 
 import app
 from engine.paths import REPOSITORY
+from engine.train.job import DataSpec, JobSpec
+from studio.api import Endpoints, _guarded
+from studio.context import Studio
 from studio.store import Store
 
 TRAINING = {
@@ -211,6 +216,63 @@ def test_a_job_cannot_point_at_files_of_the_server(client: Client, dataset: str)
     assert client.predict(asked, api_name="/submit_run")["error"]["code"] == "config"
     asked = {**job(dataset), "adapter": {"method": "nonsense"}}
     assert "adapter.method" in client.predict(asked, api_name="/submit_run")["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"adapter": {"method": ["lora"]}}, "adapter.method"),
+        ({"adapter": 5, "preset": "quick"}, "adapter"),
+        ({"method": ["lora"]}, "method"),
+        ({"task": []}, "task"),
+        ({"preset": []}, "preset"),
+        ({"preset": {}}, "preset"),
+        ({"data": 5}, "data"),
+        ({"data": ["eval_split"]}, "data"),
+        ({"training": [1]}, "training"),
+        ({"name": {}}, "name"),
+        ({"quantization": ["none"]}, "quantization"),
+        ({"full": []}, "full"),
+    ],
+)
+def test_a_job_with_values_of_the_wrong_kind_is_refused_by_name(
+    client: Client, server: Running, dataset: str, changes: dict[str, Any], named: str
+) -> None:
+    runs = server.log.parent / "runs"
+    before = sorted(runs.iterdir()) if runs.is_dir() else []
+    answered = client.predict({**job(dataset), **changes}, api_name="/submit_run")
+    assert answered["error"]["code"] == "config" and named in answered["error"]["message"], answered
+    assert (sorted(runs.iterdir()) if runs.is_dir() else []) == before
+
+
+def test_an_event_id_of_the_wrong_kind_is_refused_by_name(tmp_path: Path) -> None:
+    with contextlib.closing(Studio.open(tmp_path)) as studio:
+        run = studio.store.add_run(JobSpec(model="tiny-llama", data=DataSpec(path="rows.jsonl")))
+        status_of = _guarded(Endpoints(studio).run_status)
+        for since in ("abc", [], {}, True, -1, 2**63, 2.0**63, float("nan"), float("inf")):
+            assert status_of(run, since)["error"]["code"] == "config", since
+        for since in (0, None, 7, 7.0, 2**63 - 1):
+            assert status_of(run, since)["events"] == []
+
+
+def test_an_error_that_nobody_foresaw_is_logged_and_answered_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with contextlib.closing(Studio.open(tmp_path)) as studio:
+        ends = Endpoints(studio)
+
+        def break_down(*_: object, **__: object) -> Any:
+            raise sqlite3.OperationalError("disk I/O error")
+
+        monkeypatch.setattr(studio.store, "runs", break_down)
+        monkeypatch.setattr(studio.store, "run", break_down)
+        answers = [_guarded(ends.list_runs)(), *ends.compare("tiny-llama", ["run-00000000"], "hi")]
+        for answered in answers:
+            assert set(answered["error"]) == {"code", "message", "hint"}
+            assert answered["error"]["code"] == "unexpected" and "Traceback" not in answered["error"]["message"]
+        assert caplog.text.count("Traceback") == len(answers) == 2
+        (refused,) = ends.compare("tiny-llama", [], 5)  # type: ignore[arg-type]
+        assert refused["error"]["code"] == "config"
 
 
 def test_models_that_cannot_be_used_fail_by_name(client: Client, dataset: str, tmp_path: Path) -> None:

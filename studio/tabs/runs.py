@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,7 +158,7 @@ def wire(page: Page) -> None:
         return {
             parts.chosen: run_id,
             parts.detail: gr.Column(visible=True),
-            parts.head: words.run_head(row),
+            parts.head: words.run_head(row, adapter=jobs.has_adapter(run_id)),
             parts.fault: gr.HTML(
                 error(row["error"], "What happened") if row["error"] else "", visible=bool(row["error"])
             ),
@@ -183,16 +184,21 @@ def wire(page: Page) -> None:
 
     def restore(run_id: str | None) -> dict[Any, Any]:
         if run_id:
-            store.restore(run_id)
+            # Another page may have emptied the bin since; the list that follows says so.
+            with contextlib.suppress(EngineError):
+                store.restore(run_id)
         return listing("")
 
     def empty() -> dict[Any, Any]:
         jobs.empty_bin()
         return listing("")
 
-    def resume(run_id: str) -> tuple[Any, Any]:
-        jobs.resume(run_id)
-        return run_id, go(TRAIN)
+    def resume(run_id: str) -> tuple[Any, Any, Any]:
+        try:
+            jobs.resume(run_id)
+        except EngineError as fault:
+            return gr.skip(), gr.skip(), gr.HTML(error(fault), visible=True)
+        return run_id, go(TRAIN), gr.skip()
 
     def compare(run_id: str) -> tuple[Any, Any]:
         return message(base=store.run(run_id)["model"], runs=[run_id]), go(COMPARE)
@@ -204,7 +210,7 @@ def wire(page: Page) -> None:
     parts.to_start.click(lambda: go(START), None, page.tabs, **HIDDEN)
     parts.open.click(lambda run_id: (run_id, go(TRAIN)), parts.chosen, [page.run, page.tabs], **HIDDEN)
     parts.compare.click(compare, parts.chosen, [page.comparison, page.tabs], **HIDDEN)
-    parts.resume.click(resume, parts.chosen, [page.run, page.tabs], **HIDDEN)
+    parts.resume.click(resume, parts.chosen, [page.run, page.tabs, parts.fault], **HIDDEN)
     parts.delete.click(lambda: gr.Row(visible=True), None, parts.confirm, **HIDDEN)
     parts.kept.click(lambda: gr.Row(visible=False), None, parts.confirm, **HIDDEN)
     parts.confirmed.click(delete, parts.chosen, outputs, **HIDDEN)
