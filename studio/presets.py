@@ -64,6 +64,7 @@ class Method:
     name: str
     title: str
     meaning: str
+    when: str
     paper: str
     fields: tuple[Field, ...]
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -94,8 +95,9 @@ def methods() -> dict[str, Method]:
     found = {}
     for path in sorted((FOLDER / "methods").glob("*.yaml")):
         raw = _read(path)
+        keys = ("title", "meaning", "when", "paper")
         found[raw["method"]] = Method(
-            raw["method"], raw["title"], raw["meaning"], raw["paper"], _fields(raw["fields"]), raw.get("presets", {})
+            raw["method"], *(raw[key] for key in keys), _fields(raw["fields"]), raw.get("presets", {})
         )
     return found
 
