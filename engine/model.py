@@ -35,6 +35,8 @@ from engine.inject import (
 )
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
+# torch's containers keep their entries as attributes, so these names are taken: "half", "train", "update" and others.
+_TAKEN = frozenset([*dir(nn.ModuleDict()), *dir(nn.ParameterDict())])
 
 
 def spec_of(config: AdapterConfig) -> AdapterSpec:
@@ -119,6 +121,11 @@ class PeftModel(nn.Module):
             raise ConfigError(
                 f"The adapter name {adapter_name!r} cannot be used.",
                 "Use up to 64 letters, digits, dashes and underscores.",
+            )
+        if adapter_name in _TAKEN:
+            raise ConfigError(
+                f"The adapter name {adapter_name!r} cannot be used: torch's modules have an attribute of that name.",
+                f"Choose another name, such as {adapter_name + '_adapter'!r}.",
             )
         if adapter_name in self.peft_config:
             raise ConfigError(
@@ -461,13 +468,14 @@ class PeftModel(nn.Module):
         adapters: Sequence[str],
         weights: Sequence[float],
         adapter_name: str,
-        combination_type: str = "svd",
-        svd_rank: int | None = None,
+        combination_type: str | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
-        """A new adapter that combines others; see `engine.mixing` for the combination types."""
+        """A new adapter that combines others; see `engine.mixing.add_weighted_adapter` for all that it takes."""
         from engine.mixing import add_weighted_adapter
 
-        add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, svd_rank)
+        add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, *args, **kwargs)
 
 
 class PeftModelForCausalLM(PeftModel):
