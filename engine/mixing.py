@@ -241,7 +241,7 @@ def _config(model: PeftModel, adapters: Sequence[str], made: dict[str, Pair], lo
     configs = [model._known(name) for name in adapters]
     ranks = {module: a.shape[0] for module, (a, _) in made.items()}
     largest = max(ranks.values())
-    smaller = {_pattern(module, ranks): rank for module, rank in ranks.items() if rank != largest}
+    smaller = {exact(module, ranks): rank for module, rank in ranks.items() if rank != largest}
     return LoraConfig(
         base_model_name_or_path=configs[0].base_model_name_or_path,
         revision=configs[0].revision,
@@ -256,7 +256,7 @@ def _config(model: PeftModel, adapters: Sequence[str], made: dict[str, Pair], lo
     )
 
 
-def _pattern(module: str, others: Iterable[str]) -> str:
+def exact(module: str, others: Iterable[str]) -> str:
     """A key of rank_pattern for this module alone: a bare name would also mean those that end in it."""
     return f"^{module}" if any(other.endswith("." + module) for other in others) else module
 

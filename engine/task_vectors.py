@@ -104,7 +104,8 @@ def cut(parts: tuple[Tensor, Tensor, Tensor], rank: int, clamp: float | None = N
     u, s, vt = parts[0][:, :rank], parts[1][:rank], parts[2][:rank]
     if clamp is None:
         root = torch.sqrt(s)
-        return root[:, None] * vt, u * root
+        # Where there is nothing, A keeps a direction: with both at zero no training could move them.
+        return torch.where(s > 0, root, 1)[:, None] * vt, u * root
     limit = _quantile(torch.cat([(u * s).flatten(), vt.flatten()]), clamp)
     return vt.clamp(-limit, limit), (u * s).clamp(-limit, limit)
 
