@@ -463,6 +463,35 @@ class PeftModel(nn.Module):
             peft_model.eval()
         return peft_model
 
+    def load_adapters(self, model_id: str | Path, is_trainable: bool = False) -> list[str]:
+        """Attach every adapter that `save_pretrained` wrote into a folder, and return their names.
+
+        Those that were active stay so. The one in the folder itself is `default`, the others have their folders' names.
+        """
+        from engine.checkpoint import load_adapters, saved_adapters
+
+        found = saved_adapters(model_id)
+        load_adapters(self, found, is_trainable)
+        return list(found)
+
+    @classmethod
+    def from_pretrained_all(cls, model: nn.Module, model_id: str | Path, is_trainable: bool = False) -> PeftModel:
+        """The base with every adapter of a folder or hub id attached; the first is active (see `load_adapters`)."""
+        from engine.checkpoint import load_adapters, saved_adapters
+
+        found = saved_adapters(model_id)
+        first = next(iter(found))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        peft_model = cls.from_pretrained(model, found.pop(first), first, is_trainable)
+        try:
+            load_adapters(peft_model, found, is_trainable)
+        except EngineError:
+            peft_model.unload()
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            raise
+        return peft_model
+
     def add_weighted_adapter(
         self,
         adapters: Sequence[str],
