@@ -43,6 +43,7 @@ _NAMES = {
     "get_peft_config": "engine.auto",
     "get_peft_model": "engine.model",
     "get_peft_model_state_dict": "engine.auto",
+    "reduce_lora_rank": "engine.resize",
     "set_peft_model_state_dict": "engine.auto",
 }
 

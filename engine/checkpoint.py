@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from engine.adapters import ADAPTERS
 from engine.adapters.base import EMBEDDING, AdapterConfig, AdapterWeights, SharedState, layer_kind
-from engine.errors import CheckpointError, UnsafeFileError
+from engine.errors import CheckpointError, EngineError, UnsafeFileError
 from engine.inject import AdapterLayer, SavedModule, Wrapper
 
 if TYPE_CHECKING:
@@ -32,8 +32,10 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def adapter_folder(model_id: str | Path) -> Path:
+def adapter_folder(model_id: str | Path, every: bool = False) -> Path:
     """The local folder of an adapter; a hub id is fetched first (its config and safetensors files only).
+
+    `every` also fetches the adapters in folders below.
 
     Raises:
         CheckpointError: there is no such folder and the hub does not have it or does not answer.
@@ -46,7 +48,8 @@ def adapter_folder(model_id: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(model_id), allow_patterns=[CONFIG, WEIGHTS]))
+        deep = "*" if every else ""
+        return Path(snapshot_download(str(model_id), allow_patterns=[deep + CONFIG, deep + WEIGHTS]))
     except Exception as error:  # the hub's client raises many kinds, each meaning "not to be had"
         raise CheckpointError(
             f"The adapter {str(model_id)!r} is not a local folder and could not be fetched from the hub: {error}",
@@ -274,6 +277,40 @@ def load_adapter(model: PeftModel, model_id: str | Path, adapter_name: str, is_t
     except CheckpointError:
         active = dict(model.switchboard.weights)
         model.delete_adapter(adapter_name)
+        model.switchboard.weights = active
+        raise
+
+
+def saved_adapters(model_id: str | Path) -> dict[str, Path]:
+    """Name -> folder of every adapter that one `save_pretrained` wrote: `default` lies in the folder itself.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    folder = adapter_folder(model_id, every=True)
+    found = {"default": folder} if (folder / CONFIG).is_file() else {}
+    for path in sorted(folder.iterdir()):
+        if (path / CONFIG).is_file():
+            if path.name in found:
+                raise CheckpointError(f"{folder} holds an adapter 'default' itself and one in {path.name}.")
+            found[path.name] = path
+    if not found:
+        raise CheckpointError(
+            f"{folder} holds no {CONFIG}, and neither do the folders in it, so there is no adapter to load.",
+            "Give the folder that save_pretrained wrote.",
+        )
+    return found
+
+
+def load_adapters(model: PeftModel, folders: Mapping[str, Path], is_trainable: bool = False) -> None:
+    """Attach adapters (name -> folder); on any error the model is as before."""
+    active, before = dict(model.switchboard.weights), set(model.peft_config)
+    try:
+        for name, folder in folders.items():
+            load_adapter(model, folder, name, is_trainable)
+    except EngineError:
+        for name in set(model.peft_config) - before:
+            model.delete_adapter(name)
         model.switchboard.weights = active
         raise
 

@@ -198,6 +198,8 @@ class AdapterLayer(nn.Module):
         for adapter, weight in every.items():
             for name, change in self._weight_changes(adapter).items():
                 if getattr(base, name) is None:
+                    if not change.any():
+                        continue
                     raise TargetError(
                         f"{self.module_name} has no bias to merge {adapter!r}'s bias into.",
                         "Keep the adapter unmerged.",

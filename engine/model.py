@@ -35,6 +35,8 @@ from engine.inject import (
 )
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
+# torch's containers keep their entries as attributes, so these names are taken: "half", "train", "update" and others.
+_TAKEN = frozenset([*dir(nn.ModuleDict()), *dir(nn.ParameterDict())])
 
 
 def spec_of(config: AdapterConfig) -> AdapterSpec:
@@ -119,6 +121,11 @@ class PeftModel(nn.Module):
             raise ConfigError(
                 f"The adapter name {adapter_name!r} cannot be used.",
                 "Use up to 64 letters, digits, dashes and underscores.",
+            )
+        if adapter_name in _TAKEN:
+            raise ConfigError(
+                f"The adapter name {adapter_name!r} cannot be used: torch's modules have an attribute of that name.",
+                f"Choose another name, such as {adapter_name + '_adapter'!r}.",
             )
         if adapter_name in self.peft_config:
             raise ConfigError(
@@ -456,18 +463,48 @@ class PeftModel(nn.Module):
             peft_model.eval()
         return peft_model
 
+    def load_adapters(self, model_id: str | Path, is_trainable: bool = False) -> list[str]:
+        """Attach every adapter that `save_pretrained` wrote into a folder, and return their names.
+
+        Those that were active stay so. The one in the folder itself is `default`, the others have their folders' names.
+        """
+        from engine.checkpoint import load_adapters, saved_adapters
+
+        found = saved_adapters(model_id)
+        load_adapters(self, found, is_trainable)
+        return list(found)
+
+    @classmethod
+    def from_pretrained_all(cls, model: nn.Module, model_id: str | Path, is_trainable: bool = False) -> PeftModel:
+        """The base with every adapter of a folder or hub id attached; the first is active (see `load_adapters`)."""
+        from engine.checkpoint import load_adapters, saved_adapters
+
+        found = saved_adapters(model_id)
+        first = next(iter(found))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        peft_model = cls.from_pretrained(model, found.pop(first), first, is_trainable)
+        try:
+            load_adapters(peft_model, found, is_trainable)
+        except EngineError:
+            peft_model.unload()
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            raise
+        return peft_model
+
     def add_weighted_adapter(
         self,
         adapters: Sequence[str],
         weights: Sequence[float],
         adapter_name: str,
-        combination_type: str = "svd",
-        svd_rank: int | None = None,
+        combination_type: str | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
-        """A new adapter that combines others; see `engine.mixing` for the combination types."""
+        """A new adapter that combines others; see `engine.mixing.add_weighted_adapter` for all that it takes."""
         from engine.mixing import add_weighted_adapter
 
-        add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, svd_rank)
+        add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, *args, **kwargs)
 
 
 class PeftModelForCausalLM(PeftModel):

@@ -225,7 +225,7 @@ def test_what_dora_refuses() -> None:
     model = engine.get_peft_model(tiny.llama(), engine.DoRAConfig(), "one")
     model.add_adapter("two", engine.DoRAConfig())
     with pytest.raises(ConfigError, match="'one' is a DoRA adapter; only LoRA"):
-        model.add_weighted_adapter(["one", "two"], [0.5, 0.5], "both")
+        model.add_weighted_adapter(["one", "two"], [0.5, 0.5], "both", "cat")
     with pytest.raises(ConfigError, match="serves LoRA adapters; 'one' is DoRA"):
         engine.expand_lora_rank(model, engine.LoraConfig(r=16), "one")
     model.set_adapter(["one", "two"])

@@ -171,7 +171,7 @@ def test_what_it_refuses(tmp_path: Path) -> None:
         engine.IA3Config(feedforward_modules="(")
     model = engine.get_peft_model(tiny.llama(), engine.IA3Config())
     with pytest.raises(ConfigError, match="only LoRA adapters"):
-        model.add_weighted_adapter(["default"], [1.0], "both")
+        model.add_weighted_adapter(["default"], [1.0], "both", "cat")
     differential.save(model, tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
