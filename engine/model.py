@@ -1,7 +1,7 @@
 """`PeftModel`: a base model with named adapters, in the shape of PEFT's API.
 
-Attach, switch, weigh, mix rows, disable, merge and delete. All of it except merging is a change of the shared
-`Switchboard`; the maths is in `engine.adapters`, the wrapping in `engine.inject`, the files in `engine.checkpoint`.
+Attach, switch, weigh, mix rows, disable and delete. All of it is a change of the shared `Switchboard`; the maths is in
+`engine.adapters`, the wrapping in `engine.inject`, merging in `engine.merging`, the files in `engine.checkpoint`.
 """
 
 from __future__ import annotations
@@ -15,62 +15,20 @@ from typing import Any
 
 from torch import nn
 
-from engine.adapters import ADAPTERS
-from engine.adapters.base import AdapterConfig, AdapterSpec, Switchboard, TaskType
-from engine.errors import ConfigError, EngineError, TargetError
-from engine.inject import (
-    HEADS,
-    AdapterLayer,
-    SavedModule,
-    Wrapper,
-    base_modules,
-    find_targets,
-    matches,
-    module_at,
-    replace_module,
-    unwrapped,
-    wrap,
-    wrap_saved,
-    wrappers,
-)
+from engine.adapters.base import AdapterConfig, Switchboard, TaskType
+from engine.attaching import own_biases, refuse_both, saved_names
+from engine.errors import ConfigError, EngineError
+from engine.inject import AdapterLayer, Wrapper, find_targets, module_at, unwrapped, wrap, wrap_saved, wrappers
+from engine.merging import Merging
+from engine.model_state import BaseModel
+from engine.model_state import spec_of as spec_of
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 # torch's containers keep their entries as attributes, so these names are taken: "half", "train", "update" and others.
 _TAKEN = frozenset([*dir(nn.ModuleDict()), *dir(nn.ParameterDict())])
 
 
-def spec_of(config: AdapterConfig) -> AdapterSpec:
-    """The registry's record for a config.
-
-    Raises:
-        ConfigError: the config belongs to no method of the registry.
-    """
-    method = str(getattr(config, "method", None))
-    if method in ADAPTERS:
-        return ADAPTERS[method]
-    raise ConfigError(f"{type(config).__name__} belongs to no adapter method that is registered here.")
-
-
-class BaseModel(nn.Module):
-    """Holds the model one level down, so that parameters carry PEFT's prefix `base_model.model.`."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model":
-                raise
-            return getattr(self.model, name)
-
-
-class PeftModel(nn.Module):
+class PeftModel(Merging):
     """A base model with adapters.
 
     Args:
@@ -105,14 +63,6 @@ class PeftModel(nn.Module):
             raise
         self.set_adapter(adapter_name)
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_model":
-                raise
-            return getattr(self.base_model, name)
-
     # --- attaching and removing -------------------------------------------------------------------------------
 
     def add_adapter(self, adapter_name: str, peft_config: AdapterConfig) -> None:
@@ -133,8 +83,8 @@ class PeftModel(nn.Module):
             )
         model, spec = self.get_base_model(), spec_of(peft_config)
         names, wanted = find_targets(model, peft_config, spec.layers)
-        saved = self._saved_names(peft_config)
-        self._refuse_both(names, saved)
+        saved = saved_names(model, peft_config)
+        refuse_both(model, names, saved)
         origin = peft_config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
         config = peft_config.replace(target_modules=wanted, base_model_name_or_path=origin).settled(names)
         # Everything that can fail comes before the first wrapper, so a refused adapter leaves the model as it was.
@@ -151,58 +101,12 @@ class PeftModel(nn.Module):
             module = wrap_saved(model, name, self.switchboard)
             module.copies[adapter_name] = copy.deepcopy(module.original_module)
             layers.append(module)
-        layers += self._own_biases(adapter_name, config, names)
+        layers += own_biases(model, self.switchboard, adapter_name, config, names)
         if shared:
             self.shared[adapter_name] = shared[0]
         self.peft_config[adapter_name] = config
         self._layers[adapter_name] = layers
         self._trainable(adapter_name, False)
-
-    def _refuse_both(self, targets: Sequence[str], saved: Sequence[str]) -> None:
-        """A module is adapted or trained in full, not both, whichever adapter asks."""
-        model = self.get_base_model()
-        twice = [name for name in targets if name in saved or isinstance(module_at(model, name), SavedModule)]
-        twice += [name for name in saved if isinstance(module_at(model, name), AdapterLayer)]
-        if twice:
-            raise TargetError(
-                f"{', '.join(dict.fromkeys(twice))}: asked for both as a target and in modules_to_save.",
-                "Take it out of one of the two.",
-            )
-
-    def _saved_names(self, config: Any) -> list[str]:
-        """Modules trained in full: those asked for, and the head of a classifier, which starts at random."""
-        asked = list(getattr(config, "modules_to_save", None) or ())
-        heads = HEADS.get(config.task_type, ())
-        wanted = [*asked, *heads]
-        every = [name for name, _ in base_modules(self.get_base_model())]
-        found = [name for name in every if matches(name, wanted)]
-        for item in asked:
-            # PEFT writes every name that a head can have into its files.
-            if item not in heads and not any(matches(name, [item]) for name in found):
-                raise TargetError(
-                    f"modules_to_save names {item!r}, which {type(self.get_base_model()).__name__} does not have.",
-                    f"Its direct parts are: {', '.join(n for n, _ in self.get_base_model().named_children())}.",
-                )
-        return found
-
-    def _own_biases(self, adapter: str, config: Any, targets: Sequence[str]) -> list[Wrapper]:
-        """A trainable copy of the base biases, so that training them leaves the base as it was."""
-        mode = getattr(config, "bias", "none")
-        if mode == "none":
-            return []
-        model = self.get_base_model()
-        names = [name for name, _ in base_modules(model)] if mode == "all" else list(targets)
-        added: list[Wrapper] = []
-        for name in names:
-            module = module_at(model, name)
-            bias = unwrapped(module)._parameters.get("bias")
-            if bias is None or isinstance(module, SavedModule):
-                continue
-            layer = wrap(model, name, self.switchboard)
-            layer.biases[adapter] = nn.Parameter(bias.detach().float().clone())
-            if name not in targets:
-                added.append(layer)
-        return added
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was the only active one, the first that is left becomes active."""
@@ -219,10 +123,6 @@ class PeftModel(nn.Module):
             self.set_adapter(next(iter(self.peft_config)))
 
     # --- switching and mixing ---------------------------------------------------------------------------------
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return list(self.switchboard.weights)
 
     @property
     def active_adapter(self) -> str | list[str]:
@@ -275,16 +175,6 @@ class PeftModel(nn.Module):
         for parameter in self.adapter_parameters(adapter).values():
             parameter.requires_grad_(flag)
 
-    def _known(self, name: str) -> AdapterConfig:
-        if name not in self.peft_config:
-            raise ConfigError(
-                f"There is no adapter {name!r}.", f"This model has: {', '.join(self.peft_config) or 'none'}."
-            )
-        return self.peft_config[name]
-
-    def wrappers(self) -> Iterator[tuple[str, Wrapper]]:
-        return wrappers(self.get_base_model())
-
     def adapter_parameters(self, adapter: str = "default") -> dict[str, nn.Parameter]:
         """An adapter's own parameters by name: `<module>.lora_A.weight`, `<module>.bias`, `<saved module>.weight`."""
         found: dict[str, nn.Parameter] = {}
@@ -324,102 +214,6 @@ class PeftModel(nn.Module):
             if name is not None:
                 self._known(name)
         return rows
-
-    def get_base_model(self) -> nn.Module:
-        model: nn.Module = self.base_model.model
-        return model
-
-    # --- merging ----------------------------------------------------------------------------------------------
-
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None) -> None:
-        """Add the adapters' changes to the base weights, with their current mixing weights; again changes nothing.
-
-        Raises:
-            TargetError: a weight to change is shared with another module (a tied head), or is quantised.
-            EngineError: the result is not finite.
-        """
-        self._merge(adapter_names, keep=True)
-
-    def _merge(self, adapter_names: Sequence[str] | None, keep: bool) -> None:
-        names = list(adapter_names) if adapter_names is not None else self.active_adapters
-        for name in names:
-            spec = spec_of(self._known(name))
-            if not spec.mergeable:
-                raise ConfigError(f"{name!r} is a {spec.title} adapter, which cannot be merged into a weight.")
-        self._refuse_tied(names)
-        weights = {name: self.switchboard.weights.get(name, 1.0) for name in names}
-        for layer in dict.fromkeys(layer for name in names for layer in self._layers[name]):
-            if isinstance(layer, AdapterLayer):
-                layer.merge(weights, keep)
-
-    def _refuse_tied(self, names: Sequence[str]) -> None:
-        users: dict[int, list[str]] = {}
-        for path, module in base_modules(self.get_base_model()):
-            weight = unwrapped(module)._parameters.get("weight")
-            if weight is not None:
-                users.setdefault(id(weight), []).append(path)
-        for name in names:
-            for layer in self._layers[name]:
-                if not isinstance(layer, AdapterLayer) or name not in layer.adapters:
-                    continue
-                shared = users.get(id(layer.base_layer._parameters.get("weight")), [])
-                if len(shared) > 1:
-                    raise TargetError(
-                        f"{name!r} changes {layer.module_name}, whose weight is shared by {' and '.join(shared)}; "
-                        "merging would change them all.",
-                        "Keep the adapter unmerged, or untie the weights (tie_word_embeddings=False) before attaching.",
-                    )
-
-    def unmerge_adapter(self) -> None:
-        """Put the base weights back, bit for bit."""
-        for _, layer in self.wrappers():
-            if isinstance(layer, AdapterLayer):
-                layer.unmerge()
-
-    def merge_and_unload(self, adapter_names: Sequence[str] | None = None) -> nn.Module:
-        """The plain base model with the active adapters' changes in its weights; the wrappers are gone."""
-        self._merge(adapter_names, keep=False)
-        weights = self.switchboard.weights
-        names = list(adapter_names) if adapter_names is not None else list(weights)
-        return self._strip(sorted(names, key=lambda name: -abs(weights.get(name, 1.0))))
-
-    def unload(self) -> nn.Module:
-        """The plain base model as it was before the first adapter."""
-        self.unmerge_adapter()
-        return self._strip(())
-
-    def _strip(self, keep: Sequence[str]) -> nn.Module:
-        """The model without wrappers; a saved module is the copy of the first of `keep` that has one."""
-        model = self.get_base_model()
-        for name, layer in list(self.wrappers()):
-            if isinstance(layer, AdapterLayer):
-                replace_module(model, name, layer.base_layer)
-            else:
-                copies = [layer.copies[adapter] for adapter in keep if adapter in layer.copies]
-                replace_module(model, name, copies[0] if copies else layer.original_module)
-        self.peft_config, self._layers = {}, {}
-        self.shared.clear()
-        self.switchboard.weights = {}
-        return model
-
-    # --- counting ---------------------------------------------------------------------------------------------
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all) parameters; a packed 4-bit weight counts for the values it stands for."""
-        trainable = total = 0
-        for parameter in self.parameters():
-            count = parameter.numel()
-            if type(parameter).__name__ == "Params4bit":
-                count *= 2 * parameter.element_size()
-            total += count
-            trainable += count if parameter.requires_grad else 0
-        return trainable, total
-
-    def print_trainable_parameters(self) -> None:
-        trainable, total = self.get_nb_trainable_parameters()
-        print(
-            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
-        )
 
     # --- files ------------------------------------------------------------------------------------------------
 
@@ -498,13 +292,21 @@ class PeftModel(nn.Module):
         weights: Sequence[float],
         adapter_name: str,
         combination_type: str | None = None,
-        *args: Any,
-        **kwargs: Any,
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        seed: int | None = None,
     ) -> None:
-        """A new adapter that combines others; see `engine.mixing.add_weighted_adapter` for all that it takes."""
+        """A new adapter that combines others; see `engine.mixing.add_weighted_adapter`."""
         from engine.mixing import add_weighted_adapter
 
-        add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, *args, **kwargs)
+        svd = (svd_rank, svd_clamp, svd_full_matrices, svd_driver)
+        add_weighted_adapter(
+            self, adapters, weights, adapter_name, combination_type, *svd, density, majority_sign_method, seed
+        )
 
 
 class PeftModelForCausalLM(PeftModel):

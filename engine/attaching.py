@@ -1,0 +1,61 @@
+"""What attaching an adapter needs besides its weights: modules trained in full, and biases of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from engine.adapters.base import Switchboard
+from engine.errors import TargetError
+from engine.inject import HEADS, AdapterLayer, SavedModule, Wrapper, base_modules, matches, module_at, unwrapped, wrap
+
+
+def refuse_both(model: nn.Module, targets: Sequence[str], saved: Sequence[str]) -> None:
+    """A module is adapted or trained in full, not both, whichever adapter asks."""
+    twice = [name for name in targets if name in saved or isinstance(module_at(model, name), SavedModule)]
+    twice += [name for name in saved if isinstance(module_at(model, name), AdapterLayer)]
+    if twice:
+        raise TargetError(
+            f"{', '.join(dict.fromkeys(twice))}: asked for both as a target and in modules_to_save.",
+            "Take it out of one of the two.",
+        )
+
+
+def saved_names(model: nn.Module, config: Any) -> list[str]:
+    """Modules trained in full: those asked for, and the head of a classifier, which starts at random."""
+    asked = list(getattr(config, "modules_to_save", None) or ())
+    heads = HEADS.get(config.task_type, ())
+    wanted = [*asked, *heads]
+    every = [name for name, _ in base_modules(model)]
+    found = [name for name in every if matches(name, wanted)]
+    for item in asked:
+        # PEFT writes every name that a head can have into its files.
+        if item not in heads and not any(matches(name, [item]) for name in found):
+            raise TargetError(
+                f"modules_to_save names {item!r}, which {type(model).__name__} does not have.",
+                f"Its direct parts are: {', '.join(n for n, _ in model.named_children())}.",
+            )
+    return found
+
+
+def own_biases(
+    model: nn.Module, switchboard: Switchboard, adapter: str, config: Any, targets: Sequence[str]
+) -> list[Wrapper]:
+    """A trainable copy of the base biases, so that training them leaves the base as it was."""
+    mode = getattr(config, "bias", "none")
+    if mode == "none":
+        return []
+    names = [name for name, _ in base_modules(model)] if mode == "all" else list(targets)
+    added: list[Wrapper] = []
+    for name in names:
+        module = module_at(model, name)
+        bias = unwrapped(module)._parameters.get("bias")
+        if bias is None or isinstance(module, SavedModule):
+            continue
+        layer = wrap(model, name, switchboard)
+        layer.biases[adapter] = nn.Parameter(bias.detach().float().clone())
+        if name not in targets:
+            added.append(layer)
+    return added

@@ -1,0 +1,86 @@
+"""Merging adapters into the base's weights, and taking the wrappers off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from engine.errors import ConfigError, TargetError
+from engine.inject import AdapterLayer, base_modules, replace_module, unwrapped
+from engine.model_state import ModelState, spec_of
+
+
+class Merging(ModelState):
+    """The part of `PeftModel` that changes base weights."""
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None) -> None:
+        """Add the adapters' changes to the base weights, with their current mixing weights; again changes nothing.
+
+        Raises:
+            TargetError: a weight to change is shared with another module (a tied head), or is quantised.
+            EngineError: the result is not finite.
+        """
+        self._merge(adapter_names, keep=True)
+
+    def _merge(self, adapter_names: Sequence[str] | None, keep: bool) -> None:
+        names = list(adapter_names) if adapter_names is not None else self.active_adapters
+        for name in names:
+            spec = spec_of(self._known(name))
+            if not spec.mergeable:
+                raise ConfigError(f"{name!r} is a {spec.title} adapter, which cannot be merged into a weight.")
+        self._refuse_tied(names)
+        weights = {name: self.switchboard.weights.get(name, 1.0) for name in names}
+        for layer in dict.fromkeys(layer for name in names for layer in self._layers[name]):
+            if isinstance(layer, AdapterLayer):
+                layer.merge(weights, keep)
+
+    def _refuse_tied(self, names: Sequence[str]) -> None:
+        users: dict[int, list[str]] = {}
+        for path, module in base_modules(self.get_base_model()):
+            weight = unwrapped(module)._parameters.get("weight")
+            if weight is not None:
+                users.setdefault(id(weight), []).append(path)
+        for name in names:
+            for layer in self._layers[name]:
+                if not isinstance(layer, AdapterLayer) or name not in layer.adapters:
+                    continue
+                shared = users.get(id(layer.base_layer._parameters.get("weight")), [])
+                if len(shared) > 1:
+                    raise TargetError(
+                        f"{name!r} changes {layer.module_name}, whose weight is shared by {' and '.join(shared)}; "
+                        "merging would change them all.",
+                        "Keep the adapter unmerged, or untie the weights (tie_word_embeddings=False) before attaching.",
+                    )
+
+    def unmerge_adapter(self) -> None:
+        """Put the base weights back, bit for bit."""
+        for _, layer in self.wrappers():
+            if isinstance(layer, AdapterLayer):
+                layer.unmerge()
+
+    def merge_and_unload(self, adapter_names: Sequence[str] | None = None) -> nn.Module:
+        """The plain base model with the active adapters' changes in its weights; the wrappers are gone."""
+        self._merge(adapter_names, keep=False)
+        weights = self.switchboard.weights
+        names = list(adapter_names) if adapter_names is not None else list(weights)
+        return self._strip(sorted(names, key=lambda name: -abs(weights.get(name, 1.0))))
+
+    def unload(self) -> nn.Module:
+        """The plain base model as it was before the first adapter."""
+        self.unmerge_adapter()
+        return self._strip(())
+
+    def _strip(self, keep: Sequence[str]) -> nn.Module:
+        """The model without wrappers; a saved module is the copy of the first of `keep` that has one."""
+        model = self.get_base_model()
+        for name, layer in list(self.wrappers()):
+            if isinstance(layer, AdapterLayer):
+                replace_module(model, name, layer.base_layer)
+            else:
+                copies = [layer.copies[adapter] for adapter in keep if adapter in layer.copies]
+                replace_module(model, name, copies[0] if copies else layer.original_module)
+        self.peft_config, self._layers = {}, {}
+        self.shared.clear()
+        self.switchboard.weights = {}
+        return model

@@ -1,0 +1,104 @@
+"""What a `PeftModel` is made of, and how its parts are looked up and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from engine.adapters import ADAPTERS
+from engine.adapters.base import AdapterConfig, AdapterSpec, Switchboard
+from engine.errors import ConfigError
+from engine.inject import Wrapper, wrappers
+
+
+def spec_of(config: AdapterConfig) -> AdapterSpec:
+    """The registry's record for a config.
+
+    Raises:
+        ConfigError: the config belongs to no method of the registry.
+    """
+    method = str(getattr(config, "method", None))
+    if method in ADAPTERS:
+        return ADAPTERS[method]
+    raise ConfigError(f"{type(config).__name__} belongs to no adapter method that is registered here.")
+
+
+class BaseModel(nn.Module):
+    """Holds the model one level down, so that parameters carry PEFT's prefix `base_model.model.`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+
+class ModelState(nn.Module):
+    """A base model, its adapters' configs and layers, and the switchboard that they share.
+
+    Attributes:
+        base_model: the base, one level down.
+        peft_config: adapter name -> its config.
+        switchboard: which adapters contribute.
+        shared: adapter name -> what its layers share, if anything.
+    """
+
+    base_model: BaseModel
+    peft_config: dict[str, AdapterConfig]
+    switchboard: Switchboard
+    shared: nn.ModuleDict
+    _layers: dict[str, list[Wrapper]]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+    def get_base_model(self) -> nn.Module:
+        model: nn.Module = self.base_model.model
+        return model
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.switchboard.weights)
+
+    def _known(self, name: str) -> AdapterConfig:
+        if name not in self.peft_config:
+            raise ConfigError(
+                f"There is no adapter {name!r}.", f"This model has: {', '.join(self.peft_config) or 'none'}."
+            )
+        return self.peft_config[name]
+
+    def wrappers(self) -> Iterator[tuple[str, Wrapper]]:
+        return wrappers(self.get_base_model())
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) parameters; a packed 4-bit weight counts for the values it stands for."""
+        trainable = total = 0
+        for parameter in self.parameters():
+            count = parameter.numel()
+            if type(parameter).__name__ == "Params4bit":
+                count *= 2 * parameter.element_size()
+            total += count
+            trainable += count if parameter.requires_grad else 0
+        return trainable, total
+
+    def print_trainable_parameters(self) -> None:
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
