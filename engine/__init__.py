@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _NAMES = {
+    "AdaLoraConfig": "engine.adapters.adalora",
     "AdapterConfig": "engine.adapters.base",
     "AutoPeftModel": "engine.auto",
     "AutoPeftModelForCausalLM": "engine.auto",
@@ -43,12 +44,15 @@ _NAMES = {
     "get_peft_config": "engine.auto",
     "get_peft_model": "engine.model",
     "get_peft_model_state_dict": "engine.auto",
+    "prepare_training": "engine.hooks",
+    "save_as_lora": "engine.checkpoint",
     "set_peft_model_state_dict": "engine.auto",
 }
 
 __all__ = sorted(_NAMES)
 
 if TYPE_CHECKING:
+    from engine.adapters.adalora import AdaLoraConfig as AdaLoraConfig
     from engine.adapters.base import AdapterConfig as AdapterConfig
     from engine.adapters.base import PeftType as PeftType
     from engine.adapters.base import TaskType as TaskType

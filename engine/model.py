@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from engine import hooks
 from engine.adapters import ADAPTERS
 from engine.adapters.base import AdapterConfig, AdapterSpec, Switchboard, TaskType
 from engine.errors import ConfigError, EngineError, TargetError
@@ -50,14 +51,35 @@ def spec_of(config: AdapterConfig) -> AdapterSpec:
 
 
 class BaseModel(nn.Module):
-    """Holds the model one level down, so that parameters carry PEFT's prefix `base_model.model.`."""
+    """Holds the model one level down, so that parameters carry PEFT's prefix `base_model.model.`.
 
-    def __init__(self, model: nn.Module) -> None:
+    It sees the adapters of the `PeftModel` around it (the same dictionaries), for calls that PEFT puts here.
+    """
+
+    def __init__(self, model: nn.Module, around: PeftModel) -> None:
         super().__init__()
         self.model = model
+        self.peft_config, self._layers, self.switchboard = around.peft_config, around._layers, around.switchboard
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
+
+    def update_and_allocate(self, global_step: int) -> dict[str, int] | None:
+        """For a loop of one's own, between `optimizer.step()` and `zero_grad()`: what a method does after a step.
+
+        AdaLoRA divides its ranks anew, Delta-LoRA takes its snapshot; for other methods nothing happens.
+
+        Args:
+            global_step: optimizer steps taken, from 1.
+
+        Returns:
+            Module name -> rank of every adapted layer if one of them changed, else None.
+        """
+        changed: dict[str, int] = {}
+        for name in self.switchboard.weights:
+            if not self.peft_config[name].inference_mode:
+                changed |= hooks.after_step(self, name, global_step) or {}
+        return changed or None
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -87,11 +109,13 @@ class PeftModel(nn.Module):
             raise ConfigError(
                 "The model already carries adapters.", "Call add_adapter on it, or unload() to take them off first."
             )
-        self.base_model = BaseModel(model)
         self.peft_config: dict[str, AdapterConfig] = {}
         self.switchboard = Switchboard()
-        self.shared = nn.ModuleDict()
         self._layers: dict[str, list[Wrapper]] = {}
+        self.base_model = BaseModel(model, self)
+        self.shared = nn.ModuleDict()
+        # A loop that adds the methods' extra loss by itself (engine.train.loop) says False.
+        self.adds_extra_loss = True
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.requires_grad_(False)
@@ -296,10 +320,19 @@ class PeftModel(nn.Module):
     # --- running ----------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
-        """The base's forward. `adapter_names` gives each batch row its own adapter (None or `__base__`: the base)."""
+        """The base's forward. `adapter_names` gives each batch row its own adapter (None or `__base__`: the base).
+
+        In training, the loss of a method that has a term of its own (AdaLoRA) contains it.
+        """
         # Rows stay set until the next call: gradient checkpointing runs the layers again in the backward pass.
         self.switchboard.rows = self._rows(adapter_names)
-        return self.base_model(*args, **kwargs)
+        outputs = self.base_model(*args, **kwargs)
+        if self.training and self.adds_extra_loss and getattr(outputs, "loss", None) is not None:
+            for name in self.switchboard.weights:
+                extra = None if self.peft_config[name].inference_mode else hooks.extra_loss(self, name)
+                if extra is not None:
+                    outputs.loss = outputs.loss + extra
+        return outputs
 
     def generate(self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
         """The base's generate, each batch row through its own adapter where `adapter_names` is given."""
@@ -390,7 +423,8 @@ class PeftModel(nn.Module):
             else:
                 copies = [layer.copies[adapter] for adapter in keep if adapter in layer.copies]
                 replace_module(model, name, copies[0] if copies else layer.original_module)
-        self.peft_config, self._layers = {}, {}
+        self.peft_config.clear()
+        self._layers.clear()
         self.shared.clear()
         self.switchboard.weights = {}
         return model

@@ -39,6 +39,7 @@ class Registry(Mapping[str, "AdapterSpec"]):
 
 ADAPTERS = Registry(
     {
+        "adalora": "engine.adapters.adalora",
         "ia3": "engine.adapters.ia3",
         "loha": "engine.adapters.loha",
         "lokr": "engine.adapters.lokr",
