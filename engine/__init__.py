@@ -21,6 +21,7 @@ _NAMES = {
     "AutoPeftModelForSeq2SeqLM": "engine.auto",
     "AutoPeftModelForSequenceClassification": "engine.auto",
     "AutoPeftModelForTokenClassification": "engine.auto",
+    "DeltaLoraConfig": "engine.adapters.delta_lora",
     "DoRAConfig": "engine.adapters.dora",
     "IA3Config": "engine.adapters.ia3",
     "JobSpec": "engine.train.job",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from engine.adapters.base import AdapterConfig as AdapterConfig
     from engine.adapters.base import PeftType as PeftType
     from engine.adapters.base import TaskType as TaskType
+    from engine.adapters.delta_lora import DeltaLoraConfig as DeltaLoraConfig
     from engine.adapters.dora import DoRAConfig as DoRAConfig
     from engine.adapters.ia3 import IA3Config as IA3Config
     from engine.adapters.loha import LoHaConfig as LoHaConfig

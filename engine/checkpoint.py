@@ -183,8 +183,11 @@ def save_as_lora(model: PeftModel, folder: str | Path, adapter_name: str = "defa
     plain, layers = found
     state: dict[str, Tensor] = {}
     for layer in model._layers[adapter_name]:
-        named = layers.get(layer.module_name) if isinstance(layer, AdapterLayer) else None
-        for name, tensor in (_tensors(layer, adapter_name) if named is None else named).items():
+        named = _tensors(layer, adapter_name)
+        if isinstance(layer, AdapterLayer) and adapter_name in layer.adapters:
+            bias = _bias_key(layer, adapter_name)
+            named = layers[layer.module_name] | ({bias: named[bias]} if bias in named else {})
+        for name, tensor in named.items():
             state[f"{PREFIX}{layer.module_name}.{name}"] = tensor.detach().to("cpu").contiguous().clone()
     return _write(folder, state, plain)
 

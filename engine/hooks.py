@@ -17,6 +17,20 @@ if TYPE_CHECKING:
     from engine.model import BaseModel, PeftModel
 
 
+# What a config says about base, targets and further trained parts, and goes into the config of its plain LoRA.
+_KEPT_BY_LORA = (
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+    "bias",
+)
+
+
 def _hook(model: PeftModel | BaseModel, adapter: str, name: str) -> Any:
     return getattr(ADAPTERS[model.peft_config[adapter].method], name)
 
@@ -72,6 +86,12 @@ def saved_config(model: PeftModel, adapter: str) -> AdapterConfig:
 
 def as_lora(model: PeftModel, adapter: str) -> tuple[AdapterConfig, dict[str, dict[str, Tensor]]] | None:
     """The adapter's change as a plain LoRA: its config, and tensors by module and name; None if it has no such form."""
+    from engine.adapters.lora import LoraConfig
+
     hook = _hook(model, adapter, "as_lora")
-    found: tuple[AdapterConfig, dict[str, dict[str, Tensor]]] | None = hook(attached(model, adapter)) if hook else None
-    return found
+    if not hook:
+        return None
+    settings, tensors = hook(attached(model, adapter))
+    config = model.peft_config[adapter]
+    kept = {name: getattr(config, name) for name in _KEPT_BY_LORA if hasattr(config, name)}
+    return LoraConfig(**kept, **settings), tensors

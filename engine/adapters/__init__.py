@@ -44,6 +44,7 @@ ADAPTERS = Registry(
         "loha": "engine.adapters.loha",
         "lokr": "engine.adapters.lokr",
         "lora": "engine.adapters.lora",
+        "delta_lora": "engine.adapters.delta_lora",
         "dora": "engine.adapters.dora",
         "vera": "engine.adapters.vera",
         "mora": "engine.adapters.mora",

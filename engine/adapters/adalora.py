@@ -175,6 +175,7 @@ class AdaLoraWeights(AdapterWeights):
         weight = base.weight
         assert isinstance(weight, Tensor)
         self.kind = layer_kind(base)
+        self.shape = tuple(weight.shape[1:]) if isinstance(base, nn.Conv2d) else None
         pattern = config.pattern_of(module)
         self.r = config.init_r if pattern is None else sum(pattern)
         self.scale = config.lora_alpha / (config.init_r + 1e-5)
@@ -366,6 +367,27 @@ def saved_config(adapter: Attached) -> AdaLoraConfig:
     return ready
 
 
+def as_lora(adapter: Attached) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """Each layer's triplets that are left as a LoRA of that rank, s A * E and B, with scale 1.
+
+    A layer with none left gets a row and a column of zeros: LoRA knows no rank 0.
+    """
+    tensors = {}
+    for module, weights in adapter.layers.items():
+        parts = {name: master(tensor) for name, tensor in weights.export().items()}
+        a, b = parts["lora_A"] * parts["lora_E"] * weights.scale, parts["lora_B"]
+        if not a.shape[0]:
+            a, b = a.new_zeros(1, a.shape[1]), b.new_zeros(b.shape[0], 1)
+        if weights.shape is not None:
+            a, b = a.view(-1, *weights.shape), b[:, :, None, None]
+        tensors[module] = {"lora_A.weight": a, "lora_B.weight": b}
+    left = {module: one["lora_A.weight"].shape[0] for module, one in tensors.items()}
+    r = max(left.values())
+    fewer = {module: rank for module, rank in left.items() if rank != r}
+    alphas = {module: float(rank) for module, rank in fewer.items()}
+    return {"r": r, "lora_alpha": r, "rank_pattern": fewer, "alpha_pattern": alphas}, tensors
+
+
 def build(base: nn.Module, config: AdaLoraConfig, module: str) -> AdaLoraWeights:
     """AdaLoRA's triplets for one base layer, on its device, in float32."""
     return AdaLoraWeights(base, config, module)
@@ -385,4 +407,5 @@ SPEC = AdapterSpec(
     extra_loss=extra_loss,
     after_step=after_step,
     saved_config=saved_config,
+    as_lora=as_lora,
 )

@@ -380,7 +380,8 @@ class AdapterSpec:
         after_step: (Attached, steps taken) -> module name -> rank if one of them changed, else None. Called after each
             `optimizer.step()`, while the gradients are still there.
         saved_config: Attached -> the config for the file, where it depends on the weights; else `exported` decides.
-        as_lora: Attached -> (LoraConfig, module name -> LoRA's tensors): the same change as a plain LoRA.
+        as_lora: Attached -> (LoraConfig's fields for ranks and scales, module name -> LoRA's tensors): the same change
+            as a plain LoRA.
     """
 
     name: str
