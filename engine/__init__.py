@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _NAMES = {
+    "AdaLoraConfig": "engine.adapters.adalora",
     "AdapterConfig": "engine.adapters.base",
     "AutoPeftModel": "engine.auto",
     "AutoPeftModelForCausalLM": "engine.auto",
@@ -20,6 +21,7 @@ _NAMES = {
     "AutoPeftModelForSeq2SeqLM": "engine.auto",
     "AutoPeftModelForSequenceClassification": "engine.auto",
     "AutoPeftModelForTokenClassification": "engine.auto",
+    "DeltaLoraConfig": "engine.adapters.delta_lora",
     "DoRAConfig": "engine.adapters.dora",
     "IA3Config": "engine.adapters.ia3",
     "JobSpec": "engine.train.job",
@@ -44,15 +46,19 @@ _NAMES = {
     "get_peft_model": "engine.model",
     "get_peft_model_state_dict": "engine.auto",
     "reduce_lora_rank": "engine.resize",
+    "prepare_training": "engine.hooks",
+    "save_as_lora": "engine.checkpoint",
     "set_peft_model_state_dict": "engine.auto",
 }
 
 __all__ = sorted(_NAMES)
 
 if TYPE_CHECKING:
+    from engine.adapters.adalora import AdaLoraConfig as AdaLoraConfig
     from engine.adapters.base import AdapterConfig as AdapterConfig
     from engine.adapters.base import PeftType as PeftType
     from engine.adapters.base import TaskType as TaskType
+    from engine.adapters.delta_lora import DeltaLoraConfig as DeltaLoraConfig
     from engine.adapters.dora import DoRAConfig as DoRAConfig
     from engine.adapters.ia3 import IA3Config as IA3Config
     from engine.adapters.loha import LoHaConfig as LoHaConfig

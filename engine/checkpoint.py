@@ -18,9 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from engine import hooks
 from engine.adapters import ADAPTERS
-from engine.adapters.base import EMBEDDING, AdapterConfig, AdapterWeights, SharedState, layer_kind
-from engine.errors import CheckpointError, EngineError, UnsafeFileError
+from engine.adapters.base import EMBEDDING, AdapterConfig, AdapterWeights, PeftType, SharedState, layer_kind
+from engine.errors import CheckpointError, ConfigError, EngineError, UnsafeFileError
 from engine.inject import AdapterLayer, SavedModule, Wrapper
 
 if TYPE_CHECKING:
@@ -134,9 +135,7 @@ def _tensors(layer: Wrapper, adapter: str) -> dict[str, Tensor]:
         return dict(layer.copies[adapter].state_dict())
     found: dict[str, Tensor] = {}
     if adapter in layer.adapters:
-        weights = layer.adapters[adapter]
-        assert isinstance(weights, AdapterWeights)
-        found.update(weights.export())
+        found.update(_weights(layer, adapter).export())
         if layer_kind(layer.base_layer) == EMBEDDING:
             # PEFT saves a targeted embedding's own weight too; without it, it warns and looks for it.
             found["base_layer.weight"] = layer._before.get("weight", layer.base_layer.weight)  # type: ignore[arg-type]
@@ -156,10 +155,44 @@ def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "defa
     state = adapter_state(model, adapter_name)
     # Two keys over one memory (tied modules) would be refused by safetensors.
     state = {key: tensor.clone() for key, tensor in state.items()}
-    config = model.peft_config[adapter_name].exported().replace(inference_mode=True)
+    return _write(folder, state, hooks.saved_config(model, adapter_name))
+
+
+def _write(folder: Path, state: Mapping[str, Tensor], config: AdapterConfig) -> Path:
+    plain = config.replace(inference_mode=True).to_dict()
     write_safetensors(folder / WEIGHTS, state)
-    write_text(folder / CONFIG, json.dumps(config.to_dict(), indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    write_text(folder / CONFIG, json.dumps(plain, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
     return folder
+
+
+def save_as_lora(model: PeftModel, folder: str | Path, adapter_name: str = "default") -> Path:
+    """Write an adapter whose change is one of low rank as a plain LoRA, which any tool for LoRA loads.
+
+    Raises:
+        ConfigError: the adapter's method cannot be written so.
+    """
+    config = model._known(adapter_name)
+    found = hooks.as_lora(model, adapter_name)
+    if found is None and config.peft_type is PeftType.LORA:
+        return save_adapter(model, folder, adapter_name)
+    if found is None:
+        able = [spec.title for spec in ADAPTERS.values() if spec.as_lora or spec.config.PEFT_TYPE is PeftType.LORA]
+        raise ConfigError(
+            f"{adapter_name!r} is a {ADAPTERS[config.method].title} adapter, which is not written as a plain LoRA.",
+            f"Methods that are: {', '.join(able)}. Or merge it (merge_and_unload) and save the model.",
+        )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    plain, layers = found
+    state: dict[str, Tensor] = {}
+    for layer in model._layers[adapter_name]:
+        named = _tensors(layer, adapter_name)
+        if isinstance(layer, AdapterLayer) and adapter_name in layer.adapters:
+            bias = _bias_key(layer, adapter_name)
+            named = layers[layer.module_name] | ({bias: named[bias]} if bias in named else {})
+        for name, tensor in named.items():
+            state[f"{PREFIX}{layer.module_name}.{name}"] = tensor.detach().to("cpu").contiguous().clone()
+    return _write(folder, state, plain)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -206,7 +239,7 @@ def write_weights(model: PeftModel, adapter_name: str, tensors: Mapping[str, Ten
             places |= {start + name: tensor for name, tensor in layer.copies[adapter_name].state_dict().items()}
             continue
         if adapter_name in layer.adapters:
-            places |= {start + name: p for name, p in layer.adapters[adapter_name].named_parameters()}
+            places |= {start + name: p for name, p in _weights(layer, adapter_name).slots().items()}
             if layer_kind(layer.base_layer) == EMBEDDING:
                 kept[f"{start}base_layer.weight"] = layer.base_layer
         if adapter_name in layer.biases:
@@ -231,6 +264,19 @@ def write_weights(model: PeftModel, adapter_name: str, tensors: Mapping[str, Ten
         _check_embedding(key, base, tensors.get(key))
     for key, place in places.items():
         place.copy_(tensors[key])
+    _restored(model, adapter_name)
+
+
+def _restored(model: PeftModel, adapter: str) -> None:
+    for layer in model._layers[adapter]:
+        if isinstance(layer, AdapterLayer) and adapter in layer.adapters:
+            _weights(layer, adapter).restored()
+
+
+def _weights(layer: AdapterLayer, adapter: str) -> AdapterWeights:
+    weights = layer.adapters[adapter]
+    assert isinstance(weights, AdapterWeights)
+    return weights
 
 
 def _check_embedding(key: str, base: nn.Module, saved: Tensor | None) -> None:
@@ -352,3 +398,4 @@ def restore_raw_state(model: PeftModel, adapter_name: str, state: Mapping[str, T
         )
     for name, tensor in own.items():
         tensor.copy_(state[name])
+    _restored(model, adapter_name)

@@ -80,7 +80,8 @@ class Merging(ModelState):
             else:
                 copies = [layer.copies[adapter] for adapter in keep if adapter in layer.copies]
                 replace_module(model, name, copies[0] if copies else layer.original_module)
-        self.peft_config, self._layers = {}, {}
+        self.peft_config.clear()
+        self._layers.clear()
         self.shared.clear()
         self.switchboard.weights = {}
         return model

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from engine import hooks
 from engine.adapters.base import AdapterConfig, Switchboard, TaskType
 from engine.attaching import own_biases, refuse_both, saved_names
 from engine.errors import ConfigError, EngineError
@@ -47,11 +48,13 @@ class PeftModel(Merging):
             raise ConfigError(
                 "The model already carries adapters.", "Call add_adapter on it, or unload() to take them off first."
             )
-        self.base_model = BaseModel(model)
         self.peft_config: dict[str, AdapterConfig] = {}
         self.switchboard = Switchboard()
-        self.shared = nn.ModuleDict()
         self._layers: dict[str, list[Wrapper]] = {}
+        self.base_model = BaseModel(model, self)
+        self.shared = nn.ModuleDict()
+        # A loop that adds the methods' extra loss by itself (engine.train.loop) says False.
+        self.adds_extra_loss = True
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.requires_grad_(False)
@@ -193,10 +196,19 @@ class PeftModel(Merging):
     # --- running ----------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
-        """The base's forward. `adapter_names` gives each batch row its own adapter (None or `__base__`: the base)."""
+        """The base's forward. `adapter_names` gives each batch row its own adapter (None or `__base__`: the base).
+
+        In training, the loss of a method that has a term of its own (AdaLoRA) contains it.
+        """
         # Rows stay set until the next call: gradient checkpointing runs the layers again in the backward pass.
         self.switchboard.rows = self._rows(adapter_names)
-        return self.base_model(*args, **kwargs)
+        outputs = self.base_model(*args, **kwargs)
+        if self.training and self.adds_extra_loss and getattr(outputs, "loss", None) is not None:
+            for name in self.switchboard.weights:
+                extra = None if self.peft_config[name].inference_mode else hooks.extra_loss(self, name)
+                if extra is not None:
+                    outputs.loss = outputs.loss + extra
+        return outputs
 
     def generate(self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
         """The base's generate, each batch row through its own adapter where `adapter_names` is given."""

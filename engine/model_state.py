@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from engine import hooks
 from engine.adapters import ADAPTERS
 from engine.adapters.base import AdapterConfig, AdapterSpec, Switchboard
 from engine.errors import ConfigError
@@ -26,14 +27,35 @@ def spec_of(config: AdapterConfig) -> AdapterSpec:
 
 
 class BaseModel(nn.Module):
-    """Holds the model one level down, so that parameters carry PEFT's prefix `base_model.model.`."""
+    """Holds the model one level down, so that parameters carry PEFT's prefix `base_model.model.`.
 
-    def __init__(self, model: nn.Module) -> None:
+    It sees the adapters of the `PeftModel` around it (the same dictionaries), for calls that PEFT puts here.
+    """
+
+    def __init__(self, model: nn.Module, around: ModelState) -> None:
         super().__init__()
         self.model = model
+        self.peft_config, self._layers, self.switchboard = around.peft_config, around._layers, around.switchboard
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
+
+    def update_and_allocate(self, global_step: int) -> dict[str, int] | None:
+        """For a loop of one's own, between `optimizer.step()` and `zero_grad()`: what a method does after a step.
+
+        AdaLoRA divides its ranks anew, Delta-LoRA takes its snapshot; for other methods nothing happens.
+
+        Args:
+            global_step: optimizer steps taken, from 1.
+
+        Returns:
+            Module name -> rank of every adapted layer if one of them changed, else None.
+        """
+        changed: dict[str, int] = {}
+        for name in self.switchboard.weights:
+            if not self.peft_config[name].inference_mode:
+                changed |= hooks.after_step(self, name, global_step) or {}
+        return changed or None
 
     def __getattr__(self, name: str) -> Any:
         try:

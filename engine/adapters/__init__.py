@@ -45,6 +45,8 @@ ADAPTERS = Registry(
     {
         "lora": "engine.adapters.lora",
         "dora": "engine.adapters.dora",
+        "adalora": "engine.adapters.adalora",
+        "delta_lora": "engine.adapters.delta_lora",
         "ia3": "engine.adapters.ia3",
         "vera": "engine.adapters.vera",
         "mora": "engine.adapters.mora",

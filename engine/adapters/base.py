@@ -33,6 +33,8 @@ class TaskType(enum.StrEnum):
 class PeftType(enum.StrEnum):
     """The method's name in `adapter_config.json`."""
 
+    ADALORA = "ADALORA"
+    DELTA_LORA = "DELTA_LORA"
     IA3 = "IA3"
     LOHA = "LOHA"
     LOKR = "LOKR"
@@ -324,6 +326,13 @@ class AdapterWeights(nn.Module):
         """Name -> tensor as the file holds it."""
         return dict(self.named_parameters())
 
+    def slots(self) -> dict[str, Tensor]:
+        """Name in the file -> the tensor here that it is read into."""
+        return dict(self.named_parameters())
+
+    def restored(self) -> None:
+        """Called after tensors were read into these weights, from a file or a checkpoint."""
+
 
 class SharedState(nn.Module):
     """What all layers of one adapter use together, such as VeRA's projections: buffers, kept once beside the model.
@@ -335,6 +344,19 @@ class SharedState(nn.Module):
     def export(self) -> dict[str, Tensor]:
         """Name -> tensor, in the file `base_model.<name>`; what is left out must follow from the config."""
         return dict(self.named_buffers())
+
+
+@dataclass(frozen=True)
+class Attached:
+    """One adapter on a model, as the hooks of `AdapterSpec` see it.
+
+    Attributes:
+        config: its config.
+        layers: module name -> its weights there.
+    """
+
+    config: Any
+    layers: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -354,6 +376,13 @@ class AdapterSpec:
         share: makes what the adapter's layers share: (module name -> base layer, config) -> SharedState. `build` then
             takes it as a fourth argument. None: each layer stands alone.
         formats: the file formats that it travels in; `Adapter Studio` where PEFT does not know the method.
+        prepare_training: (Attached, total steps) -> the config to train with; called once before the first step.
+        extra_loss: Attached -> a term that training adds to the task's loss once per optimizer step, or None.
+        after_step: (Attached, steps taken) -> module name -> rank if one of them changed, else None. Called after each
+            `optimizer.step()`, while the gradients are still there.
+        saved_config: Attached -> the config for the file, where it depends on the weights; else `exported` decides.
+        as_lora: Attached -> (LoraConfig's fields for ranks and scales, module name -> LoRA's tensors): the same change
+            as a plain LoRA.
     """
 
     name: str
@@ -367,6 +396,11 @@ class AdapterSpec:
     identity_at_start: bool
     share: Any = None
     formats: tuple[str, ...] = ("PEFT",)
+    prepare_training: Any = None
+    extra_loss: Any = None
+    after_step: Any = None
+    saved_config: Any = None
+    as_lora: Any = None
 
 
 def master(tensor: Tensor) -> Tensor:

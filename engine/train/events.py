@@ -6,10 +6,10 @@ A run `emit`s plain dictionaries to a sink and asks a control what to do between
 |---|---|
 | `status` | `phase` (`loading`, `tokenising`, `training`, `saving`), `message`, optional `fraction` 0..1 |
 | `start` | `total_steps`, `first_step`, `trainable`, `parameters`, `train_rows`, `eval_rows`, `device`, ... |
-| `step` | `step`, `loss`, `lr`, `grad_norm`, `tokens`, `tokens_per_s`, `epoch`, `eta_s` |
+| `step` | `step`, `loss`, `lr`, `grad_norm`, `tokens`, `tokens_per_s`, `epoch`, `eta_s`, AdaLoRA: `extra_loss` |
 | `eval` | `step`, `loss`, `tokens` |
 | `sample` | `step`, `prompt`, `text` |
-| `rank` | `step`, `ranks` (module -> rank) |
+| `rank` | `step`, `ranks` (module -> rank, of every adapted module) |
 | `checkpoint` | `step`, `path` |
 | `warning` | `message`: something was changed or left out, and the run goes on |
 | `done` | `step`, `loss`, `eval_loss`, `first_eval_loss`, `seconds`, `adapter` |

@@ -23,6 +23,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from engine import hooks
 from engine.checkpoint import save_adapter
 from engine.errors import CheckpointError, DataError, EngineError, TrainingError
 from engine.model import PeftModel
@@ -63,6 +64,8 @@ class Run:
 
     def __post_init__(self) -> None:
         self.collate: Callable[[list[Any]], Batch] = self.task.collator(self.loaded)
+        hooks.prepare_training(self.model, "default", self.total_steps)
+        self.model.adds_extra_loss = False
         self.parameters = self.model.adapter_parameters("default")
         if not self.parameters:
             raise TrainingError("The adapter has no parameters to train.", "Check target_modules.")
@@ -160,7 +163,7 @@ def _step(run: Run, rows: list[Any]) -> None:
     batches = [run.collate(rows[i : i + training.batch_size]) for i in range(0, len(rows), training.batch_size)]
     targets = sum(run.task.targets(batch) for batch in batches)
     tokens = sum(run.task.tokens(batch) for batch in batches)
-    total = 0.0
+    total, extra = 0.0, _extra_loss(run)
     for number, batch in enumerate(batches):
         last = number == len(batches) - 1
         with nullcontext() if last else run.accelerator.no_sync(run.wrapped):
@@ -177,6 +180,7 @@ def _step(run: Run, rows: list[Any]) -> None:
             "Lower the learning rate or lengthen the warm-up; then start a new run or resume with them.",
         )
     run.optimizer.step()
+    ranks = hooks.after_step(run.model, "default", run.step + 1)
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
     seconds = time.perf_counter() - started
@@ -196,8 +200,24 @@ def _step(run: Run, rows: list[Any]) -> None:
             "tokens_per_s": sum(n for _, n in run.durations) / recent,
             "epoch": run.step / run.steps_per_epoch,
             "eta_s": recent / len(run.durations) * (run.total_steps - run.step),
+            **({} if extra is None else {"extra_loss": extra}),
         }
     )
+    if ranks:
+        run.sink.emit({"type": "rank", "step": run.step, "ranks": ranks})
+
+
+def _extra_loss(run: Run) -> float | None:
+    """The gradient of the method's own term, once per step; its value is reported apart from the task's loss.
+
+    It comes before the batches, of which the last one shares the gradients between processes.
+    """
+    extra = hooks.extra_loss(run.model, "default")
+    if extra is None:
+        return None
+    with run.accelerator.no_sync(run.wrapped):
+        run.accelerator.backward(extra)
+    return float(extra.detach())
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
