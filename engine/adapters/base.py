@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from engine.adapters.fields import finite_faults, type_faults
 from engine.errors import ConfigError, TargetError
 
 
@@ -98,7 +100,8 @@ class AdapterConfig:
             except ValueError:
                 known = ", ".join(item.value for item in TaskType)
                 raise ConfigError(f"task_type is {self.task_type!r}; needed: one of {known}, or None.") from None
-        found = self.faults()
+        # The values are looked at only when all types are right: they could not be compared otherwise.
+        found = type_faults(self) or finite_faults(self, self.faults())
         if found:
             name = type(self).__name__
             raise ConfigError(f"{name} cannot be used:\n" + "\n".join(f"- {fault}" for fault in found))
@@ -235,9 +238,6 @@ class LycorisConfig(AdapterConfig):
 
     def faults(self) -> list[str]:
         found = target_faults(self)
-        for label in ("rank_pattern", "alpha_pattern"):
-            if getattr(self, label) is None:
-                object.__setattr__(self, label, {})
         for label, value in (("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 found.append(f"{label} is {value!r}; needed: a whole number from 1")
@@ -245,8 +245,8 @@ class LycorisConfig(AdapterConfig):
             ("alpha", self.alpha),
             *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()),
         ):
-            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not alpha > 0:
-                found.append(f"{label} is {alpha!r}; needed: a number above 0")
+            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+                found.append(f"{label} is {alpha!r}; needed: a finite number above 0")
         for label in ("rank_dropout", "module_dropout"):
             share = getattr(self, label)
             if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
