@@ -26,6 +26,7 @@ _NAMES = {
     "LoHaConfig": "engine.adapters.loha",
     "LoKrConfig": "engine.adapters.lokr",
     "LoraConfig": "engine.adapters.lora",
+    "LoRAFAConfig": "engine.adapters.lorafa",
     "MoRAConfig": "engine.adapters.mora",
     "PeftConfig": "engine.auto",
     "PeftModel": "engine.model",
@@ -36,6 +37,8 @@ _NAMES = {
     "PeftModelForSequenceClassification": "engine.model",
     "PeftModelForTokenClassification": "engine.model",
     "PeftType": "engine.adapters.base",
+    "QALoRAConfig": "engine.adapters.qalora",
+    "QuantizedLinear": "engine.quantized",
     "TaskType": "engine.adapters.base",
     "VeraConfig": "engine.adapters.vera",
     "expand_lora_rank": "engine.resize",
@@ -43,6 +46,7 @@ _NAMES = {
     "get_peft_config": "engine.auto",
     "get_peft_model": "engine.model",
     "get_peft_model_state_dict": "engine.auto",
+    "quantize_linears": "engine.quantized",
     "set_peft_model_state_dict": "engine.auto",
 }
 
@@ -57,7 +61,9 @@ if TYPE_CHECKING:
     from engine.adapters.loha import LoHaConfig as LoHaConfig
     from engine.adapters.lokr import LoKrConfig as LoKrConfig
     from engine.adapters.lora import LoraConfig as LoraConfig
+    from engine.adapters.lorafa import LoRAFAConfig as LoRAFAConfig
     from engine.adapters.mora import MoRAConfig as MoRAConfig
+    from engine.adapters.qalora import QALoRAConfig as QALoRAConfig
     from engine.adapters.vera import VeraConfig as VeraConfig
     from engine.model import PeftModel as PeftModel
     from engine.model import get_peft_model as get_peft_model

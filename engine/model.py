@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from engine.adapters import ADAPTERS
-from engine.adapters.base import AdapterConfig, AdapterSpec, Switchboard, TaskType
+from engine.adapters.base import AdapterConfig, AdapterSpec, AdapterWeights, Switchboard, TaskType
 from engine.errors import ConfigError, EngineError, TargetError
 from engine.inject import (
     HEADS,
@@ -169,6 +169,13 @@ class PeftModel(nn.Module):
         wanted = [*asked, *heads]
         every = [name for name, _ in base_modules(self.get_base_model())]
         found = [name for name in every if matches(name, wanted)]
+        for name in found:
+            parts = unwrapped(module_at(self.get_base_model(), name)).parameters()
+            if not all(parameter.is_floating_point() for parameter in parts):
+                raise TargetError(
+                    f"modules_to_save names {name}, which is quantised and cannot be trained in full.",
+                    "Adapt it as a target instead, or load it in full precision.",
+                )
         for item in asked:
             # PEFT writes every name that a head can have into its files.
             if item not in heads and not any(matches(name, [item]) for name in found):
@@ -279,13 +286,16 @@ class PeftModel(nn.Module):
         return wrappers(self.get_base_model())
 
     def adapter_parameters(self, adapter: str = "default") -> dict[str, nn.Parameter]:
-        """An adapter's own parameters by name: `<module>.lora_A.weight`, `<module>.bias`, `<saved module>.weight`."""
+        """What an adapter trains, by name: `<module>.lora_A.weight`, `<module>.bias`, `<saved module>.weight`."""
         found: dict[str, nn.Parameter] = {}
         for layer in self._layers[adapter]:
             if isinstance(layer, AdapterLayer):
                 if adapter in layer.adapters:
-                    for name, parameter in layer.adapters[adapter].named_parameters():
-                        found[f"{layer.module_name}.{name}"] = parameter
+                    weights = layer.adapters[adapter]
+                    assert isinstance(weights, AdapterWeights)
+                    for name, parameter in weights.named_parameters():
+                        if name not in weights.frozen:
+                            found[f"{layer.module_name}.{name}"] = parameter
                 if adapter in layer.biases:
                     found[f"{layer.module_name}.bias"] = layer.biases[adapter]
             else:
@@ -402,7 +412,7 @@ class PeftModel(nn.Module):
         trainable = total = 0
         for parameter in self.parameters():
             count = parameter.numel()
-            if type(parameter).__name__ == "Params4bit":
+            if type(parameter).__name__ in ("Params4bit", "PackedCodes"):
                 count *= 2 * parameter.element_size()
             total += count
             trainable += count if parameter.requires_grad else 0

@@ -37,7 +37,7 @@ def expand_lora_rank(
         ConfigError: the new rank is smaller, the adapter is not LoRA on linear layers, or is merged.
     """
     before = model._known(adapter_name)
-    if not isinstance(before, LoraConfig) or not isinstance(config, LoraConfig) or before.use_dora:
+    if not isinstance(before, LoraConfig) or not isinstance(config, LoraConfig) or before.method != "lora":
         raise ConfigError(f"expand_lora_rank serves LoRA adapters; {adapter_name!r} is {spec_of(before).title}.")
     names = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
     after = dataclasses.replace(before, **{name: getattr(config, name) for name in names})

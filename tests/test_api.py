@@ -353,7 +353,7 @@ def test_damaged_missing_and_unsafe_files(tmp_path: Path) -> None:
     ("change", "words"),
     [
         ({"peft_type": "SOMETHING"}, "SOMETHING"),
-        ({"use_qalora": True}, "use_qalora is True"),
+        ({"use_bdlora": True}, "use_bdlora is True"),
         ({"made_up": 1}, "made_up is not a field"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
     ],

@@ -44,6 +44,8 @@ ADAPTERS = Registry(
         "lokr": "engine.adapters.lokr",
         "lora": "engine.adapters.lora",
         "dora": "engine.adapters.dora",
+        "lorafa": "engine.adapters.lorafa",
+        "qalora": "engine.adapters.qalora",
         "vera": "engine.adapters.vera",
         "mora": "engine.adapters.mora",
     }

@@ -40,6 +40,7 @@ class PeftType(enum.StrEnum):
     LOKR = "LOKR"
     LORA = "LORA"
     MORA = "MORA"
+    QALORA = "QALORA"
     VERA = "VERA"
 
 
@@ -284,10 +285,12 @@ class AdapterWeights(nn.Module):
     The parameter names are those of the file: `lora_A.weight` here is `<module>.lora_A.weight` there. `frozen_names`
     are buffers that training needs and the exported file does not hold (see `export`).
 
+    `frozen`: names of parameters that the file holds and that are never trained (LoRA-FA's A).
     `reads_base`: whether `delta` depends on the base's weight or output, and so cannot stand beside a merged adapter.
     `shifts_input`: whether `shift_input` gives anything; layers ask only those that say so.
     """
 
+    frozen: ClassVar[tuple[str, ...]] = ()
     reads_base: ClassVar[bool] = False
     shifts_input: ClassVar[bool] = False
 
@@ -319,6 +322,22 @@ class AdapterWeights(nn.Module):
     def delta_bias(self, base: nn.Module) -> Tensor | None:
         """The change of `base.bias` at weight 1, or None."""
         return None
+
+    def merge_changes(self, base: nn.Module, module: str) -> dict[str, Tensor]:
+        """Name of a tensor of `base` -> what merging at weight 1 adds to it: `weight`, and `bias` where it changes.
+
+        A method that a quantised layer can take up (QA-LoRA in its zeros) names other tensors.
+
+        Raises:
+            TargetError: the base is quantised and cannot take the change up.
+        """
+        if not isinstance(base.weight, Tensor) or not base.weight.is_floating_point():
+            raise TargetError(
+                f"{module} is quantised; adapters cannot be merged into it exactly.",
+                "Load the base in full precision and merge there.",
+            )
+        bias = self.delta_bias(base)
+        return {"weight": self.delta_weight(base), **({} if bias is None else {"bias": bias})}
 
     def export(self) -> dict[str, Tensor]:
         """Name -> tensor as the file holds it."""

@@ -18,7 +18,8 @@ def type_faults(config: Any) -> list[str]:
     PEFT's files hold null where a mapping has no entries.
     """
     found = []
-    hints = _hints(type(config))
+    kind: Any = type(config)
+    hints = _hints(kind)
     for item in dataclasses.fields(config):
         value, hint = getattr(config, item.name), hints[item.name]
         if value is None and get_origin(hint) is dict:

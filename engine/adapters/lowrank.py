@@ -35,6 +35,9 @@ from engine.adapters.base import (
 from engine.adapters.starts import NAMES, is_start, start_of, takes_from_base
 from engine.errors import TargetError
 
+# The methods that a LoRA config asks for by a field `use_<name>`, under their names in the registry.
+VARIANTS = ("dora", "qalora", "lorafa")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LowRankConfig(AdapterConfig):
@@ -57,6 +60,8 @@ class LowRankConfig(AdapterConfig):
             `"pissa_niter_N"` (randomised SVD with N iterations), `"olora"`, `"orthogonal"` (B A = 0 with neither zero),
             or False (A and B random: not the identity).
         use_dora: True trains DoRA: the rows' magnitudes apart from their directions (engine.adapters.dora).
+        use_qalora: True is PEFT's form of QA-LoRA over groups of `qalora_group_size` inputs (engine.adapters.qalora).
+        use_lorafa: True trains B alone (engine.adapters.lorafa). No field of PEFT's: written only where it is True.
         fan_in_fan_out: kept for PEFT's format; the engine reads it off the layer.
     """
 
@@ -75,11 +80,9 @@ class LowRankConfig(AdapterConfig):
         "megatron_config": None,
         "megatron_core": "megatron.core",
         "monteclora_config": None,
-        "qalora_group_size": 16,
         "target_parameters": None,
         "trainable_token_indices": None,
         "use_bdlora": None,
-        "use_qalora": False,
         "velora_config": None,
     }
 
@@ -99,6 +102,14 @@ class LowRankConfig(AdapterConfig):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     lora_bias: bool = False
     use_dora: bool = False
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    use_lorafa: bool = False
+
+    @property
+    def method(self) -> str:
+        asked = [name for name in VARIANTS if getattr(self, f"use_{name}")]
+        return asked[0] if asked else "lora"
 
     def faults(self) -> list[str]:
         found = []
@@ -116,9 +127,25 @@ class LowRankConfig(AdapterConfig):
         init = self.init_lora_weights
         if not isinstance(init, bool) and init != "gaussian" and not is_start(init):
             found.append(f"init_lora_weights is {init!r}; needed: True, False, 'gaussian', {NAMES}")
-        if self.use_dora and self.lora_bias:
-            found.append("lora_bias is True with use_dora; needed: False, for DoRA has no bias of its own")
+        asked = [f"use_{name}" for name in VARIANTS if getattr(self, f"use_{name}")]
+        if len(asked) > 1:
+            found.append(f"{' and '.join(asked)} are True; needed: one of them, they are different methods")
+        if self.use_qalora:
+            if self.qalora_group_size < 1:
+                found.append(f"qalora_group_size is {self.qalora_group_size}; needed: a whole number from 1")
+            if is_start(init):
+                found.append(f"init_lora_weights is {init!r} with use_qalora; needed: True, False or 'gaussian'")
+        for name in ("dora", "qalora"):
+            if getattr(self, f"use_{name}") and self.lora_bias:
+                found.append(f"lora_bias is True with use_{name}; needed: False, for it has no bias of its own")
         return found + target_faults(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        plain = super().to_dict()
+        if not self.use_lorafa:
+            # PEFT warns of fields that it does not know.
+            del plain["use_lorafa"]
+        return plain
 
     def exported(self) -> LowRankConfig:
         """PiSSA and OLoRA leave as a plain LoRA of rank 2r, [A; A0] and [B, -B0], with the same scale."""
@@ -189,11 +216,15 @@ class LowRankLinear(LowRankWeights):
         weight = base.weight
         assert isinstance(weight, Tensor)
         self.transposed = layer_kind(base) == CONV1D
-        n_in, n_out = features(base)
+        n_in, n_out = self.sides(base, config, module)
         place = {"device": weight.device, "dtype": torch.float32}
         self.lora_A = nn.Linear(n_in, self.r, bias=False, **place)
         self.lora_B = nn.Linear(self.r, n_out, bias=config.lora_bias, **place)
         self._initialise(config.init_lora_weights, weight, module)
+
+    def sides(self, base: nn.Module, config: LowRankConfig, module: str) -> tuple[int, int]:
+        """(what A reads, what B writes)."""
+        return features(base)
 
     def _initialise(self, how: bool | str, weight: Tensor, module: str) -> None:
         a, b = self.lora_A.weight, self.lora_B.weight
