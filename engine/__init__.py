@@ -41,6 +41,8 @@ _NAMES = {
     "QuantizedLinear": "engine.quantized",
     "TaskType": "engine.adapters.base",
     "VeraConfig": "engine.adapters.vera",
+    "create_lorafa_optimizer": "engine.train.optim",
+    "create_loraplus_optimizer": "engine.train.optim",
     "expand_lora_rank": "engine.resize",
     "get_optimal_config": "engine.auto",
     "get_peft_config": "engine.auto",
