@@ -107,8 +107,13 @@ class Endpoints:
                 known = ", ".join(task.presets) if task else ""
                 raise ConfigError(f"There is no preset {name!r}.", f"Known: {known}.")
             preset = task.presets[name]
-            job["adapter"] = {**preset.adapter, **(job.get("adapter") or {})}
-            job["training"] = {**preset.training, **(job.get("training") or {})}
+            own = job.get("adapter") or {}
+            method = presets.methods().get(own.get("method", preset.adapter["method"]))
+            # Another method has other fields, and usually another learning rate, than the preset's.
+            same = method is None or method.name == preset.adapter["method"]
+            usual = {} if same or method is None else method.training
+            job["adapter"] = {**(preset.adapter if same else {}), **own}
+            job["training"] = {**preset.training, **usual, **(job.get("training") or {})}
         job["data"] = {"path": row["path"], "format": row["format"], "columns": row["columns"], "eval_split": split}
         return {"run": self.studio.jobs.submit(JobSpec.from_dict(job), dataset_id)}
 

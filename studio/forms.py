@@ -17,10 +17,14 @@ from studio.presets import Field, Method, Preset, Task
 Values = dict[str, Any]
 
 
-def widget(field: Field) -> Component:
-    """The widget of one field: plain name, exact name, one line of meaning."""
+def widget(field: Field, owner: str = "") -> Component:
+    """The widget of one field: plain name, exact name, one line of meaning. `owner` keeps two methods' fields apart."""
     label = f"{field.label} ({field.name})"
-    common: dict[str, Any] = {"label": label, "info": field.help, "elem_id": f"field-{field.name}"}
+    common: dict[str, Any] = {
+        "label": label,
+        "info": field.help,
+        "elem_id": "-".join(filter(None, ("field", owner, field.name))),
+    }
     if field.type == "choice":
         return gr.Dropdown(choices=list(field.choices), value=field.default, **common)
     if field.type == "bool":
@@ -110,6 +114,24 @@ def read_all(fields: Sequence[Field], values: Iterable[Any]) -> Values:
     if faults:
         raise ConfigError("These settings cannot work:\n" + "\n".join(f"- {fault}" for fault in faults))
     return found
+
+
+def read_parts(fields: Sequence[Field], values: Sequence[Any], cut: int) -> tuple[Values, Values]:
+    """The adapter's values (the first `cut` fields) and the training's, whose names may be the same.
+
+    Raises:
+        ConfigError: with every fault of both.
+    """
+    parts: list[Values] = []
+    faults = []
+    for part in (slice(0, cut), slice(cut, None)):
+        try:
+            parts.append(read_all(fields[part], values[part]))
+        except ConfigError as error:
+            faults += error.message.splitlines()[1:]
+    if faults:
+        raise ConfigError("\n".join(["These settings cannot work:", *faults]))
+    return parts[0], parts[1]
 
 
 def preset_values(task: Task, method: Method, preset: Preset) -> tuple[Values, Values]:

@@ -59,14 +59,20 @@ class Preset:
 
 @dataclass(frozen=True)
 class Method:
-    """An adapter method as the form shows it."""
+    """An adapter method as the form shows it.
+
+    `presets` change its own fields; `training` holds the training settings that it usually needs, where they differ
+    from LoRA's.
+    """
 
     name: str
     title: str
     meaning: str
+    when: str
     paper: str
     fields: tuple[Field, ...]
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,14 @@ def methods() -> dict[str, Method]:
     for path in sorted((FOLDER / "methods").glob("*.yaml")):
         raw = _read(path)
         found[raw["method"]] = Method(
-            raw["method"], raw["title"], raw["meaning"], raw["paper"], _fields(raw["fields"]), raw.get("presets", {})
+            name=raw["method"],
+            title=raw["title"],
+            meaning=raw["meaning"],
+            when=raw["when"],
+            paper=raw["paper"],
+            fields=_fields(raw["fields"]),
+            presets=raw.get("presets", {}),
+            training=raw.get("training", {}),
         )
     return found
 

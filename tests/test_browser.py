@@ -220,3 +220,22 @@ def test_the_server_itself_refuses_an_upload_over_the_limit(server: str) -> None
     with pytest.raises(OSError):
         urllib.request.urlopen(request, timeout=60)
     assert urllib.request.urlopen(server, timeout=10).status == 200
+
+
+def test_another_method_shows_its_own_fields_cost_and_command(page: Any, server: str) -> None:
+    page.goto(server)
+    page.get_by_role("tab", name="Train", exact=True).click()
+    page.locator("#train-count b").wait_for(timeout=120_000)
+    before = page.locator("#train-count b").inner_text()
+    page.locator("#train-method input").click()
+    page.get_by_role("option", name="IA3", exact=True).click()
+    page.locator("#train-about >> text=amplify or damp").wait_for()
+    page.wait_for_function("before => document.querySelector('#train-count b')?.innerText !== before", arg=before)
+    count = int(page.locator("#train-count b").inner_text().replace(",", ""))
+    assert 0 < count < int(before.replace(",", "")) / 10
+    assert page.locator("#field-lora-r").is_hidden()
+    shoot(page, "train-ia3")
+    page.get_by_role("button", name="Advanced").click()
+    page.locator("#field-ia3-target_modules").wait_for()
+    assert page.locator("#field-lora-target_modules").is_hidden()
+    assert page.locator("#field-learning_rate input, #field-learning_rate textarea").first.input_value() == "0.005"

@@ -27,6 +27,10 @@ class Registry(Mapping[str, "AdapterSpec"]):
         spec: AdapterSpec = importlib.import_module(self._modules[name]).SPEC
         return spec
 
+    def module_of(self, name: str) -> str:
+        """The dotted name of the module that holds a method."""
+        return self._modules[name]
+
     def __contains__(self, name: object) -> bool:
         return name in self._modules
 
@@ -39,14 +43,14 @@ class Registry(Mapping[str, "AdapterSpec"]):
 
 ADAPTERS = Registry(
     {
-        "ia3": "engine.adapters.ia3",
-        "loha": "engine.adapters.loha",
-        "lokr": "engine.adapters.lokr",
         "lora": "engine.adapters.lora",
         "dora": "engine.adapters.dora",
         "lorafa": "engine.adapters.lorafa",
         "qalora": "engine.adapters.qalora",
+        "ia3": "engine.adapters.ia3",
         "vera": "engine.adapters.vera",
         "mora": "engine.adapters.mora",
+        "loha": "engine.adapters.loha",
+        "lokr": "engine.adapters.lokr",
     }
 )

@@ -308,6 +308,7 @@ class AdapterSpec:
         identity_at_start: whether a fresh adapter leaves the base's outputs as they are.
         share: makes what the adapter's layers share: (module name -> base layer, config) -> SharedState. `build` then
             takes it as a fourth argument. None: each layer stands alone.
+        formats: the file formats that it travels in; `Adapter Studio` where PEFT does not know the method.
     """
 
     name: str
@@ -320,6 +321,7 @@ class AdapterSpec:
     mixable: bool
     identity_at_start: bool
     share: Any = None
+    formats: tuple[str, ...] = ("PEFT",)
 
 
 def master(tensor: Tensor) -> Tensor:

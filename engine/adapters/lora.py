@@ -43,4 +43,5 @@ SPEC = AdapterSpec(
     mergeable=True,
     mixable=True,
     identity_at_start=True,
+    formats=("PEFT", "kohya", "diffusers"),
 )

@@ -108,4 +108,5 @@ SPEC = AdapterSpec(
     mergeable=True,
     mixable=True,
     identity_at_start=True,
+    formats=("Adapter Studio", "PEFT"),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,11 +37,14 @@ class Parts:
     form: gr.Column
     base: gr.Dropdown
     preset: gr.Radio
+    method: gr.Dropdown
+    about: gr.HTML
     meaning: gr.HTML
     dataset: gr.Dropdown
     eval_split: gr.Number
     name: gr.Textbox
-    widgets: dict[str, Component]
+    widgets: dict[tuple[str, str], Component]
+    columns: list[tuple[str, gr.Row]]
     count: gr.HTML
     same: gr.Code
     fault: gr.HTML
@@ -60,20 +63,55 @@ def datasets(page: Page) -> list[tuple[str, str]]:
     return [(f"{row['name']} ({row['rows']:,} rows)", row["id"]) for row in page.studio.store.datasets() if usable(row)]
 
 
-def fields() -> tuple[presets.Field, ...]:
-    """Every field of the form in order: the adapter's, then the training's."""
-    return presets.methods()[METHOD].fields + presets.tasks()[TASK].fields
+def fields() -> list[tuple[str, presets.Field]]:
+    """Every field of the form in order, each with its method: each method's own, then the training's, whose method is
+    empty."""
+    own = [(method.name, field) for method in methods() for field in method.fields]
+    return own + [("", field) for field in presets.tasks()[TASK].fields]
+
+
+def methods() -> list[presets.Method]:
+    """The methods in the registry's order."""
+    from engine.adapters import ADAPTERS
+
+    return [presets.methods()[name] for name in ADAPTERS]
+
+
+def chosen(method: str | None) -> presets.Method:
+    """The method by its name.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if method not in presets.methods():
+        raise ConfigError(f"There is no method {method!r}.", f"Choose one of {', '.join(presets.methods())}.")
+    return presets.methods()[str(method)]
+
+
+def about(method: presets.Method) -> str:
+    """What a method does and when to take it, with its paper."""
+    link = f'<a href="{esc(method.paper)}" target="_blank" rel="noopener">paper</a>'
+    return f'<p class="st-hint">{esc(method.meaning)} <b>When:</b> {esc(method.when)} {link}</p>'
 
 
 def build(page: Page) -> None:
     """Lay out the form and the live part."""
-    task, method = presets.tasks()[TASK], presets.methods()[METHOD]
-    widgets: dict[str, Component] = {}
+    task = presets.tasks()[TASK]
+    widgets: dict[tuple[str, str], Component] = {}
+    columns: list[tuple[str, gr.Row]] = []
 
     def add(group: str) -> None:
-        for field in fields():
+        """The fields of a group: the method's own, of which one method's show at a time, then the training's."""
+        for method in methods():
+            own = [field for field in method.fields if field.group == group]
+            if own:
+                with gr.Row(elem_classes="fields", visible=method.name == METHOD) as row:
+                    for field in own:
+                        widgets[method.name, field.name] = forms.widget(field, method.name)
+                columns.append((method.name, row))
+        for field in task.fields:
             if field.group == group:
-                widgets[field.name] = forms.widget(field)
+                widgets["", field.name] = forms.widget(field)
 
     with gr.Column() as form:
         gr.HTML('<h2 class="page-title">What should learn, and how?</h2>')
@@ -96,14 +134,18 @@ def build(page: Page) -> None:
             elem_id="train-preset",
         )
         meaning = gr.HTML(elem_classes="st-hint")
+        method = gr.Dropdown(
+            [(item.title, item.name) for item in methods()],
+            value=METHOD,
+            label="Method",
+            info="How the base learns.",
+            elem_id="train-method",
+        )
+        explained = gr.HTML(about(presets.methods()[METHOD]), elem_id="train-about")
         with gr.Row(elem_id="main-fields"):
             add("main")
         count = gr.HTML('<div class="st-count">&nbsp;</div>', elem_id="train-count")
         with gr.Accordion("Advanced", open=False):
-            gr.HTML(
-                f'<p class="st-hint">{esc(method.title)}: {esc(method.meaning)} '
-                f'<a href="{esc(method.paper)}" target="_blank" rel="noopener">paper</a></p>'
-            )
             for group, title in GROUPS.items():
                 gr.HTML(f"<h3>{title}</h3>")
                 with gr.Row(elem_classes="fields"):
@@ -129,11 +171,14 @@ def build(page: Page) -> None:
         form,
         base,
         preset,
+        method,
+        explained,
         meaning,
         dataset,
         eval_split,
         name,
         widgets,
+        columns,
         count,
         same,
         fault,
@@ -144,7 +189,14 @@ def build(page: Page) -> None:
 
 
 def read_form(
-    page: Page, base: str, preset: str | None, dataset_id: str | None, eval_split: float, name: str, *values: Any
+    page: Page,
+    base: str,
+    preset: str | None,
+    dataset_id: str | None,
+    eval_split: float,
+    name: str,
+    method: str | None,
+    *values: Any,
 ) -> JobSpec:
     """The job that the form describes; `values` are the fields' widgets in order.
 
@@ -154,39 +206,55 @@ def read_form(
     if not dataset_id:
         raise ConfigError("No data set is chosen.", "Add one on the Data page.")
     row = page.studio.store.dataset(dataset_id)
-    method, task = presets.methods()[METHOD], presets.tasks()[TASK]
-    cut = len(method.fields)
-    known = forms.read_all(fields(), values)
-    adapter = {field.name: known[field.name] for field in fields()[:cut]}
-    training = {field.name: known[field.name] for field in fields()[cut:]}
-    title = (name or "").strip()[:80] or default_name(row["name"], base, task.presets.get(preset or ""))
+    task, known = presets.tasks()[TASK], own_values(chosen(method).name, values)
+    cut = len(chosen(method).fields)
+    adapter, training = forms.read_parts([field for field, _ in known], [value for _, value in known], cut)
+    title = (name or "").strip()[:80] or default_name(
+        row["name"], base, task.presets.get(preset or ""), "" if method == METHOD else chosen(method).title
+    )
     return forms.job(
         name=title,
         task=TASK,
         model=base or "",
         dataset=row,
         eval_split=0.0 if eval_split is None else float(eval_split),
-        method=METHOD,
+        method=chosen(method).name,
         adapter=adapter,
         training=training,
     )
 
 
-def default_name(dataset: str, base: str, preset: presets.Preset | None) -> str:
+def own_values(method: str, values: Iterable[Any]) -> list[tuple[presets.Field, Any]]:
+    """The fields that count for a method, its own and then the training's, each with its widget's value."""
+    pairs = zip(fields(), values, strict=True)
+    return [(field, value) for (owner, field), value in pairs if owner in (method, "")]
+
+
+def default_name(dataset: str, base: str, preset: presets.Preset | None, method: str = "") -> str:
     """A run's name where the person gave none."""
     stem = dataset.rsplit(".", 1)[0]
     short = base.rstrip("/").rsplit("/", 1)[-1]
-    return " · ".join(part for part in (stem, short, preset.title.lower() if preset else "") if part)[:80]
+    return " · ".join(part for part in (stem, short, method, preset.title.lower() if preset else "") if part)[:80]
 
 
-def filled(parts: Parts, adapter: Mapping[str, Any], training: Mapping[str, Any], eval_split: float) -> dict[Any, Any]:
-    """The form's widgets with a job's values."""
-    known = {**adapter, **training}
-    found: dict[Any, Any] = {
-        parts.widgets[field.name]: forms.show(field, known.get(field.name, forms.read_default(field)))
-        for field in fields()
-    }
-    found[parts.eval_split] = eval_split
+def filled(
+    parts: Parts, method: str, adapter: Mapping[str, Any], training: Mapping[str, Any], eval_split: float
+) -> dict[Any, Any]:
+    """The form's widgets with a job's values; other methods' fields stay as they are."""
+    found: dict[Any, Any] = {parts.method: method, parts.eval_split: eval_split, **shown(parts, method)}
+    for owner, field in fields():
+        if owner in (method, ""):
+            known = adapter if owner else training
+            found[parts.widgets[owner, field.name]] = forms.show(
+                field, known.get(field.name, forms.read_default(field))
+            )
+    return found
+
+
+def shown(parts: Parts, method: str) -> dict[Any, Any]:
+    """The fields of this method in view, the others' out of it."""
+    found: dict[Any, Any] = {row: gr.Row(visible=owner == method) for owner, row in parts.columns}
+    found[parts.about] = about(chosen(method))
     return found
 
 
@@ -203,8 +271,8 @@ def wire(page: Page) -> None:
     """Connect the form."""
     parts: Parts = page.parts[ID]
     live.wire(page, parts.live, parts.form)
-    values = [parts.widgets[field.name] for field in fields()]
-    form = [parts.base, parts.preset, parts.dataset, parts.eval_split, parts.name, *values]
+    values = [parts.widgets[owner, field.name] for owner, field in fields()]
+    form = [parts.base, parts.preset, parts.dataset, parts.eval_split, parts.name, parts.method, *values]
     counts: dict[str, str] = {}
 
     def offer(dataset_id: str | None, eval_split: float | None) -> dict[Any, Any]:
@@ -234,12 +302,26 @@ def wire(page: Page) -> None:
 
     def choose(name: str) -> dict[Any, Any]:
         """Fill the form from a preset."""
-        task, method = presets.tasks()[TASK], presets.methods()[METHOD]
+        task = presets.tasks()[TASK]
         preset = task.presets.get(name)
         if preset is None:
             return {parts.meaning: ""}
+        method = chosen(preset.adapter.get("method", METHOD))
         adapter, training = forms.preset_values(task, method, preset)
-        return {parts.meaning: esc(preset.meaning), **filled(parts, adapter, training, preset.eval_split)}
+        return {parts.meaning: esc(preset.meaning), **filled(parts, method.name, adapter, training, preset.eval_split)}
+
+    def switch(name: str, preset_name: str | None) -> dict[Any, Any]:
+        """Another method: its fields, and the training settings that it usually needs."""
+        method, task = chosen(name), presets.tasks()[TASK]
+        preset = task.presets.get(preset_name or "")
+        usual = {**(preset.training if preset else {}), **method.training}
+        found = shown(parts, method.name)
+        for field in task.fields:
+            if any(field.name in item.training for item in methods()):
+                found[parts.widgets["", field.name]] = forms.show(
+                    field, usual.get(field.name, forms.read_default(field))
+                )
+        return found
 
     def fill(recipe: Mapping[str, Any] | None) -> dict[Any, Any]:
         """Fill the form from a whole job."""
@@ -249,6 +331,7 @@ def wire(page: Page) -> None:
         known = {key for _, key in choices}
         dataset_id = recipe.get("dataset") if recipe.get("dataset") in known else None
         split = spec["data"]["eval_split"]
+        method = chosen(spec["adapter"].get("method", METHOD)).name
         return {
             parts.base: spec["model"],
             parts.preset: None,
@@ -256,7 +339,7 @@ def wire(page: Page) -> None:
             parts.name: spec.get("name", ""),
             parts.dataset: gr.Dropdown(choices, value=dataset_id),
             parts.fault: gr.HTML(visible=False),
-            **filled(parts, spec["adapter"], spec["training"], split),
+            **filled(parts, method, spec["adapter"], spec["training"], split),
             **offer(dataset_id, split),
         }
 
@@ -266,10 +349,12 @@ def wire(page: Page) -> None:
         except EngineError as fault:
             return "\n".join(f"# {line}" for line in str(fault).splitlines())
 
-    def count(base: str, *inputs: Any) -> Iterator[str]:
-        method = presets.methods()[METHOD]
+    def count(base: str, name: str, *inputs: Any) -> Iterator[str]:
         try:
-            adapter = {"method": METHOD, **forms.read_all(method.fields, inputs)}
+            method = chosen(name)
+            pairs = zip(adapter_fields, inputs, strict=True)
+            own = [value for (owner, _), value in pairs if owner == method.name]
+            adapter = {"method": method.name, **forms.read_all(method.fields, own)}
             adapter = {key: value for key, value in adapter.items() if value is not None}
             key = json.dumps([base, adapter])
             if key not in counts:
@@ -288,8 +373,10 @@ def wire(page: Page) -> None:
             return {parts.fault: gr.HTML(error(fault, "This run cannot start yet"), visible=True)}
         return {page.run: run_id, parts.fault: gr.HTML(visible=False)}
 
-    everything = [*form, parts.meaning, parts.fault, parts.start, parts.to_data]
-    adapter_widgets = [parts.widgets[field.name] for field in presets.methods()[METHOD].fields]
+    rows = [row for _, row in parts.columns]
+    everything = [*form, *rows, parts.about, parts.meaning, parts.fault, parts.start, parts.to_data]
+    adapter_fields = [(owner, field) for owner, field in fields() if owner]
+    adapter_widgets = [parts.widgets[owner, field.name] for owner, field in adapter_fields]
     split = [parts.dataset, parts.eval_split]
     offered = [parts.dataset, parts.start, parts.to_data]
     page.blocks.load(enter, split, offered, **HIDDEN)
@@ -298,14 +385,15 @@ def wire(page: Page) -> None:
     page.dataset.change(use, [page.dataset, parts.eval_split], offered, **HIDDEN)
     page.recipe.change(fill, page.recipe, everything, **HIDDEN)
     parts.preset.input(choose, parts.preset, everything, **HIDDEN)
+    parts.method.input(switch, [parts.method, parts.preset], everything, **HIDDEN)
     # Not left to `change` alone: a widget that was filled before it was first shown does not tell.
     gr.on([parts.dataset.change, parts.eval_split.change], offer, split, offered[1:], **HIDDEN)
     changed = [widget.change for widget in form]  # type: ignore[attr-defined]
     gr.on(changed, describe, form, parts.same, trigger_mode="always_last", **HIDDEN)
     gr.on(
-        [page.tab[ID].select, parts.base.change, *(widget.change for widget in adapter_widgets)],  # type: ignore[attr-defined]
+        [page.tab[ID].select, parts.base.change, parts.method.change, *(widget.change for widget in adapter_widgets)],  # type: ignore[attr-defined]
         count,
-        [parts.base, *adapter_widgets],
+        [parts.base, parts.method, *adapter_widgets],
         parts.count,
         trigger_mode="always_last",
         concurrency_limit=4,
