@@ -237,6 +237,7 @@ def test_config_round_trip() -> None:
         ({"task_type": "POETRY"}, "CAUSAL_LM"),
         ({"layers_pattern": "h"}, "layers_to_transform"),
         ({"rank_pattern": {"q": 0}}, "rank_pattern"),
+        ({"rank_pattern": {"(": 2}}, "rank_pattern has the key '\\('"),
         ({"rank_pattern": ["q"]}, "rank_pattern is .*mapping of names"),
         ({"alpha_pattern": {"q": float("inf")}}, r"alpha_pattern\['q'\] is inf"),
         ({"alpha_pattern": {"q": "4"}}, "alpha_pattern is .*each a number"),

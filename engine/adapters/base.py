@@ -179,6 +179,12 @@ def target_faults(config: Any, *more: str) -> list[str]:
     found = []
     if getattr(config, "layers_pattern", None) and config.layers_to_transform is None:
         found.append("layers_pattern is given without layers_to_transform; needed: the layer numbers too")
+    for label in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, label, None) or ():
+            try:
+                re.compile(key)
+            except re.error as error:
+                found.append(f"{label} has the key {key!r}, which is not a regular expression ({error})")
     for label in ("target_modules", "exclude_modules", *more):
         value = getattr(config, label, None)
         if isinstance(value, str):
