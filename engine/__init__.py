@@ -28,6 +28,7 @@ _NAMES = {
     "LoHaConfig": "engine.adapters.loha",
     "LoKrConfig": "engine.adapters.lokr",
     "LoraConfig": "engine.adapters.lora",
+    "LoRAFAConfig": "engine.adapters.lorafa",
     "MoRAConfig": "engine.adapters.mora",
     "PeftConfig": "engine.auto",
     "PeftModel": "engine.model",
@@ -38,8 +39,12 @@ _NAMES = {
     "PeftModelForSequenceClassification": "engine.model",
     "PeftModelForTokenClassification": "engine.model",
     "PeftType": "engine.adapters.base",
+    "QALoRAConfig": "engine.adapters.qalora",
+    "QuantizedLinear": "engine.quantized",
     "TaskType": "engine.adapters.base",
     "VeraConfig": "engine.adapters.vera",
+    "create_lorafa_optimizer": "engine.train.optim",
+    "create_loraplus_optimizer": "engine.train.optim",
     "expand_lora_rank": "engine.resize",
     "get_optimal_config": "engine.auto",
     "get_peft_config": "engine.auto",
@@ -48,6 +53,7 @@ _NAMES = {
     "reduce_lora_rank": "engine.resize",
     "prepare_training": "engine.hooks",
     "save_as_lora": "engine.checkpoint",
+    "quantize_linears": "engine.quantized",
     "set_peft_model_state_dict": "engine.auto",
 }
 
@@ -64,7 +70,9 @@ if TYPE_CHECKING:
     from engine.adapters.loha import LoHaConfig as LoHaConfig
     from engine.adapters.lokr import LoKrConfig as LoKrConfig
     from engine.adapters.lora import LoraConfig as LoraConfig
+    from engine.adapters.lorafa import LoRAFAConfig as LoRAFAConfig
     from engine.adapters.mora import MoRAConfig as MoRAConfig
+    from engine.adapters.qalora import QALoRAConfig as QALoRAConfig
     from engine.adapters.vera import VeraConfig as VeraConfig
     from engine.model import PeftModel as PeftModel
     from engine.model import get_peft_model as get_peft_model

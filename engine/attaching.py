@@ -30,6 +30,12 @@ def saved_names(model: nn.Module, config: Any) -> list[str]:
     wanted = [*asked, *heads]
     every = [name for name, _ in base_modules(model)]
     found = [name for name in every if matches(name, wanted)]
+    for name in found:
+        if not all(parameter.is_floating_point() for parameter in unwrapped(module_at(model, name)).parameters()):
+            raise TargetError(
+                f"modules_to_save names {name}, which is quantised and cannot be trained in full.",
+                "Adapt it as a target instead, or load it in full precision.",
+            )
     for item in asked:
         # PEFT writes every name that a head can have into its files.
         if item not in heads and not any(matches(name, [item]) for name in found):

@@ -230,15 +230,7 @@ class AdapterLayer(nn.Module):
         if adapter in self.adapters:
             weights = self.adapters[adapter]
             assert isinstance(weights, AdapterWeights)
-            if not isinstance(base.weight, Tensor) or not base.weight.is_floating_point():
-                raise TargetError(
-                    f"{self.module_name} is quantised; adapters cannot be merged into it exactly.",
-                    "Load the base in full precision and merge there.",
-                )
-            changes["weight"] = weights.delta_weight(base)
-            bias = weights.delta_bias(base)
-            if bias is not None:
-                changes["bias"] = bias
+            changes = weights.merge_changes(base, self.module_name)
         if adapter in self.biases:
             changes["bias"] = changes.get("bias", 0) + self._shift(adapter)
         return changes

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from engine import hooks
-from engine.adapters.base import AdapterConfig, Switchboard, TaskType
+from engine.adapters.base import AdapterConfig, AdapterWeights, Switchboard, TaskType
 from engine.attaching import own_biases, refuse_both, saved_names
 from engine.errors import ConfigError, EngineError
 from engine.inject import AdapterLayer, Wrapper, find_targets, module_at, unwrapped, wrap, wrap_saved, wrappers
@@ -179,13 +179,16 @@ class PeftModel(Merging):
             parameter.requires_grad_(flag)
 
     def adapter_parameters(self, adapter: str = "default") -> dict[str, nn.Parameter]:
-        """An adapter's own parameters by name: `<module>.lora_A.weight`, `<module>.bias`, `<saved module>.weight`."""
+        """What an adapter trains, by name: `<module>.lora_A.weight`, `<module>.bias`, `<saved module>.weight`."""
         found: dict[str, nn.Parameter] = {}
         for layer in self._layers[adapter]:
             if isinstance(layer, AdapterLayer):
                 if adapter in layer.adapters:
-                    for name, parameter in layer.adapters[adapter].named_parameters():
-                        found[f"{layer.module_name}.{name}"] = parameter
+                    weights = layer.adapters[adapter]
+                    assert isinstance(weights, AdapterWeights)
+                    for name, parameter in weights.named_parameters():
+                        if name not in weights.frozen:
+                            found[f"{layer.module_name}.{name}"] = parameter
                 if adapter in layer.biases:
                     found[f"{layer.module_name}.bias"] = layer.biases[adapter]
             else:

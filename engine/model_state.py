@@ -113,7 +113,7 @@ class ModelState(nn.Module):
         trainable = total = 0
         for parameter in self.parameters():
             count = parameter.numel()
-            if type(parameter).__name__ == "Params4bit":
+            if type(parameter).__name__ in ("Params4bit", "PackedCodes"):
                 count *= 2 * parameter.element_size()
             total += count
             trainable += count if parameter.requires_grad else 0

@@ -37,7 +37,7 @@ def widget(field: Field, owner: str = "") -> Component:
 
 def show(field: Field, value: Any) -> Any:
     """A job's value as its widget holds it."""
-    if field.type in ("int", "int?", "float"):
+    if field.type in ("int", "int?", "float", "float?"):
         return "" if value is None else f"{value:.12g}"
     if field.type == "names":
         return value if isinstance(value, str) else ", ".join(value or [])
@@ -65,7 +65,7 @@ def read(field: Field, value: Any) -> Any:
             raise ConfigError(f"{field.name} is {value!r}; needed: one of {', '.join(field.choices)}")
         return True if value == "true" else value
     if value in (None, ""):
-        if field.type == "int?":
+        if field.type in ("int?", "float?"):
             return None
         raise ConfigError(f"{field.name} is empty; needed: a number")
     return _number(field, value)

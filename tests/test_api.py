@@ -237,11 +237,39 @@ def test_config_round_trip() -> None:
         ({"task_type": "POETRY"}, "CAUSAL_LM"),
         ({"layers_pattern": "h"}, "layers_to_transform"),
         ({"rank_pattern": {"q": 0}}, "rank_pattern"),
+        ({"rank_pattern": {"(": 2}}, "rank_pattern has the key '\\('"),
+        ({"rank_pattern": ["q"]}, "rank_pattern is .*mapping of names"),
+        ({"alpha_pattern": {"q": float("inf")}}, r"alpha_pattern\['q'\] is inf"),
+        ({"alpha_pattern": {"q": "4"}}, "alpha_pattern is .*each a number"),
+        ({"r": float("nan")}, "r is nan; needed: a whole number"),
+        ({"r": "8"}, "r is '8'; needed: a whole number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+        ({"lora_alpha": float("inf")}, "lora_alpha is inf"),
+        ({"lora_dropout": float("nan")}, "lora_dropout is nan"),
+        ({"use_rslora": "yes"}, "use_rslora is 'yes'; needed: True or False"),
+        ({"target_modules": 5}, "target_modules is 5; needed: a list, each text, or text, or None"),
+        ({"target_modules": [1]}, r"target_modules is \[1\]"),
+        ({"modules_to_save": "head"}, "modules_to_save is 'head'; needed: a list"),
+        ({"layers_to_transform": [0.5]}, "layers_to_transform"),
+        ({"base_model_name_or_path": 3}, "base_model_name_or_path is 3"),
     ],
 )
 def test_config_faults(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         LoraConfig(**fields)
+
+
+@pytest.mark.parametrize("kind", [LoraConfig, engine.DoRAConfig, engine.LoHaConfig, engine.LoKrConfig])
+def test_patterns_may_be_null(kind: Any) -> None:
+    config = kind.from_dict({"rank_pattern": None, "alpha_pattern": None})
+    assert (config.rank_pattern, config.alpha_pattern, config.scale("q_proj")) == ({}, {}, 1.0)
+
+
+def test_every_config_names_what_is_not_finite() -> None:
+    with pytest.raises(ConfigError, match="d_initial is inf"):
+        engine.VeraConfig(d_initial=float("inf"))
+    with pytest.raises(ConfigError, match="alpha is inf"):
+        engine.LoHaConfig(alpha=float("inf"))
 
 
 def test_all_config_faults_at_once() -> None:
@@ -326,7 +354,7 @@ def test_damaged_missing_and_unsafe_files(tmp_path: Path) -> None:
     ("change", "words"),
     [
         ({"peft_type": "SOMETHING"}, "SOMETHING"),
-        ({"use_qalora": True}, "use_qalora is True"),
+        ({"use_bdlora": True}, "use_bdlora is True"),
         ({"made_up": 1}, "made_up is not a field"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
     ],

@@ -31,7 +31,11 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     CONV2D: (tiny.pixels, ["first", "second"]),
 }
 # Settings for methods whose defaults are too large for models this small.
-FITTING: dict[str, dict[str, Any]] = {"delta_lora": {"start_step": 0}, "mora": {"r": 4}}
+FITTING: dict[str, dict[str, Any]] = {
+    "delta_lora": {"start_step": 0},
+    "mora": {"r": 4},
+    "qalora": {"qalora_group_size": 8},
+}
 CASES = [(name, kind) for name in ADAPTERS for kind in LAYERS]
 
 

@@ -47,6 +47,8 @@ ADAPTERS = Registry(
         "dora": "engine.adapters.dora",
         "adalora": "engine.adapters.adalora",
         "delta_lora": "engine.adapters.delta_lora",
+        "lorafa": "engine.adapters.lorafa",
+        "qalora": "engine.adapters.qalora",
         "ia3": "engine.adapters.ia3",
         "vera": "engine.adapters.vera",
         "mora": "engine.adapters.mora",

@@ -74,6 +74,8 @@ class AdaLoraConfig(AdapterConfig):
         "lora_bias": False,
         "use_dora": False,
         "use_rslora": False,
+        "use_qalora": False,
+        "qalora_group_size": 16,
     }
     TARGET_RULES: ClassVar[tuple[tuple[str, ...], ...]] = (
         ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from engine.adapters.fields import finite_faults, type_faults
 from engine.errors import ConfigError, TargetError
 
 
@@ -40,6 +41,7 @@ class PeftType(enum.StrEnum):
     LOKR = "LOKR"
     LORA = "LORA"
     MORA = "MORA"
+    QALORA = "QALORA"
     VERA = "VERA"
 
 
@@ -100,7 +102,8 @@ class AdapterConfig:
             except ValueError:
                 known = ", ".join(item.value for item in TaskType)
                 raise ConfigError(f"task_type is {self.task_type!r}; needed: one of {known}, or None.") from None
-        found = self.faults()
+        # The values are looked at only when all types are right: they could not be compared otherwise.
+        found = type_faults(self) or finite_faults(self, self.faults())
         if found:
             name = type(self).__name__
             raise ConfigError(f"{name} cannot be used:\n" + "\n".join(f"- {fault}" for fault in found))
@@ -178,6 +181,12 @@ def target_faults(config: Any, *more: str) -> list[str]:
     found = []
     if getattr(config, "layers_pattern", None) and config.layers_to_transform is None:
         found.append("layers_pattern is given without layers_to_transform; needed: the layer numbers too")
+    for label in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, label, None) or ():
+            try:
+                re.compile(key)
+            except re.error as error:
+                found.append(f"{label} has the key {key!r}, which is not a regular expression ({error})")
     for label in ("target_modules", "exclude_modules", *more):
         value = getattr(config, label, None)
         if isinstance(value, str):
@@ -197,72 +206,6 @@ def by_pattern(patterns: Mapping[str, float], module: str, default: float) -> fl
         if re.match(rf"(.*\.)?({key})$", module):
             return value
     return default
-
-
-@dataclass(frozen=True, kw_only=True)
-class LycorisConfig(AdapterConfig):
-    """What the methods of LyCORIS (https://arxiv.org/abs/2309.14859) share, by PEFT's names.
-
-    Attributes:
-        r: rank.
-        alpha: the change is scaled by alpha / r.
-        rank_dropout: share of the output channels for which training drops the change.
-        module_dropout: share of the training steps in which a layer's change is left out.
-        use_effective_conv2d: factor convolutions with kernels larger than 1x1 mode by mode instead of as a matrix.
-        target_modules: names or name endings, one regular expression for whole names, `"all-linear"`, or None for
-            the architecture's usual attention projections.
-        exclude_modules: names, endings or one regular expression to leave out.
-        layers_to_transform: only these layer numbers. layers_pattern: the list's name before the number.
-        rank_pattern, alpha_pattern: name ending or regular expression -> r or alpha for those modules.
-        modules_to_save: further modules that are trained in full and saved with the adapter.
-        init_weights: True starts as the identity; False with a random change.
-    """
-
-    UNUSED: ClassVar[Mapping[str, Any]] = {"auto_mapping": None}
-    STARTS: ClassVar[tuple[bool | str, ...]] = (True, False)
-
-    r: int = 8
-    alpha: float = 8
-    rank_dropout: float = 0.0
-    module_dropout: float = 0.0
-    use_effective_conv2d: bool = False
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    modules_to_save: list[str] | None = None
-    init_weights: bool | str = True
-
-    def faults(self) -> list[str]:
-        found = target_faults(self)
-        for label in ("rank_pattern", "alpha_pattern"):
-            if getattr(self, label) is None:
-                object.__setattr__(self, label, {})
-        for label, value in (("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                found.append(f"{label} is {value!r}; needed: a whole number from 1")
-        for label, alpha in (
-            ("alpha", self.alpha),
-            *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()),
-        ):
-            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not alpha > 0:
-                found.append(f"{label} is {alpha!r}; needed: a number above 0")
-        for label in ("rank_dropout", "module_dropout"):
-            share = getattr(self, label)
-            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
-                found.append(f"{label} is {share!r}; needed: 0 up to, but not including, 1")
-        if self.init_weights not in self.STARTS:
-            found.append(f"init_weights is {self.init_weights!r}; needed: one of {', '.join(map(repr, self.STARTS))}")
-        return found
-
-    def rank_of(self, module: str) -> int:
-        return int(by_pattern(self.rank_pattern, module, self.r))
-
-    def scale(self, module: str) -> float:
-        """s = alpha / r at `module`."""
-        return float(by_pattern(self.alpha_pattern, module, self.alpha)) / self.rank_of(module)
 
 
 @dataclass
@@ -286,10 +229,12 @@ class AdapterWeights(nn.Module):
     The parameter names are those of the file: `lora_A.weight` here is `<module>.lora_A.weight` there. `frozen_names`
     are buffers that training needs and the exported file does not hold (see `export`).
 
+    `frozen`: names of parameters that the file holds and that are never trained (LoRA-FA's A).
     `reads_base`: whether `delta` depends on the base's weight or output, and so cannot stand beside a merged adapter.
     `shifts_input`: whether `shift_input` gives anything; layers ask only those that say so.
     """
 
+    frozen: ClassVar[tuple[str, ...]] = ()
     reads_base: ClassVar[bool] = False
     shifts_input: ClassVar[bool] = False
 
@@ -321,6 +266,22 @@ class AdapterWeights(nn.Module):
     def delta_bias(self, base: nn.Module) -> Tensor | None:
         """The change of `base.bias` at weight 1, or None."""
         return None
+
+    def merge_changes(self, base: nn.Module, module: str) -> dict[str, Tensor]:
+        """Name of a tensor of `base` -> what merging at weight 1 adds to it: `weight`, and `bias` where it changes.
+
+        A method that a quantised layer can take up (QA-LoRA in its zeros) names other tensors.
+
+        Raises:
+            TargetError: the base is quantised and cannot take the change up.
+        """
+        if not isinstance(base.weight, Tensor) or not base.weight.is_floating_point():
+            raise TargetError(
+                f"{module} is quantised; adapters cannot be merged into it exactly.",
+                "Load the base in full precision and merge there.",
+            )
+        bias = self.delta_bias(base)
+        return {"weight": self.delta_weight(base), **({} if bias is None else {"bias": bias})}
 
     def export(self) -> dict[str, Tensor]:
         """Name -> tensor as the file holds it."""
@@ -408,68 +369,13 @@ def master(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-class LycorisWeights(AdapterWeights):
-    """A change dW of the weight that is a product of small factors, and LyCORIS's two kinds of dropout.
+def compute_cast(weight: Tensor, x: Tensor) -> Tensor:
+    """`weight` in the type the products run in: float32 masters over a bf16 base compute in bf16.
 
-    Subclasses give `change`, dW as (out, ...) in the base's shape without the scale, and may give `apply_thin`,
-    dW x without forming dW.
+    Casting the thin matrices instead of the activations is what keeps a bf16 step fast. Under autocast the operators
+    cast by themselves.
     """
-
-    def __init__(self, base: nn.Module, config: LycorisConfig, module: str) -> None:
-        super().__init__()
-        assert isinstance(base.weight, Tensor)
-        self.kind = layer_kind(base)
-        self.r = config.rank_of(module)
-        self.scale = config.scale(module)
-        self.rank_dropout = config.rank_dropout
-        self.rescale_dropout = True
-        self.module_dropout = config.module_dropout
-        if isinstance(base, nn.Conv2d):
-            self.shape = tuple(base.weight.shape)
-        elif isinstance(base, nn.Linear):
-            # Not the weight's shape: 4-bit weights are packed.
-            self.shape = (base.out_features, base.in_features)
-        else:
-            self.shape = (base.weight.shape[1], base.weight.shape[0])
-        self.device = base.weight.device
-        # A 1x1 kernel has no modes to factor.
-        self.by_modes = config.use_effective_conv2d and len(self.shape) == 4 and self.shape[2:] != (1, 1)
-
-    def empty(self, *shape: int) -> nn.Parameter:
-        return nn.Parameter(torch.empty(*shape, device=self.device, dtype=torch.float32))
-
-    def change(self) -> Tensor:
-        """dW / s, (out, in) or (out, in / groups, kh, kw)."""
-        raise TypeError(f"{type(self).__name__} does not say what it changes")
-
-    def apply_thin(self, x: Tensor, base: nn.Module) -> Tensor | None:
-        """dW x / s without forming dW, or None where forming it is cheaper or the only way."""
-        return None
-
-    def delta(self, x: Tensor, y: Tensor, base: nn.Module, weight: float) -> Tensor:
-        if self.training and self.module_dropout and torch.rand(()).item() < self.module_dropout:
-            # Zeros that belong to the graph: with one adapted layer there must be something to go backward through.
-            idle = sum((parameter.sum() * 0 for parameter in self.parameters()), torch.zeros((), device=y.device))
-            return idle.to(y.dtype).expand_as(y)
-        out = self.apply_thin(x, base)
-        if out is None:
-            out = applied(compute_cast(self.change(), x), x, base)
-        out = out * (self.scale * weight)
-        if self.training and self.rank_dropout:
-            out = out * self._kept(out)
-        return out
-
-    def _kept(self, out: Tensor) -> Tensor:
-        """0 for the dropped output channels; the others are raised so that the mean stays."""
-        n_out = self.shape[0]
-        kept = (torch.rand(n_out, device=out.device) >= self.rank_dropout).to(out.dtype)
-        if self.rescale_dropout:
-            kept = kept * (n_out / kept.sum(dtype=torch.float32).clamp(min=1)).to(out.dtype)
-        return kept[:, None, None] if self.kind == CONV2D else kept
-
-    def delta_weight(self, base: nn.Module) -> Tensor:
-        change = master(self.change()) * self.scale
-        return change.T if self.kind == CONV1D else change
+    return weight if torch.is_autocast_enabled(x.device.type) else weight.to(x.dtype)
 
 
 def applied(matrix: Tensor, x: Tensor, base: nn.Module) -> Tensor:
@@ -484,12 +390,3 @@ def applied(matrix: Tensor, x: Tensor, base: nn.Module) -> Tensor:
         x = nn.functional.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
         padding = 0
     return nn.functional.conv2d(x, matrix, None, base.stride, padding, base.dilation, base.groups)
-
-
-def compute_cast(weight: Tensor, x: Tensor) -> Tensor:
-    """`weight` in the type the products run in: float32 masters over a bf16 base compute in bf16.
-
-    Casting the thin matrices instead of the activations is what keeps a bf16 step fast. Under autocast the operators
-    cast by themselves.
-    """
-    return weight if torch.is_autocast_enabled(x.device.type) else weight.to(x.dtype)

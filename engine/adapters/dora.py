@@ -38,10 +38,6 @@ class DoRAConfig(LowRankConfig):
 
     use_dora: bool = True
 
-    @property
-    def method(self) -> str:
-        return "dora"
-
     def faults(self) -> list[str]:
         found = super().faults()
         if self.use_dora is not True:

@@ -27,12 +27,11 @@ from engine.adapters.base import (
     CONV2D,
     LINEAR,
     AdapterSpec,
-    LycorisConfig,
-    LycorisWeights,
     PeftType,
     applied,
     compute_cast,
 )
+from engine.adapters.lycoris import LycorisConfig, LycorisWeights
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
     y = W x + s B A drop(x),   A: (r, in), B: (out, r),   s = alpha / r
 
 The two matrices, their starts (PiSSA among them) and rsLoRA's scale are in `engine.adapters.lowrank`, which other
-methods build on too. With `use_dora=True` the config asks for DoRA, as in PEFT.
+methods build on too. With `use_dora=True` the config asks for DoRA, with `use_qalora=True` for QA-LoRA, as in PEFT.
 """
 
 from __future__ import annotations
@@ -19,10 +19,6 @@ from engine.adapters.lowrank import LowRankConfig, LowRankConv2d, LowRankEmbeddi
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig(LowRankConfig):
     """LoRA's settings; see `LowRankConfig`."""
-
-    @property
-    def method(self) -> str:
-        return "dora" if self.use_dora else "lora"
 
 
 def build(base: nn.Module, config: LoraConfig, module: str) -> LowRankWeights:

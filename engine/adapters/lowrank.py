@@ -5,14 +5,13 @@
 PiSSA (https://arxiv.org/abs/2404.02948) starts A and B from the r largest singular values of W and trains
 W_res = W - s B0 A0 plus s B A; here W stays untouched and the layer computes W x + s (B A - B0 A0) x, which is the
 same function with the same gradients, so that switching the adapter off gives the base bit for bit and any number of
-adapters share one base.
+adapters share one base. OLoRA is served the same way; the starts are in `engine.adapters.starts`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -33,9 +32,11 @@ from engine.adapters.base import (
     master,
     target_faults,
 )
+from engine.adapters.starts import NAMES, is_start, start_of, takes_from_base
 from engine.errors import TargetError
 
-_PISSA = re.compile(r"pissa(_niter_\d+)?")
+# The methods that a LoRA config asks for by a field `use_<name>`, under their names in the registry.
+VARIANTS = ("dora", "qalora", "lorafa")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +57,11 @@ class LowRankConfig(AdapterConfig):
         use_rslora: scale by lora_alpha / sqrt(r).
         modules_to_save: further modules that are trained in full and saved with the adapter.
         init_lora_weights: True (A Kaiming-uniform, B zero), `"gaussian"` (A ~ N(0, 1/r^2), B zero), `"pissa"`,
-            `"pissa_niter_N"` (randomised SVD with N iterations), or False (A and B random: not the identity).
+            `"pissa_niter_N"` (randomised SVD with N iterations), `"olora"`, `"orthogonal"` (B A = 0 with neither zero),
+            or False (A and B random: not the identity).
         use_dora: True trains DoRA: the rows' magnitudes apart from their directions (engine.adapters.dora).
+        use_qalora: True is PEFT's form of QA-LoRA over groups of `qalora_group_size` inputs (engine.adapters.qalora).
+        use_lorafa: True trains B alone (engine.adapters.lorafa). No field of PEFT's: written only where it is True.
         fan_in_fan_out: kept for PEFT's format; the engine reads it off the layer.
     """
 
@@ -76,11 +80,9 @@ class LowRankConfig(AdapterConfig):
         "megatron_config": None,
         "megatron_core": "megatron.core",
         "monteclora_config": None,
-        "qalora_group_size": 16,
         "target_parameters": None,
         "trainable_token_indices": None,
         "use_bdlora": None,
-        "use_qalora": False,
         "velora_config": None,
     }
 
@@ -100,6 +102,14 @@ class LowRankConfig(AdapterConfig):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     lora_bias: bool = False
     use_dora: bool = False
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    use_lorafa: bool = False
+
+    @property
+    def method(self) -> str:
+        asked = [name for name in VARIANTS if getattr(self, f"use_{name}")]
+        return asked[0] if asked else "lora"
 
     def faults(self) -> list[str]:
         found = []
@@ -108,22 +118,38 @@ class LowRankConfig(AdapterConfig):
                 found.append(f"{label} is {value!r}; needed: a whole number from 1")
         named = {f"alpha_pattern[{key!r}]": value for key, value in self.alpha_pattern.items()}
         for label, alpha in {"lora_alpha": self.lora_alpha, **named}.items():
-            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not alpha > 0:
-                found.append(f"{label} is {alpha!r}; needed: a number above 0")
+            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+                found.append(f"{label} is {alpha!r}; needed: a finite number above 0")
         if not isinstance(self.lora_dropout, int | float) or not 0 <= self.lora_dropout < 1:
             found.append(f"lora_dropout is {self.lora_dropout!r}; needed: 0 up to, but not including, 1")
         if self.bias not in ("none", "all", "lora_only"):
             found.append(f"bias is {self.bias!r}; needed: none, all or lora_only")
         init = self.init_lora_weights
-        if not isinstance(init, bool) and init != "gaussian" and not (isinstance(init, str) and _PISSA.fullmatch(init)):
-            found.append(f"init_lora_weights is {init!r}; needed: True, False, 'gaussian', 'pissa' or 'pissa_niter_N'")
-        if self.use_dora and self.lora_bias:
-            found.append("lora_bias is True with use_dora; needed: False, for DoRA has no bias of its own")
+        if not isinstance(init, bool) and init != "gaussian" and not is_start(init):
+            found.append(f"init_lora_weights is {init!r}; needed: True, False, 'gaussian', {NAMES}")
+        asked = [f"use_{name}" for name in VARIANTS if getattr(self, f"use_{name}")]
+        if len(asked) > 1:
+            found.append(f"{' and '.join(asked)} are True; needed: one of them, they are different methods")
+        if self.use_qalora:
+            if self.qalora_group_size < 1:
+                found.append(f"qalora_group_size is {self.qalora_group_size}; needed: a whole number from 1")
+            if is_start(init):
+                found.append(f"init_lora_weights is {init!r} with use_qalora; needed: True, False or 'gaussian'")
+        for name in ("dora", "qalora"):
+            if getattr(self, f"use_{name}") and self.lora_bias:
+                found.append(f"lora_bias is True with use_{name}; needed: False, for it has no bias of its own")
         return found + target_faults(self)
 
+    def to_dict(self) -> dict[str, Any]:
+        plain = super().to_dict()
+        if not self.use_lorafa:
+            # PEFT warns of fields that it does not know.
+            del plain["use_lorafa"]
+        return plain
+
     def exported(self) -> LowRankConfig:
-        """PiSSA leaves as a plain LoRA of rank 2r, [A; A0] and [B, -B0], with the same scale."""
-        if not (isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith("pissa")):
+        """PiSSA and OLoRA leave as a plain LoRA of rank 2r, [A; A0] and [B, -B0], with the same scale."""
+        if not takes_from_base(self.init_lora_weights):
             return self
         grow = math.sqrt(2) if self.use_rslora else 2
         return dataclasses.replace(
@@ -190,13 +216,17 @@ class LowRankLinear(LowRankWeights):
         weight = base.weight
         assert isinstance(weight, Tensor)
         self.transposed = layer_kind(base) == CONV1D
-        n_in, n_out = features(base)
+        n_in, n_out = self.sides(base, config, module)
         place = {"device": weight.device, "dtype": torch.float32}
         self.lora_A = nn.Linear(n_in, self.r, bias=False, **place)
         self.lora_B = nn.Linear(self.r, n_out, bias=config.lora_bias, **place)
-        self._initialise(config.init_lora_weights, weight)
+        self._initialise(config.init_lora_weights, weight, module)
 
-    def _initialise(self, how: bool | str, weight: Tensor) -> None:
+    def sides(self, base: nn.Module, config: LowRankConfig, module: str) -> tuple[int, int]:
+        """(what A reads, what B writes)."""
+        return features(base)
+
+    def _initialise(self, how: bool | str, weight: Tensor, module: str) -> None:
         a, b = self.lora_A.weight, self.lora_B.weight
         if a.is_meta:
             return
@@ -209,30 +239,18 @@ class LowRankLinear(LowRankWeights):
             nn.init.zeros_(b)
             if self.lora_B.bias is not None:
                 nn.init.zeros_(self.lora_B.bias)
-        if isinstance(how, str) and how.startswith("pissa"):
-            self._principal(weight, int(how.rsplit("_", 1)[1]) if "niter" in how else None)
+        if isinstance(how, str) and is_start(how):
+            self._start(how, weight.T if self.transposed else weight, module)
 
     @torch.no_grad()
-    def _principal(self, weight: Tensor, iterations: int | None) -> None:
-        """A0 = sqrt(S/s) V^T, B0 = U sqrt(S/s) from the r largest singular values of W, in float32."""
-        w = (weight.T if self.transposed else weight).float()
-        if self.r > min(w.shape):
-            raise TargetError(
-                f"PiSSA with r={self.r} needs a matrix with at least that many singular values; this one is "
-                f"{tuple(w.shape)}.",
-                "Lower r, or give this module a smaller one in rank_pattern.",
-            )
-        if iterations is None:
-            u, s, vt = torch.linalg.svd(w, full_matrices=False)
-            u, s, vt = u[:, : self.r], s[: self.r], vt[: self.r]
-        else:
-            u, s, v = torch.svd_lowrank(w, q=self.r, niter=iterations)
-            vt = v.T
-        root = torch.sqrt(s / self.scale)
-        self.lora_A.weight.copy_(root[:, None] * vt)
-        self.lora_B.weight.copy_(u * root)
-        self.offset_A = self.lora_A.weight.detach().clone()
-        self.offset_B = self.lora_B.weight.detach().clone()
+    def _start(self, how: str, weight: Tensor, module: str) -> None:
+        shape = self.lora_B.weight.shape[0], self.lora_A.weight.shape[1]
+        a, b = start_of(how, weight, shape, self.r, self.scale, module)
+        self.lora_A.weight.copy_(a)
+        self.lora_B.weight.copy_(b)
+        if takes_from_base(how):
+            self.offset_A = self.lora_A.weight.detach().clone()
+            self.offset_B = self.lora_B.weight.detach().clone()
 
     def _a(self) -> Tensor:
         return self.lora_A.weight
@@ -360,8 +378,9 @@ class LowRankConv2d(LowRankWeights):
 
 
 def _plain_start_only(config: LowRankConfig, module: str, what: str) -> None:
-    if isinstance(config.init_lora_weights, str) and config.init_lora_weights.startswith("pissa"):
+    if is_start(config.init_lora_weights):
         raise TargetError(
-            f"PiSSA starts from a matrix's singular values, and {module} is {what}.",
+            f"init_lora_weights={config.init_lora_weights!r} starts from a linear layer's matrix (its singular "
+            f"values, its shape), and {module} is {what}.",
             "Leave it out with exclude_modules, or set init_lora_weights=True.",
         )

@@ -132,7 +132,9 @@ def _restore_optimizer(
     tensors: Mapping[str, Tensor],
     scalars: Mapping[str, Any],
 ) -> None:
-    numbers = {name: number for number, name in enumerate(parameters)}
+    # The optimizer numbers parameters group by group, which is not their order where it has several groups.
+    order = {id(p): n for n, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    numbers = {name: order[id(parameter)] for name, parameter in parameters.items()}
     state: dict[int, dict[str, Any]] = {}
     for full, value in {**tensors, **scalars}.items():
         key, _, name = full.partition(":")

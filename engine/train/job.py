@@ -63,6 +63,8 @@ class TrainingSpec:
         schedule: `linear` (to 0), `cosine` (to 0) or `constant`, each after the warm-up.
         warmup_ratio: share of the steps (0 to 1) over which the rate rises from 0.
         weight_decay: AdamW's decoupled decay.
+        loraplus_ratio: LoRA+: the learning rate of LoRA's B is this multiple of A's; None: the same for both.
+        loraplus_embedding_rate: with it, the peak rate of LoRA at embeddings; None: 1e-6, as in PEFT.
         max_grad_norm: gradients are scaled down to this total norm; 0 turns clipping off.
         max_length: tokens per row; longer rows are cut and counted.
         precision: `bf16` loads the base in bfloat16, `fp32` in float32; `auto` picks by the hardware.
@@ -83,6 +85,8 @@ class TrainingSpec:
     schedule: str = "linear"
     warmup_ratio: float = 0.1
     weight_decay: float = 0.0
+    loraplus_ratio: float | None = None
+    loraplus_embedding_rate: float | None = None
     max_grad_norm: float = 1.0
     max_length: int = 512
     precision: str = "auto"
@@ -107,6 +111,12 @@ class TrainingSpec:
             value = getattr(self, name)
             if value is not None and value < 1:
                 found.append(f"training.{name} is {value}; needed: 1 or more, or nothing")
+        for name in ("loraplus_ratio", "loraplus_embedding_rate"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                found.append(f"training.{name} is {value}; needed: a finite number above 0, or nothing")
+        if self.loraplus_embedding_rate is not None and self.loraplus_ratio is None:
+            found.append("training.loraplus_embedding_rate is given without loraplus_ratio; needed: both, or neither")
         if self.seed >= 2**32:
             found.append(f"training.seed is {self.seed}; needed: less than {2**32}")
         if any(not prompt.strip() for prompt in self.sample_prompts):

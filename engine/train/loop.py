@@ -31,7 +31,7 @@ from engine.tasks.base import Batch, Encoded, Loaded, Task
 from engine.train.checkpoints import list_checkpoints, read_state, restore_checkpoint, save_checkpoint
 from engine.train.events import Control, Sink
 from engine.train.job import JobSpec
-from engine.train.optim import make_optimizer, rate_at
+from engine.train.optim import make_optimizer, rate_at, set_rate
 
 
 @dataclass
@@ -157,8 +157,7 @@ def _step(run: Run, rows: list[Any]) -> None:
     """One optimizer update, and its event."""
     training, started = run.spec.training, time.perf_counter()
     rate = rate_at(run.step, run.total_steps, training)
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
+    set_rate(run.optimizer, rate)
     run.wrapped.train()
     batches = [run.collate(rows[i : i + training.batch_size]) for i in range(0, len(rows), training.batch_size)]
     targets = sum(run.task.targets(batch) for batch in batches)
@@ -286,6 +285,8 @@ def _identity(spec: JobSpec) -> dict[str, Any]:
     plain = spec.to_dict()
     free = ("eval_every", "checkpoint_every", "sample_prompts", "threads", "max_grad_norm", "learning_rate")
     training = {key: value for key, value in plain["training"].items() if key not in free}
+    # Checkpoints from before these keys have none of them, and mean the same.
+    training = {key: value for key, value in training.items() if value is not None or "loraplus" not in key}
     return {"model": plain["model"], "adapter": plain["adapter"], "training": training, "data": _rows_of(spec)}
 
 

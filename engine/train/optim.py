@@ -1,21 +1,183 @@
-"""The optimizer and the learning rate as a function of the step."""
+"""The optimizers and the learning rate as a function of the step.
+
+- LoRA+ (Hayou et al., 2024, https://arxiv.org/abs/2402.12354): lr(B) = ratio lr(A).
+- LoRA-FA's later form (https://arxiv.org/abs/2308.03303): A stays, and B's gradient G becomes G (A A^T)^-1 / s^2, whose
+  change of the weight is the nearest to full fine-tuning's.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from engine.adapters.base import AdapterWeights, master
+from engine.adapters.lowrank import LowRankConv2d, LowRankLinear
+from engine.errors import ConfigError
+from engine.inject import AdapterLayer
+from engine.model import PeftModel
 from engine.train.job import TrainingSpec
+
+EMBEDDING_RATE = 1e-6  # PEFT's, for LoRA+ at embeddings
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], training: TrainingSpec) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter, https://arxiv.org/abs/1711.05101) over the adapter's parameters, in their order."""
-    return torch.optim.AdamW(
-        list(parameters.values()), lr=training.learning_rate, weight_decay=training.weight_decay, betas=(0.9, 0.999)
-    )
+    """AdamW (Loshchilov and Hutter, https://arxiv.org/abs/1711.05101) over the adapter's parameters, in their order.
+
+    With `loraplus_ratio` the groups of LoRA+. Every group holds `rate`: its learning rate's ratio to the run's.
+    """
+    ratio = training.loraplus_ratio
+    groups: list[dict[str, Any]] = [{"params": list(parameters.values()), "weight_decay": training.weight_decay}]
+    if ratio is not None:
+        embedding = training.loraplus_embedding_rate
+        groups = loraplus_groups(parameters, training.learning_rate, ratio, embedding, training.weight_decay)
+    for group in groups:
+        group["rate"] = group.get("lr", training.learning_rate) / training.learning_rate
+    return torch.optim.AdamW(groups, lr=training.learning_rate, betas=(0.9, 0.999))
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set a step's learning rate, each group's ratio to it kept."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("rate", 1.0)
+
+
+def loraplus_groups(
+    parameters: Mapping[str, nn.Parameter], lr: float, ratio: float, embedding_lr: float | None, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Parameter groups of LoRA+, as PEFT forms them.
+
+    A and whatever else is a matrix learn at lr, an embedding's A and B at `embedding_lr` (None: 1e-6), every B and all
+    vectors (biases, DoRA's magnitudes) at ratio lr; biases do not decay.
+
+    Raises:
+        ConfigError: there is no B, so that the ratio would have nothing to act on.
+    """
+    parts: dict[str, list[nn.Parameter]] = {"A": [], "embedding": [], "B": [], "plain": []}
+    found = False
+    for name, parameter in parameters.items():
+        found = found or "lora_B" in name or "lora_embedding_B" in name
+        if "lora_embedding_" in name:
+            parts["embedding"].append(parameter)
+        elif "lora_B" in name or parameter.ndim == 1:
+            parts["plain" if {"bias", "biases"} & set(name.split(".")[-2:]) else "B"].append(parameter)
+        else:
+            parts["A"].append(parameter)
+    if not found:
+        raise ConfigError(
+            "LoRA+ sets the learning rate of LoRA's matrix B, which this adapter does not train.",
+            "Leave out loraplus_ratio, or use LoRA, DoRA, QA-LoRA or LoRA-FA.",
+        )
+    rates = {"A": lr, "embedding": EMBEDDING_RATE if embedding_lr is None else embedding_lr}
+    return [
+        {
+            "params": members,
+            "lr": rates.get(part, lr * ratio),
+            "weight_decay": 0.0 if part == "plain" else weight_decay,
+        }
+        for part, members in parts.items()
+        if members
+    ]
+
+
+def create_loraplus_optimizer(
+    model: PeftModel,
+    optimizer_cls: type[torch.optim.Optimizer],
+    *,
+    lr: float,
+    loraplus_lr_ratio: float,
+    loraplus_weight_decay: float = 0.0,
+    loraplus_lr_embedding: float = EMBEDDING_RATE,
+    **kwargs: Any,
+) -> torch.optim.Optimizer:
+    """An optimizer of any class with LoRA+'s groups over the model's trainable parameters.
+
+    Args:
+        model: the model with its adapters.
+        optimizer_cls: such as `torch.optim.AdamW`.
+        lr: A's learning rate. loraplus_lr_ratio: B's, as a multiple of it; the paper recommends 16.
+        loraplus_weight_decay: of all groups but the biases'.
+        loraplus_lr_embedding: the learning rate of LoRA at embeddings.
+        kwargs: for `optimizer_cls`.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups = loraplus_groups(parameters, lr, loraplus_lr_ratio, loraplus_lr_embedding, loraplus_weight_decay)
+    return optimizer_cls(groups, **{"lr": lr, **kwargs})
+
+
+class LoRAFAOptimizer(torch.optim.AdamW):
+    """AdamW over B with projected gradients: G (A A^T)^-1 / s^2, computed in float32.
+
+    Args:
+        pairs: each trained B -> its frozen A and scale s.
+        others: further parameters, trained as they are.
+        settings: AdamW's.
+    """
+
+    def __init__(
+        self, pairs: Mapping[nn.Parameter, tuple[nn.Parameter, float]], others: list[nn.Parameter], **settings: Any
+    ) -> None:
+        self._pairs = dict(pairs)
+        super().__init__([*pairs, *others], **settings)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        kept: list[tuple[nn.Parameter, Tensor]] = []
+        for b, (a, scale) in self._pairs.items():
+            if b.grad is not None:
+                kept.append((b, b.grad))
+                b.grad = _projected(b.grad, a, scale)
+        super().step()
+        for b, gradient in kept:
+            b.grad = gradient
+        return loss
+
+
+def _projected(gradient: Tensor, a: Tensor, scale: float) -> Tensor:
+    rows = master(a.flatten(1))
+    # The pseudo-inverse: rows of A may depend on each other where r is large.
+    inverse = torch.linalg.pinv(rows @ rows.T, hermitian=True)
+    projected: Tensor = gradient.flatten(1).to(rows.dtype) @ inverse / scale**2
+    return projected.view(gradient.shape).to(gradient.dtype)
+
+
+def create_lorafa_optimizer(
+    model: PeftModel, r: int, lora_alpha: float, lr: float, weight_decay: float = 0.0, use_rslora: bool | None = None
+) -> LoRAFAOptimizer:
+    """Freeze A in the active LoRA adapters and make the optimizer with B's projected gradients.
+
+    Args:
+        model: the model with its adapters, LoRA or LoRA-FA.
+        r, lora_alpha, use_rslora: part of PEFT's call; not used, for each layer knows its own scale.
+        lr, weight_decay: AdamW's.
+
+    Raises:
+        ConfigError: an adapter without A and B, or at an embedding, whose A starts at zero and cannot stay there.
+    """
+    pairs: dict[nn.Parameter, tuple[nn.Parameter, float]] = {}
+    for name in model.active_adapters:
+        for layer in model._layers[name]:
+            if not isinstance(layer, AdapterLayer) or name not in layer.adapters:
+                continue
+            weights = layer.adapters[name]
+            assert isinstance(weights, AdapterWeights)
+            if not isinstance(weights, LowRankLinear | LowRankConv2d) or weights.offset_A is not None:
+                raise ConfigError(
+                    f"LoRA-FA trains B over a random A that stays; {name!r} has none such at {layer.module_name}.",
+                    "Use LoRA at linear layers or convolutions, with init_lora_weights True or 'gaussian'.",
+                )
+            a: Any = weights.lora_A.weight.requires_grad_(False)
+            b: Any = weights.lora_B.weight
+            pairs[b] = (a, weights.scale)
+    others = [p for p in model.parameters() if p.requires_grad and p not in pairs]
+    return LoRAFAOptimizer(pairs, others, lr=lr, weight_decay=weight_decay, eps=1e-6)
 
 
 def rate_at(step: int, total: int, training: TrainingSpec) -> float:
