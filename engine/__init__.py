@@ -43,7 +43,12 @@ _NAMES = {
     "get_peft_config": "engine.auto",
     "get_peft_model": "engine.model",
     "get_peft_model_state_dict": "engine.auto",
+    "load_adapter_file": "engine.formats",
+    "read_diffusers": "engine.formats",
+    "read_kohya": "engine.formats",
     "set_peft_model_state_dict": "engine.auto",
+    "write_diffusers": "engine.formats",
+    "write_kohya": "engine.formats",
 }
 
 __all__ = sorted(_NAMES)

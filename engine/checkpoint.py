@@ -159,9 +159,9 @@ def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "defa
     return folder
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     draft = _draft(path)
-    save_file(dict(tensors), draft, metadata={"format": "pt"})
+    save_file(dict(tensors), draft, metadata=metadata or {"format": "pt"})
     _publish(draft, path)
 
 
