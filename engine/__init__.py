@@ -20,6 +20,7 @@ _NAMES = {
     "AutoPeftModelForSeq2SeqLM": "engine.auto",
     "AutoPeftModelForSequenceClassification": "engine.auto",
     "AutoPeftModelForTokenClassification": "engine.auto",
+    "AutoPeftModelForVision2Seq": "engine.auto",
     "DoRAConfig": "engine.adapters.dora",
     "IA3Config": "engine.adapters.ia3",
     "JobSpec": "engine.train.job",

@@ -7,6 +7,7 @@ written once, in `engine.inject`, `engine.model` and `engine.checkpoint`.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import enum
 import re
 from collections.abc import Mapping, Sequence
@@ -158,12 +159,16 @@ class AdapterConfig:
             if key in known or key in ("peft_type", "peft_version", "auto_mapping"):
                 continue
             if key not in cls.UNUSED:
-                found.append(f"{key} is not a field of {cls.__name__}")
+                near = difflib.get_close_matches(key, known, n=1)
+                found.append(
+                    f"{key} is not a field of {cls.__name__}" + (f" (did you mean {near[0]}?)" if near else "")
+                )
             elif value and value != cls.UNUSED[key]:
                 found.append(f"{key} is {value!r}, which this version does not do; needed: {cls.UNUSED[key]!r}")
         if found:
             raise ConfigError(
-                f"The adapter's config cannot be used as {cls.__name__}:\n" + "\n".join(f"- {item}" for item in found)
+                f"The adapter's config cannot be used as {cls.__name__}:\n" + "\n".join(f"- {item}" for item in found),
+                "Take these keys out if the adapter does without them; else use the version that wrote it.",
             )
         return cls(**{key: value for key, value in raw.items() if key in known})
 
