@@ -12,6 +12,7 @@ import enum
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -197,9 +198,15 @@ def target_faults(config: Any, *more: str) -> list[str]:
 def by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
     """The value of the first key (a name's ending or a regular expression) that `module` ends with."""
     for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if _ending(key).match(module):
             return value
     return default
+
+
+@lru_cache(maxsize=1 << 14)
+def _ending(key: str) -> re.Pattern[str]:
+    # Adapters resized layer by layer bring a pattern for each of a UNet's hundreds of layers; re keeps 512.
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 @dataclass(frozen=True, kw_only=True)
