@@ -22,6 +22,7 @@ _NAMES = {
     "AutoPeftModelForSequenceClassification": "engine.auto",
     "AutoPeftModelForTokenClassification": "engine.auto",
     "DeltaLoraConfig": "engine.adapters.delta_lora",
+    "AutoPeftModelForVision2Seq": "engine.auto",
     "DoRAConfig": "engine.adapters.dora",
     "IA3Config": "engine.adapters.ia3",
     "JobSpec": "engine.train.job",
@@ -54,7 +55,12 @@ _NAMES = {
     "prepare_training": "engine.hooks",
     "save_as_lora": "engine.checkpoint",
     "quantize_linears": "engine.quantized",
+    "load_adapter_file": "engine.formats",
+    "read_diffusers": "engine.formats",
+    "read_kohya": "engine.formats",
     "set_peft_model_state_dict": "engine.auto",
+    "write_diffusers": "engine.formats",
+    "write_kohya": "engine.formats",
 }
 
 __all__ = sorted(_NAMES)

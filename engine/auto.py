@@ -31,7 +31,8 @@ def get_peft_config(config: Mapping[str, Any]) -> AdapterConfig:
     for spec in ADAPTERS.values():
         if spec.config.PEFT_TYPE.value == kind:
             return spec.config.from_dict(config)
-    raise ConfigError(f"peft_type is {kind!r}; needed: the name of a method that is registered here.")
+    known = ", ".join(dict.fromkeys(spec.config.PEFT_TYPE.value for spec in ADAPTERS.values()))
+    raise ConfigError(f"peft_type is {kind!r}; needed: the name of a method that is registered here: {known}.")
 
 
 def get_peft_model_state_dict(model: PeftModel, adapter_name: str = "default") -> dict[str, Tensor]:
@@ -101,6 +102,12 @@ class AutoPeftModelForQuestionAnswering(AutoPeftModel):
 
 class AutoPeftModelForFeatureExtraction(AutoPeftModel):
     loader = "AutoModel"
+
+
+class AutoPeftModelForVision2Seq(AutoPeftModel):
+    """Pictures (and text) to text: BLIP and its like. transformers 5 calls this class image-text-to-text."""
+
+    loader = "AutoModelForImageTextToText"
 
 
 _OPTIMAL = {

@@ -195,9 +195,9 @@ def save_as_lora(model: PeftModel, folder: str | Path, adapter_name: str = "defa
     return _write(folder, state, plain)
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     draft = _draft(path)
-    save_file(dict(tensors), draft, metadata={"format": "pt"})
+    save_file(dict(tensors), draft, metadata=metadata or {"format": "pt"})
     _publish(draft, path)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -27,12 +28,13 @@ from engine.adapters.base import (
 from engine.errors import EngineError, TargetError
 
 # The attention projections that papers adapt, by the names that architectures give them. The first rule whose names
-# are all linear layers of the model is taken: Llama, Mistral, Qwen, Gemma, OPT / T5 / BERT, BLIP / DistilBERT / GPT-2 /
-# NeoX, BLOOM, Falcon / Phi-3 / MPT / diffusers.
+# are all linear layers of the model is taken: Llama, Mistral, Qwen, Gemma, OPT, CLIP, ViT / T5 / BERT, BLIP /
+# DeBERTa-v2 / DistilBERT / GPT-2 / NeoX, BLOOM, Falcon / Phi-3, CodeGen / MPT / BLIP's images / diffusers / DeBERTa.
 DEFAULT_RULES = (
     ("q_proj", "v_proj"),
     ("q", "v"),
     ("query", "value"),
+    ("query_proj", "value_proj"),
     ("q_lin", "v_lin"),
     ("c_attn",),
     ("query_key_value",),
@@ -40,6 +42,7 @@ DEFAULT_RULES = (
     ("Wqkv",),
     ("qkv",),
     ("to_q", "to_v"),
+    ("in_proj",),
 )
 # The freshly initialised head of each task, trained in full and saved with the adapter.
 HEADS: dict[TaskType, tuple[str, ...]] = {
@@ -366,9 +369,12 @@ def _all_linear(model: nn.Module, task: TaskType | None) -> list[str]:
     find: Any = getattr(model, "get_output_embeddings", None)
     output = find() if find else None
     head = unwrapped(output) if isinstance(output, nn.Module) else None
+    # An output layer that the model does not name as such (BLIP's) shows by sharing the embedding's weight.
+    embeddings = {id(m.weight) for _, m in base_modules(model) if isinstance(m, nn.Embedding)}
     names = []
     for name, module in base_modules(model):
-        if layer_kind(unwrapped(module)) not in (LINEAR, CONV1D) or unwrapped(module) is head:
+        linear = unwrapped(module)
+        if layer_kind(linear) not in (LINEAR, CONV1D) or linear is head or id(linear.weight) in embeddings:
             continue
         if task is not None and matches(name, HEADS.get(task, ())):
             continue
@@ -426,10 +432,11 @@ def find_targets(model: nn.Module, config: Any, layers: tuple[str, ...]) -> tupl
 def _nothing_matches(model: nn.Module, wanted: Sequence[str] | str, config: Any) -> TargetError:
     everything = [name for name, _ in base_modules(model)]
     suffixes = sorted({name.rsplit(".", 1)[-1] for name in everything if not name.rsplit(".", 1)[-1].isdigit()})
-    near: list[str] = []
-    for item in [wanted] if isinstance(wanted, str) else wanted:
-        near += difflib.get_close_matches(item.rsplit(".", 1)[-1], suffixes, n=3, cutoff=0.3)
-    nearest = ", ".join(list(dict.fromkeys(near))[:3]) or "none is close"
+    asked = [wanted] if isinstance(wanted, str) else wanted
+    close = [difflib.get_close_matches(item.rsplit(".", 1)[-1], suffixes, n=3, cutoff=0.0) for item in asked]
+    # The best of each name before the second best of any.
+    near = [name for row in zip_longest(*close) for name in row if name]
+    nearest = ", ".join(list(dict.fromkeys(near))[:3]) or "none, it has no parts"
     limits = [
         f"{label}={getattr(config, label)!r}"
         for label in ("exclude_modules", "layers_to_transform", "layers_pattern")

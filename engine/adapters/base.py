@@ -7,10 +7,12 @@ written once, in `engine.inject`, `engine.model` and `engine.checkpoint`.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import enum
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -163,12 +165,16 @@ class AdapterConfig:
             if key in known or key in ("peft_type", "peft_version", "auto_mapping"):
                 continue
             if key not in cls.UNUSED:
-                found.append(f"{key} is not a field of {cls.__name__}")
+                near = difflib.get_close_matches(key, known, n=1)
+                found.append(
+                    f"{key} is not a field of {cls.__name__}" + (f" (did you mean {near[0]}?)" if near else "")
+                )
             elif value and value != cls.UNUSED[key]:
                 found.append(f"{key} is {value!r}, which this version does not do; needed: {cls.UNUSED[key]!r}")
         if found:
             raise ConfigError(
-                f"The adapter's config cannot be used as {cls.__name__}:\n" + "\n".join(f"- {item}" for item in found)
+                f"The adapter's config cannot be used as {cls.__name__}:\n" + "\n".join(f"- {item}" for item in found),
+                "Take these keys out if the adapter does without them; else use the version that wrote it.",
             )
         return cls(**{key: value for key, value in raw.items() if key in known})
 
@@ -203,9 +209,15 @@ def target_faults(config: Any, *more: str) -> list[str]:
 def by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
     """The value of the first key (a name's ending or a regular expression) that `module` ends with."""
     for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if _ending(key).match(module):
             return value
     return default
+
+
+@lru_cache(maxsize=1 << 14)
+def _ending(key: str) -> re.Pattern[str]:
+    # Adapters resized layer by layer bring a pattern for each of a UNet's hundreds of layers; re keeps 512.
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 @dataclass

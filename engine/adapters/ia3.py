@@ -72,14 +72,20 @@ class IA3Config(AdapterConfig):
         ("k_proj", "v_proj", "fc2"),
         ("k_proj", "v_proj", "fc_out"),
         ("k_proj", "v_proj", "w2"),
+        ("k_proj", "v_proj", "mlp.c_proj"),
         ("k", "v", "wo"),
         ("key", "value", "output.dense"),
+        ("key_proj", "value_proj", "output.dense"),
         ("k_lin", "v_lin", "lin2"),
         ("c_attn", "mlp.c_proj"),
         ("query_key_value", "dense_4h_to_h"),
         ("qkv_proj", "down_proj"),
+        ("qkv_proj", "fc_out"),
         ("Wqkv", "down_proj"),
         ("to_k", "to_v", "ff.net.2"),
+        ("in_proj", "output.dense"),
+        # Mixtures of experts keep their feed-forward weights in one tensor, which is no layer.
+        ("k_proj", "v_proj"),
     )
 
     target_modules: list[str] | str | None = None
