@@ -36,6 +36,12 @@ _NAMES = {
     "PeftModelForSequenceClassification": "engine.model",
     "PeftModelForTokenClassification": "engine.model",
     "PeftType": "engine.adapters.base",
+    "PrefixTuningConfig": "engine.adapters.prefix_tuning",
+    "PromptEncoderConfig": "engine.adapters.p_tuning",
+    "PromptEncoderReparameterizationType": "engine.adapters.p_tuning",
+    "PromptLearningConfig": "engine.adapters.virtual",
+    "PromptTuningConfig": "engine.adapters.prompt_tuning",
+    "PromptTuningInit": "engine.adapters.prompt_tuning",
     "TaskType": "engine.adapters.base",
     "VeraConfig": "engine.adapters.vera",
     "expand_lora_rank": "engine.resize",
@@ -58,6 +64,9 @@ if TYPE_CHECKING:
     from engine.adapters.lokr import LoKrConfig as LoKrConfig
     from engine.adapters.lora import LoraConfig as LoraConfig
     from engine.adapters.mora import MoRAConfig as MoRAConfig
+    from engine.adapters.p_tuning import PromptEncoderConfig as PromptEncoderConfig
+    from engine.adapters.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
+    from engine.adapters.prompt_tuning import PromptTuningConfig as PromptTuningConfig
     from engine.adapters.vera import VeraConfig as VeraConfig
     from engine.model import PeftModel as PeftModel
     from engine.model import get_peft_model as get_peft_model

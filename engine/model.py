@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from engine import prompts
 from engine.adapters import ADAPTERS
 from engine.adapters.base import AdapterConfig, AdapterSpec, Switchboard, TaskType
 from engine.errors import ConfigError, EngineError, TargetError
@@ -91,6 +92,7 @@ class PeftModel(nn.Module):
         self.peft_config: dict[str, AdapterConfig] = {}
         self.switchboard = Switchboard()
         self.shared = nn.ModuleDict()
+        self.prompts = nn.ModuleDict()
         self._layers: dict[str, list[Wrapper]] = {}
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:
@@ -125,15 +127,22 @@ class PeftModel(nn.Module):
                 f"There is already an adapter {adapter_name!r}.", "Choose another name or delete_adapter it first."
             )
         model, spec = self.get_base_model(), spec_of(peft_config)
-        names, wanted = find_targets(model, peft_config, spec.layers)
-        saved = self._saved_names(peft_config)
-        self._refuse_both(names, saved)
         origin = peft_config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
-        config = peft_config.replace(target_modules=wanted, base_model_name_or_path=origin).settled(names)
+        config = peft_config.replace(base_model_name_or_path=origin)
+        names: list[str] = []
+        if spec.prompt is None:
+            names, wanted = find_targets(model, config, spec.layers)
+            config = config.replace(target_modules=wanted).settled(names)
+        saved = self._saved_names(config)
+        self._refuse_both(names, saved)
         # Everything that can fail comes before the first wrapper, so a refused adapter leaves the model as it was.
         bases = {name: unwrapped(module_at(model, name)) for name in names}
         shared = (spec.share(bases, config),) if spec.share else ()
         built = [(name, spec.build(base, config, name, *shared)) for name, base in bases.items()]
+        if spec.prompt is not None:
+            config = config.fitted(model)  # type: ignore[attr-defined]
+            prompt = spec.prompt(model.get_input_embeddings(), config)  # type: ignore[operator]
+            self.prompts[adapter_name] = prompt.train(self.training)
         layers: list[Wrapper] = []
         for name, weights in built:
             layer = wrap(model, name, self.switchboard)
@@ -204,8 +213,9 @@ class PeftModel(nn.Module):
             if isinstance(layer, AdapterLayer) and adapter_name in layer.merged:
                 layer.unmerge()
             layer.drop(adapter_name)
-        if adapter_name in self.shared:
-            del self.shared[adapter_name]
+        for holder in (self.shared, self.prompts):
+            if adapter_name in holder:
+                del holder[adapter_name]
         del self.peft_config[adapter_name]
         self.switchboard.weights.pop(adapter_name, None)
         if not self.switchboard.weights and self.peft_config:
@@ -239,7 +249,9 @@ class PeftModel(nn.Module):
         """Mix live: y = W x + sum_i w_i delta_i(x). Takes effect with the next forward pass; nothing is recomputed."""
         for name, value in weights.items():
             spec = spec_of(self._known(name))
-            if not spec.mixable and len(weights) > 1:
+            if spec.prompt is not None:
+                prompts.check_weight(name, spec.title, value)
+            elif not spec.mixable and len(weights) > 1:
                 raise ConfigError(f"{name!r} is a {spec.title} adapter, which cannot be mixed with others.")
             if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
                 raise ConfigError(f"The weight of {name!r} is {value!r}; needed: a number.")
@@ -291,6 +303,8 @@ class PeftModel(nn.Module):
             else:
                 for name, parameter in layer.copies[adapter].named_parameters():
                     found[f"{layer.module_name}.{name}"] = parameter
+        if adapter in self.prompts:
+            found |= {f"prompt_encoder.{name}": p for name, p in self.prompts[adapter].named_parameters()}
         return found
 
     # --- running ----------------------------------------------------------------------------------------------
@@ -299,12 +313,16 @@ class PeftModel(nn.Module):
         """The base's forward. `adapter_names` gives each batch row its own adapter (None or `__base__`: the base)."""
         # Rows stay set until the next call: gradient checkpointing runs the layers again in the backward pass.
         self.switchboard.rows = self._rows(adapter_names)
+        if self.prompts:
+            return prompts.run(self, args, kwargs)
         return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
         """The base's generate, each batch row through its own adapter where `adapter_names` is given."""
         self.switchboard.rows = self._rows(adapter_names)
         try:
+            if self.prompts:
+                return prompts.generate(self, args, kwargs)
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
         finally:
             self.switchboard.rows = None
@@ -338,7 +356,8 @@ class PeftModel(nn.Module):
         for name in names:
             spec = spec_of(self._known(name))
             if not spec.mergeable:
-                raise ConfigError(f"{name!r} is a {spec.title} adapter, which cannot be merged into a weight.")
+                why = " It is virtual tokens, and changes no weight." if spec.prompt is not None else ""
+                raise ConfigError(f"{name!r} is a {spec.title} adapter, which cannot be merged into a weight.{why}")
         self._refuse_tied(names)
         weights = {name: self.switchboard.weights.get(name, 1.0) for name in names}
         for layer in dict.fromkeys(layer for name in names for layer in self._layers[name]):
@@ -392,6 +411,7 @@ class PeftModel(nn.Module):
                 replace_module(model, name, copies[0] if copies else layer.original_module)
         self.peft_config, self._layers = {}, {}
         self.shared.clear()
+        self.prompts.clear()
         self.switchboard.weights = {}
         return model
 
@@ -442,11 +462,14 @@ class PeftModel(nn.Module):
         """The base with the adapter of a folder or hub id attached and active, frozen unless `is_trainable`."""
         from engine.checkpoint import read_config, read_weights, write_weights
 
-        config, tensors = read_config(model_id).replace(inference_mode=not is_trainable), read_weights(model_id)
+        config, tensors = read_config(model_id).replace(inference_mode=True), read_weights(model_id)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         peft_model = model_class(config)(model, config, adapter_name)
         try:
             write_weights(peft_model, adapter_name, tensors)
+            config = peft_model.peft_config[adapter_name]
+            peft_model.peft_config[adapter_name] = config.replace(inference_mode=not is_trainable)
+            peft_model.set_adapter(adapter_name)
         except EngineError:
             peft_model.unload()
             for parameter in trained:

@@ -14,7 +14,7 @@ from engine.errors import ConfigError
 from engine.paths import REPOSITORY
 
 FOLDER = REPOSITORY / "presets"
-KINDS = ("int", "int?", "float", "bool", "choice", "names", "lines")
+KINDS = ("int", "int?", "float", "bool", "choice", "names", "lines", "text")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Field:
         name: the setting's exact name in the job.
         label: its plain name.
         help: one line about what it does.
-        type: `int`, `int?` (may be empty), `float`, `bool`, `choice`, `names` (comma-separated) or `lines`.
+        type: `int`, `int?` (may be empty), `float`, `bool`, `choice`, `names` (comma-separated), `lines` or
+            `text` (one line of words; nothing when empty).
         group: `main`, or the part of Advanced where it stands.
     """
 
@@ -59,7 +60,7 @@ class Preset:
 
 @dataclass(frozen=True)
 class Method:
-    """An adapter method as the form shows it."""
+    """An adapter method as the form shows it; `training` is what it needs otherwise than a task's recipe."""
 
     name: str
     title: str
@@ -67,6 +68,7 @@ class Method:
     paper: str
     fields: tuple[Field, ...]
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,13 @@ def methods() -> dict[str, Method]:
     for path in sorted((FOLDER / "methods").glob("*.yaml")):
         raw = _read(path)
         found[raw["method"]] = Method(
-            raw["method"], raw["title"], raw["meaning"], raw["paper"], _fields(raw["fields"]), raw.get("presets", {})
+            raw["method"],
+            raw["title"],
+            raw["meaning"],
+            raw["paper"],
+            _fields(raw["fields"]),
+            raw.get("presets", {}),
+            raw.get("training", {}),
         )
     return found
 

@@ -46,5 +46,8 @@ ADAPTERS = Registry(
         "dora": "engine.adapters.dora",
         "vera": "engine.adapters.vera",
         "mora": "engine.adapters.mora",
+        "prompt_tuning": "engine.adapters.prompt_tuning",
+        "p_tuning": "engine.adapters.p_tuning",
+        "prefix_tuning": "engine.adapters.prefix_tuning",
     }
 )

@@ -38,10 +38,15 @@ class PeftType(enum.StrEnum):
     LOKR = "LOKR"
     LORA = "LORA"
     MORA = "MORA"
+    P_TUNING = "P_TUNING"
+    PREFIX_TUNING = "PREFIX_TUNING"
+    PROMPT_TUNING = "PROMPT_TUNING"
     VERA = "VERA"
 
 
 LINEAR, CONV1D, EMBEDDING, CONV2D = "linear", "conv1d", "embedding", "conv2d"
+# Not a layer: methods that put virtual tokens before the model's input (engine.prompts).
+PROMPT = "prompt"
 
 
 def layer_kind(module: nn.Module) -> str | None:
@@ -353,6 +358,8 @@ class AdapterSpec:
         identity_at_start: whether a fresh adapter leaves the base's outputs as they are.
         share: makes what the adapter's layers share: (module name -> base layer, config) -> SharedState. `build` then
             takes it as a fourth argument. None: each layer stands alone.
+        prompt: for a method that puts virtual tokens before the input instead of changing layers:
+            (input embedding, config) -> `engine.adapters.virtual.VirtualTokens`. `build` is None then.
     """
 
     name: str
@@ -365,6 +372,7 @@ class AdapterSpec:
     mixable: bool
     identity_at_start: bool
     share: Any = None
+    prompt: Any = None
 
 
 def master(tensor: Tensor) -> Tensor:
