@@ -327,6 +327,10 @@ class PeftModel(nn.Module):
         finally:
             self.switchboard.rows = None
 
+    def virtual_tokens(self, adapter_names: Sequence[str | None] | None = None) -> int:
+        """The places that virtual tokens take in the context, with the active adapters or with these of a batch."""
+        return prompts.virtual_tokens(self, adapter_names)
+
     def _rows(self, names: Sequence[str | None] | None) -> list[str | None] | None:
         if names is None:
             return None

@@ -89,7 +89,8 @@ def kept_under_checkpointing(modules: Sequence[nn.Module]) -> Iterator[None]:
         EngineError: the recomputing is reentrant, through which no gradient reaches a prefix.
     """
     layers = [module for module in modules if hasattr(module, "_can_checkpoint_with_cache")]
-    stacks = [module for module in modules if module not in layers]
+    # A stack that hands its layers no cache while recomputing (GPT-2's); T5's attention reads the flag for itself.
+    stacks = [m for m in modules if m not in layers and any(part in layers for part in m.modules())]
     for module in modules:
         function: Any = getattr(module, "_gradient_checkpointing_func", None)
         if getattr(function, "keywords", {}).get("use_reentrant", False):

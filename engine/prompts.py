@@ -253,6 +253,8 @@ def _mask(call: Call, name: str, virtual: Tensor, needed: bool, past: int, lengt
 
 def _around(base: nn.Module, call: Call, rows: Rows, past: int) -> None:
     """Mask, positions, labels and embeddings of a model with one stack."""
+    if rows.n_prompt and hasattr(base, "score") and type(base).__name__.endswith("ForSequenceClassification"):
+        _padding_first(base, call)
     ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
     batch, length = (ids if ids is not None else embeds).shape[:2]  # type: ignore[union-attr]
     mask = rows.mask()
@@ -282,6 +284,29 @@ def _around(base: nn.Module, call: Call, rows: Rows, past: int) -> None:
         if call.get(name) is not None:
             call[name] = call[name] + n
     _embed(base, call, rows)
+
+
+def _padding_first(base: nn.Module, call: Call) -> None:
+    """Move right padding to the left.
+
+    Such a classifier reads its last token, which it finds by the padded ids; embeddings do not show them, and it would
+    read the padding. Behind the mask, and with the positions of before, the tokens see what they saw.
+    """
+    ids, mask, pad = call.get("input_ids"), call.get("attention_mask"), base.config.pad_token_id  # type: ignore[union-attr]
+    if mask is None and ids is not None and isinstance(pad, int):
+        mask = ids.ne(pad).long()
+    if mask is None or mask.dim() != 2 or bool(mask[:, -1].all()):
+        return
+    positions = call.get("position_ids")
+    if positions is None:
+        positions = torch.arange(mask.shape[1], device=mask.device)
+    call["attention_mask"], call["position_ids"] = mask, positions.expand_as(mask)
+    order = mask.bool().long().argsort(dim=1, stable=True)
+    for name in ("input_ids", "attention_mask", "position_ids", "token_type_ids"):
+        if call.get(name) is not None:
+            call[name] = call[name].gather(1, order)
+    if call.get("inputs_embeds") is not None:
+        call["inputs_embeds"] = call["inputs_embeds"].gather(1, order[..., None].expand_as(call["inputs_embeds"]))
 
 
 def _embed(base: nn.Module, call: Call, rows: Rows) -> None:
