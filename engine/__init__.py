@@ -42,6 +42,12 @@ _NAMES = {
     "PeftType": "engine.adapters.base",
     "QALoRAConfig": "engine.adapters.qalora",
     "QuantizedLinear": "engine.quantized",
+    "PrefixTuningConfig": "engine.adapters.prefix_tuning",
+    "PromptEncoderConfig": "engine.adapters.p_tuning",
+    "PromptEncoderReparameterizationType": "engine.adapters.p_tuning",
+    "PromptLearningConfig": "engine.adapters.virtual",
+    "PromptTuningConfig": "engine.adapters.prompt_tuning",
+    "PromptTuningInit": "engine.adapters.prompt_tuning",
     "TaskType": "engine.adapters.base",
     "VeraConfig": "engine.adapters.vera",
     "create_lorafa_optimizer": "engine.train.optim",
@@ -78,6 +84,9 @@ if TYPE_CHECKING:
     from engine.adapters.lora import LoraConfig as LoraConfig
     from engine.adapters.lorafa import LoRAFAConfig as LoRAFAConfig
     from engine.adapters.mora import MoRAConfig as MoRAConfig
+    from engine.adapters.p_tuning import PromptEncoderConfig as PromptEncoderConfig
+    from engine.adapters.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
+    from engine.adapters.prompt_tuning import PromptTuningConfig as PromptTuningConfig
     from engine.adapters.qalora import QALoRAConfig as QALoRAConfig
     from engine.adapters.vera import VeraConfig as VeraConfig
     from engine.model import PeftModel as PeftModel

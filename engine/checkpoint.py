@@ -9,6 +9,7 @@ import json
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from engine import hooks
 from engine.adapters import ADAPTERS
 from engine.adapters.base import EMBEDDING, AdapterConfig, AdapterWeights, PeftType, SharedState, layer_kind
+from engine.adapters.virtual import EMBEDDINGS, VirtualTokens
 from engine.errors import CheckpointError, ConfigError, EngineError, UnsafeFileError
 from engine.inject import AdapterLayer, SavedModule, Wrapper
 
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 PREFIX = "base_model.model."
 SHARED = "base_model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# What makes a prompt adapter's table while it is trained; PEFT's format has no place for it.
+ENCODER, ENCODED = "prompt_encoder.safetensors", "prompt_encoder."
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -50,7 +54,9 @@ def adapter_folder(model_id: str | Path, every: bool = False) -> Path:
 
     try:
         deep = "*" if every else ""
-        return Path(snapshot_download(str(model_id), allow_patterns=[deep + CONFIG, deep + WEIGHTS]))
+        return Path(
+            snapshot_download(str(model_id), allow_patterns=[deep + name for name in (CONFIG, WEIGHTS, ENCODER)])
+        )
     except Exception as error:  # the hub's client raises many kinds, each meaning "not to be had"
         raise CheckpointError(
             f"The adapter {str(model_id)!r} is not a local folder and could not be fetched from the hub: {error}",
@@ -85,7 +91,7 @@ def read_config(model_id: str | Path) -> AdapterConfig:
 
 
 def read_weights(model_id: str | Path) -> dict[str, Tensor]:
-    """Key -> tensor of the adapter's safetensors file, on the CPU.
+    """Key -> tensor of the adapter's safetensors file, on the CPU; a prompt encoder's keys are `prompt_encoder.<name>`.
 
     Raises:
         UnsafeFileError: there is only a pickle, which could run code.
@@ -100,6 +106,13 @@ def read_weights(model_id: str | Path) -> dict[str, Tensor]:
                 f"Load it where you trust it and save it with safe_serialization=True as {WEIGHTS}.",
             )
         raise CheckpointError(f"{folder} holds no {WEIGHTS}.", "Give the folder that save_pretrained wrote.")
+    tensors = _tensors_of(path)
+    if (folder / ENCODER).is_file():
+        tensors |= {ENCODED + name: tensor for name, tensor in _tensors_of(folder / ENCODER).items()}
+    return tensors
+
+
+def _tensors_of(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
@@ -116,12 +129,26 @@ def adapter_state(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
 def exported_tensors(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
     """Key in the file -> the adapter's tensor, where it lies."""
     state: dict[str, Tensor] = {}
+    prefix = _prefix(model, adapter_name)
     for layer in model._layers[adapter_name]:
         for name, tensor in _tensors(layer, adapter_name).items():
-            state[f"{PREFIX}{layer.module_name}.{name}"] = tensor
+            state[f"{prefix}{layer.module_name}.{name}"] = tensor
+    if adapter_name in model.prompts:
+        state[EMBEDDINGS] = _prompt(model, adapter_name).export()
     if adapter_name in model.shared:
         state |= {f"{SHARED}{name}": tensor for name, tensor in _shared(model, adapter_name).export().items()}
     return state
+
+
+def _prefix(model: PeftModel, adapter: str) -> str:
+    """PEFT wraps the base once less for prompt methods, so saved modules' keys lack a `model.`."""
+    return SHARED if adapter in model.prompts else PREFIX
+
+
+def _prompt(model: PeftModel, adapter: str) -> VirtualTokens:
+    prompt = model.prompts[adapter]
+    assert isinstance(prompt, VirtualTokens)
+    return prompt
 
 
 def _shared(model: PeftModel, adapter: str) -> SharedState:
@@ -155,6 +182,11 @@ def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "defa
     state = adapter_state(model, adapter_name)
     # Two keys over one memory (tied modules) would be refused by safetensors.
     state = {key: tensor.clone() for key, tensor in state.items()}
+    encoder = _prompt(model, adapter_name).sidecar() if adapter_name in model.prompts else {}
+    if encoder:
+        write_safetensors(folder / ENCODER, {n: t.detach().to("cpu").contiguous() for n, t in encoder.items()})
+    else:
+        (folder / ENCODER).unlink(missing_ok=True)
     return _write(folder, state, hooks.saved_config(model, adapter_name))
 
 
@@ -234,7 +266,7 @@ def write_weights(model: PeftModel, adapter_name: str, tensors: Mapping[str, Ten
     places: dict[str, Tensor] = {}
     kept: dict[str, nn.Module] = {}
     for layer in model._layers[adapter_name]:
-        start = f"{PREFIX}{layer.module_name}."
+        start = f"{_prefix(model, adapter_name)}{layer.module_name}."
         if isinstance(layer, SavedModule):
             places |= {start + name: tensor for name, tensor in layer.copies[adapter_name].state_dict().items()}
             continue
@@ -250,8 +282,11 @@ def write_weights(model: PeftModel, adapter_name: str, tensors: Mapping[str, Ten
         for name, place in model.shared[adapter_name].named_buffers():
             if name in needed or SHARED + name in tensors:
                 places[SHARED + name] = place
+    if adapter_name in model.prompts:
+        places[EMBEDDINGS] = torch.empty(_prompt(model, adapter_name).shape, device="meta")
+    encoder = {k.removeprefix(ENCODED): t for k, t in tensors.items() if k.startswith(ENCODED) and EMBEDDINGS in places}
     missing = [key for key in places if key not in tensors]
-    extra = [key for key in tensors if key not in places and key not in kept]
+    extra = [key for key in tensors if key not in places and key not in kept and not (encoder and ENCODED in key)]
     if missing or extra:
         raise _other_base(model, adapter_name, missing, extra)
     for key, place in places.items():
@@ -262,6 +297,9 @@ def write_weights(model: PeftModel, adapter_name: str, tensors: Mapping[str, Ten
             )
     for key, base in kept.items():
         _check_embedding(key, base, tensors.get(key))
+    if EMBEDDINGS in places:
+        del places[EMBEDDINGS]
+        _write_prompt(model, adapter_name, tensors[EMBEDDINGS], encoder)
     for key, place in places.items():
         place.copy_(tensors[key])
     _restored(model, adapter_name)
@@ -277,6 +315,18 @@ def _weights(layer: AdapterLayer, adapter: str) -> AdapterWeights:
     weights = layer.adapters[adapter]
     assert isinstance(weights, AdapterWeights)
     return weights
+
+
+def _write_prompt(model: PeftModel, adapter: str, table: Tensor, encoder: Mapping[str, Tensor]) -> None:
+    trained = any(parameter.requires_grad for parameter in model.prompts[adapter].parameters())
+    if not _prompt(model, adapter).restore(table, encoder):
+        warnings.warn(
+            f"{ENCODER} beside the adapter {adapter!r} makes other virtual tokens than the adapter holds; it is left "
+            "out, and training would go on with the tokens themselves.",
+            stacklevel=2,
+        )
+    # Its parameters may be new ones.
+    model._trainable(adapter, trained)
 
 
 def _check_embedding(key: str, base: nn.Module, saved: Tensor | None) -> None:
@@ -315,11 +365,12 @@ def _other_base(model: PeftModel, adapter: str, missing: list[str], extra: list[
 
 def load_adapter(model: PeftModel, model_id: str | Path, adapter_name: str, is_trainable: bool = False) -> None:
     """Attach an adapter from a folder or hub id under a name; on any error the model is as before."""
-    config = read_config(model_id).replace(inference_mode=not is_trainable)
-    tensors = read_weights(model_id)
-    model.add_adapter(adapter_name, config)
+    config, tensors = read_config(model_id), read_weights(model_id)
+    # Frozen until the file's tensors are in: no start is drawn (or a tokenizer fetched for it) only to be replaced.
+    model.add_adapter(adapter_name, config.replace(inference_mode=True))
     try:
         write_weights(model, adapter_name, tensors)
+        model.peft_config[adapter_name] = model.peft_config[adapter_name].replace(inference_mode=not is_trainable)
     except CheckpointError:
         active = dict(model.switchboard.weights)
         model.delete_adapter(adapter_name)
@@ -374,6 +425,8 @@ def _raw(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
         found |= {f"{layer.module_name}.{name}": tensor for name, tensor in parts.items()}
     if adapter_name in model.shared:
         found |= {SHARED + name: tensor for name, tensor in model.shared[adapter_name].named_buffers()}
+    if adapter_name in model.prompts:
+        found |= {ENCODED + name: tensor for name, tensor in model.prompts[adapter_name].state_dict().items()}
     return found
 
 

@@ -90,7 +90,9 @@ def decode(
     from engine.models.loading import context_length
 
     columns = max(len(who), 1)
-    limit = _room(ids, context_length(model.config), sampling.max_new_tokens)
+    virtual: Any = getattr(model, "virtual_tokens", None)
+    before = virtual(list(who) or None) if virtual else 0
+    limit = _room(ids, context_length(model.config), sampling.max_new_tokens, before)
     device = next(model.parameters()).device
     # An adapter that is attached and switched on must not answer for the base.
     extra = {"adapter_names": list(who)} if who and hasattr(model, "switchboard") else {}
@@ -133,13 +135,14 @@ def decode(
             model.switchboard.rows = None  # type: ignore[union-attr]
 
 
-def _room(ids: Tensor, context: int | None, wanted: int) -> int:
+def _room(ids: Tensor, context: int | None, wanted: int, virtual: int = 0) -> int:
     if context is None:
         return wanted
-    room = context - ids.shape[1]
+    room = context - ids.shape[1] - virtual
     if room < 1:
+        taken = f", of which an adapter's virtual tokens take {virtual}" if virtual else ""
         raise PromptError(
-            f"The prompt is {ids.shape[1]} tokens long; the model's context holds {context}.",
+            f"The prompt is {ids.shape[1]} tokens long; the model's context holds {context}{taken}.",
             "Shorten the prompt.",
         )
     return min(wanted, room)

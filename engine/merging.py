@@ -28,7 +28,8 @@ class Merging(ModelState):
         for name in names:
             spec = spec_of(self._known(name))
             if not spec.mergeable:
-                raise ConfigError(f"{name!r} is a {spec.title} adapter, which cannot be merged into a weight.")
+                why = " It is virtual tokens, and changes no weight." if spec.prompt is not None else ""
+                raise ConfigError(f"{name!r} is a {spec.title} adapter, which cannot be merged into a weight.{why}")
         self._refuse_tied(names)
         weights = {name: self.switchboard.weights.get(name, 1.0) for name in names}
         for layer in dict.fromkeys(layer for name in names for layer in self._layers[name]):
@@ -83,5 +84,6 @@ class Merging(ModelState):
         self.peft_config.clear()
         self._layers.clear()
         self.shared.clear()
+        self.prompts.clear()
         self.switchboard.weights = {}
         return model

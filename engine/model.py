@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from engine import hooks
+from engine import hooks, prompts
 from engine.adapters.base import AdapterConfig, AdapterWeights, Switchboard, TaskType
 from engine.attaching import own_biases, refuse_both, saved_names
 from engine.errors import ConfigError, EngineError
@@ -50,6 +50,8 @@ class PeftModel(Merging):
             )
         self.peft_config: dict[str, AdapterConfig] = {}
         self.switchboard = Switchboard()
+        self.shared = nn.ModuleDict()
+        self.prompts = nn.ModuleDict()
         self._layers: dict[str, list[Wrapper]] = {}
         self.base_model = BaseModel(model, self)
         self.shared = nn.ModuleDict()
@@ -85,15 +87,22 @@ class PeftModel(Merging):
                 f"There is already an adapter {adapter_name!r}.", "Choose another name or delete_adapter it first."
             )
         model, spec = self.get_base_model(), spec_of(peft_config)
-        names, wanted = find_targets(model, peft_config, spec.layers)
-        saved = saved_names(model, peft_config)
-        refuse_both(model, names, saved)
         origin = peft_config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
-        config = peft_config.replace(target_modules=wanted, base_model_name_or_path=origin).settled(names)
+        config = peft_config.replace(base_model_name_or_path=origin)
+        names: list[str] = []
+        if spec.prompt is None:
+            names, wanted = find_targets(model, config, spec.layers)
+            config = config.replace(target_modules=wanted).settled(names)
+        saved = saved_names(model, config)
+        refuse_both(model, names, saved)
         # Everything that can fail comes before the first wrapper, so a refused adapter leaves the model as it was.
         bases = {name: unwrapped(module_at(model, name)) for name in names}
         shared = (spec.share(bases, config),) if spec.share else ()
         built = [(name, spec.build(base, config, name, *shared)) for name, base in bases.items()]
+        if spec.prompt is not None:
+            config = config.fitted(model)  # type: ignore[attr-defined]
+            prompt = spec.prompt(model.get_input_embeddings(), config)  # type: ignore[operator]
+            self.prompts[adapter_name] = prompt.train(self.training)
         layers: list[Wrapper] = []
         for name, weights in built:
             layer = wrap(model, name, self.switchboard)
@@ -118,8 +127,9 @@ class PeftModel(Merging):
             if isinstance(layer, AdapterLayer) and adapter_name in layer.merged:
                 layer.unmerge()
             layer.drop(adapter_name)
-        if adapter_name in self.shared:
-            del self.shared[adapter_name]
+        for holder in (self.shared, self.prompts):
+            if adapter_name in holder:
+                del holder[adapter_name]
         del self.peft_config[adapter_name]
         self.switchboard.weights.pop(adapter_name, None)
         if not self.switchboard.weights and self.peft_config:
@@ -149,7 +159,9 @@ class PeftModel(Merging):
         """Mix live: y = W x + sum_i w_i delta_i(x). Takes effect with the next forward pass; nothing is recomputed."""
         for name, value in weights.items():
             spec = spec_of(self._known(name))
-            if not spec.mixable and len(weights) > 1:
+            if spec.prompt is not None:
+                prompts.check_weight(name, spec.title, value)
+            elif not spec.mixable and len(weights) > 1:
                 raise ConfigError(f"{name!r} is a {spec.title} adapter, which cannot be mixed with others.")
             if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
                 raise ConfigError(f"The weight of {name!r} is {value!r}; needed: a number.")
@@ -194,6 +206,8 @@ class PeftModel(Merging):
             else:
                 for name, parameter in layer.copies[adapter].named_parameters():
                     found[f"{layer.module_name}.{name}"] = parameter
+        if adapter in self.prompts:
+            found |= {f"prompt_encoder.{name}": p for name, p in self.prompts[adapter].named_parameters()}
         return found
 
     # --- running ----------------------------------------------------------------------------------------------
@@ -205,7 +219,7 @@ class PeftModel(Merging):
         """
         # Rows stay set until the next call: gradient checkpointing runs the layers again in the backward pass.
         self.switchboard.rows = self._rows(adapter_names)
-        outputs = self.base_model(*args, **kwargs)
+        outputs = prompts.run(self, args, kwargs) if self.prompts else self.base_model(*args, **kwargs)
         if self.training and self.adds_extra_loss and getattr(outputs, "loss", None) is not None:
             for name in self.switchboard.weights:
                 extra = None if self.peft_config[name].inference_mode else hooks.extra_loss(self, name)
@@ -217,9 +231,15 @@ class PeftModel(Merging):
         """The base's generate, each batch row through its own adapter where `adapter_names` is given."""
         self.switchboard.rows = self._rows(adapter_names)
         try:
+            if self.prompts:
+                return prompts.generate(self, args, kwargs)
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
         finally:
             self.switchboard.rows = None
+
+    def virtual_tokens(self, adapter_names: Sequence[str | None] | None = None) -> int:
+        """The places that virtual tokens take in the context, with the active adapters or with these of a batch."""
+        return prompts.virtual_tokens(self, adapter_names)
 
     def _rows(self, names: Sequence[str | None] | None) -> list[str | None] | None:
         if names is None:
@@ -258,11 +278,14 @@ class PeftModel(Merging):
         """The base with the adapter of a folder or hub id attached and active, frozen unless `is_trainable`."""
         from engine.checkpoint import read_config, read_weights, write_weights
 
-        config, tensors = read_config(model_id).replace(inference_mode=not is_trainable), read_weights(model_id)
+        config, tensors = read_config(model_id).replace(inference_mode=True), read_weights(model_id)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         peft_model = model_class(config)(model, config, adapter_name)
         try:
             write_weights(peft_model, adapter_name, tensors)
+            config = peft_model.peft_config[adapter_name]
+            peft_model.peft_config[adapter_name] = config.replace(inference_mode=not is_trainable)
+            peft_model.set_adapter(adapter_name)
         except EngineError:
             peft_model.unload()
             for parameter in trained:

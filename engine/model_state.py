@@ -74,12 +74,14 @@ class ModelState(nn.Module):
         peft_config: adapter name -> its config.
         switchboard: which adapters contribute.
         shared: adapter name -> what its layers share, if anything.
+        prompts: adapter name -> its virtual tokens, if that is what it is.
     """
 
     base_model: BaseModel
     peft_config: dict[str, AdapterConfig]
     switchboard: Switchboard
     shared: nn.ModuleDict
+    prompts: nn.ModuleDict
     _layers: dict[str, list[Wrapper]]
 
     def __getattr__(self, name: str) -> Any:

@@ -29,6 +29,17 @@ SmolLM2-135M (134,515,008 parameters) with the defaults of the form.
 Short advice: **LoRA** on all linear layers is the right start for nearly everything. **DoRA** where its rank must stay
 small; **LoHa** and **LoKr** for Stable Diffusion styles; **IA3** and **VeRA** where many adapters must be kept; the
 prompt methods where the base may not be touched at all; **QA-LoRA** where the merged model must stay quantised.
+
+LoRA's variants that are settings, not methods of their own:
+
+| setting | what it is |
+|---|---|
+| `use_rslora: true` | scale alpha / sqrt(r), for high ranks ([paper](https://arxiv.org/abs/2312.03732)) |
+| `init_lora_weights: pissa` | starts from the largest singular values ([paper](https://arxiv.org/abs/2404.02948)) |
+| `init_lora_weights: pissa_niter_N` | the same, fast: a randomised SVD with N iterations |
+| `init_lora_weights: olora` | starts from a QR decomposition ([paper](https://arxiv.org/abs/2406.01775)) |
+| `init_lora_weights: orthogonal`, `gaussian` | other starts of A and B |
+| `training.loraplus_ratio: 16` | LoRA+: B learns faster than A ([paper](https://arxiv.org/abs/2402.12354)) |
 """
 
 

@@ -31,6 +31,8 @@ def widget(field: Field, owner: str = "") -> Component:
         return gr.Checkbox(value=field.default, **common)
     if field.type == "lines":
         return gr.Textbox(value="\n".join(field.default or []), lines=2, max_lines=6, **common)
+    if field.type == "text":
+        return gr.Textbox(value=field.default, max_lines=1, **common)
     # A Number would round 0.0001, turn "nothing" into 0, and answer a value out of bounds with a bare exception.
     return gr.Textbox(value=show(field, field.default), max_lines=1, **common)
 
@@ -60,6 +62,8 @@ def read(field: Field, value: Any) -> Any:
         return [line.strip() for line in str(value or "").splitlines() if line.strip()]
     if field.type == "names":
         return _names(str(value or ""))
+    if field.type == "text":
+        return str(value or "").strip() or None
     if field.type == "choice":
         if value not in field.choices:
             raise ConfigError(f"{field.name} is {value!r}; needed: one of {', '.join(field.choices)}")
@@ -135,9 +139,13 @@ def read_parts(fields: Sequence[Field], values: Sequence[Any], cut: int) -> tupl
 
 
 def preset_values(task: Task, method: Method, preset: Preset) -> tuple[Values, Values]:
-    """Every adapter and every training field as a preset sets it, the rest at the form's defaults."""
+    """Every adapter and every training field as a preset sets it, the rest at the form's defaults.
+
+    What the method needs goes before the preset: a rate for LoRA leaves virtual tokens where they are.
+    """
     adapter = {field.name: preset.adapter.get(field.name, read_default(field)) for field in method.fields}
-    training = {field.name: preset.training.get(field.name, read_default(field)) for field in task.fields}
+    needed = {**preset.training, **method.training}
+    training = {field.name: needed.get(field.name, read_default(field)) for field in task.fields}
     return adapter, training
 
 

@@ -14,7 +14,7 @@ from engine.errors import ConfigError
 from engine.paths import REPOSITORY
 
 FOLDER = REPOSITORY / "presets"
-KINDS = ("int", "int?", "float", "float?", "bool", "choice", "names", "lines")
+KINDS = ("int", "int?", "float", "float?", "bool", "choice", "names", "lines", "text")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Field:
         name: the setting's exact name in the job.
         label: its plain name.
         help: one line about what it does.
-        type: `int`, `float`, the same with `?` (may be empty), `bool`, `choice`, `names` (comma-separated) or `lines`.
+        type: `int`, `float`, the same with `?` (may be empty), `bool`, `choice`, `names` (comma-separated),
+            `lines`, or `text` (one line of words; nothing when empty).
         group: `main`, or the part of Advanced where it stands.
     """
 

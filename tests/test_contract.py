@@ -16,7 +16,7 @@ from torch import nn
 
 from engine import PeftModel, get_peft_model
 from engine.adapters import ADAPTERS
-from engine.adapters.base import CONV1D, CONV2D, EMBEDDING, LINEAR
+from engine.adapters.base import CONV1D, CONV2D, EMBEDDING, LINEAR, PROMPT
 from engine.errors import EngineError
 from engine.inspection import adapter_config
 from engine.model import spec_of
@@ -29,18 +29,24 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     CONV1D: (tiny.gpt2, ["c_attn", "c_fc"]),
     EMBEDDING: (tiny.llama, ["embed_tokens"]),
     CONV2D: (tiny.pixels, ["first", "second"]),
+    PROMPT: (tiny.llama, []),
 }
 # Settings for methods whose defaults are too large for models this small.
 FITTING: dict[str, dict[str, Any]] = {
     "delta_lora": {"start_step": 0},
     "mora": {"r": 4},
     "qalora": {"qalora_group_size": 8},
+    **{name: {"num_virtual_tokens": 4} for name in ("prompt_tuning", "p_tuning", "prefix_tuning")},
 }
+# What a method writes beside the two files that all have.
+BESIDE: dict[str, list[str]] = {"p_tuning": ["prompt_encoder.safetensors"]}
 CASES = [(name, kind) for name in ADAPTERS for kind in LAYERS]
 
 
 def config(name: str, targets: list[str], **more: Any) -> Any:
-    return ADAPTERS[name].config(target_modules=targets, **FITTING.get(name, {}), **more)
+    if PROMPT not in ADAPTERS[name].layers:
+        more["target_modules"] = targets
+    return ADAPTERS[name].config(**FITTING.get(name, {}), **more)
 
 
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
@@ -102,7 +108,8 @@ def test_save_and_load(case: Any, tmp_path: Path) -> None:
     name, build, targets = case
     model = tiny.shake(get_peft_model(build(), config(name, targets)))
     model.save_pretrained(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    files = ["adapter_config.json", "adapter_model.safetensors", *BESIDE.get(name, [])]
+    assert sorted(p.name for p in tmp_path.iterdir()) == files
     again = PeftModel.from_pretrained(build(), tmp_path)
     assert torch.equal(tiny.logits(again), tiny.logits(model))
     assert again.get_nb_trainable_parameters()[0] == 0
@@ -188,7 +195,8 @@ def test_mixed_batch_equals_separate_runs(name: str) -> None:
         else:
             model.set_adapter(adapter)
             alone = model(x[row : row + 1]).logits
-        assert (together[row] - alone[0]).abs().max() < 1e-5
+        # Virtual tokens have logits too, before the row's own.
+        assert (together[row, -x.shape[1] :] - alone[0, -x.shape[1] :]).abs().max() < 1e-5
     model.set_adapter(["one", "two"])
     model(x, adapter_names=["one", "two", "two"]).logits.square().sum().backward()
     assert all(p.grad is not None for p in model.adapter_parameters("one").values())

@@ -49,7 +49,7 @@ def test_studio_knows_neither_the_app_nor_peft(path: Path) -> None:
 def test_neighbours_do_not_import_each_other() -> None:
     """An adapter method, a task and a tab are one file each, and know no other of their kind."""
     for folder, shared in (
-        ("engine/adapters", {"base", "fields", "lowrank", "lycoris", "starts"}),
+        ("engine/adapters", {"base", "fields", "lowrank", "lycoris", "starts", "virtual"}),
         ("engine/tasks", {"base"}),
         ("studio/tabs", set()),
     ):

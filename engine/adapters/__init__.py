@@ -54,5 +54,8 @@ ADAPTERS = Registry(
         "mora": "engine.adapters.mora",
         "loha": "engine.adapters.loha",
         "lokr": "engine.adapters.lokr",
+        "prompt_tuning": "engine.adapters.prompt_tuning",
+        "p_tuning": "engine.adapters.p_tuning",
+        "prefix_tuning": "engine.adapters.prefix_tuning",
     }
 )

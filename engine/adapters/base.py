@@ -44,10 +44,15 @@ class PeftType(enum.StrEnum):
     LORA = "LORA"
     MORA = "MORA"
     QALORA = "QALORA"
+    P_TUNING = "P_TUNING"
+    PREFIX_TUNING = "PREFIX_TUNING"
+    PROMPT_TUNING = "PROMPT_TUNING"
     VERA = "VERA"
 
 
 LINEAR, CONV1D, EMBEDDING, CONV2D = "linear", "conv1d", "embedding", "conv2d"
+# Not a layer: methods that put virtual tokens before the model's input (engine.prompts).
+PROMPT = "prompt"
 
 
 def layer_kind(module: nn.Module) -> str | None:
@@ -356,6 +361,8 @@ class AdapterSpec:
         saved_config: Attached -> the config for the file, where it depends on the weights; else `exported` decides.
         as_lora: Attached -> (LoraConfig's fields for ranks and scales, module name -> LoRA's tensors): the same change
             as a plain LoRA.
+        prompt: for a method that puts virtual tokens before the input instead of changing layers:
+            (input embedding, config) -> `engine.adapters.virtual.VirtualTokens`. `build` is None then.
     """
 
     name: str
@@ -374,6 +381,7 @@ class AdapterSpec:
     after_step: Any = None
     saved_config: Any = None
     as_lora: Any = None
+    prompt: Any = None
 
 
 def master(tensor: Tensor) -> Tensor:

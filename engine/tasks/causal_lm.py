@@ -55,7 +55,10 @@ class CausalLM:
 
         rows: list[Tokens] = []
         cut = empty = 0
-        limit = min(training.max_length, context_length(loaded.model.config) or training.max_length)
+        context = context_length(loaded.model.config)
+        count: Any = getattr(loaded.model, "virtual_tokens", None)
+        room = context - (count() if count else 0) if context else training.max_length
+        limit = min(training.max_length, room)
         for number, example in enumerate(examples):
             if number % 200 == 0:
                 on_progress("tokenising", number / len(examples), f"Tokenising row {number + 1} of {len(examples)}")
@@ -96,10 +99,16 @@ class CausalLM:
         """Cross-entropy summed over the targets, in float32."""
         inputs = {key: value for key, value in batch.items() if key not in ("targets", "sources")}
         sources, targets = batch["sources"], batch["targets"]
-        if batch["input_ids"].shape[0] == 1 and _takes(model, "logits_to_keep"):
+        count, width = batch["input_ids"].shape
+        if not _takes(model, "logits_to_keep"):
+            # Virtual tokens have logits too, before the row's own.
+            logits = model(**inputs, use_cache=False).logits[:, -width:].flatten(0, 1)[sources]
+        elif count == 1:
             logits = model(**inputs, use_cache=False, logits_to_keep=sources).logits[0]
         else:
-            logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[sources]
+            # The columns in which any row has a target.
+            columns, places = torch.unique(sources % width, return_inverse=True)
+            logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits[sources // width, places]
         return LossSum(F.cross_entropy(logits.float(), targets, reduction="sum"), int(targets.numel()))
 
     def sample(self, model: nn.Module, loaded: Loaded, prompt: str) -> str:
@@ -243,8 +252,12 @@ def keeps_rows_apart(model: nn.Module) -> bool:
     """Whether packed sequences do not see each other in this model.
 
     transformers reads restarting position ids as block-diagonal attention in most models, but not in all; so the model
-    itself is asked: the logits of a sequence must be the same alone and behind another one.
+    itself is asked: the logits of a sequence must be the same alone and behind another one. Virtual tokens stand before
+    a row, so of packed sequences only the first would see them.
     """
+    count: Any = getattr(model, "virtual_tokens", None)
+    if count and count():
+        return False
     if not (_takes(model, "position_ids") and _takes(model, "logits_to_keep")):
         return False
     device = next(model.parameters()).device

@@ -62,6 +62,7 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
             activation_checkpointing_kwargs={"use_reentrant": False}
         )
     model = get_peft_model(loaded.model, config)
+    loaded = dataclasses.replace(loaded, model=model)
     encoded, held_out = encode_parts(task, loaded, spec, train, held, sink)
     random.seed(spec.training.seed)
     tell("training", None, "Training")
@@ -70,7 +71,7 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
             spec=spec,
             out=out,
             task=task,
-            loaded=dataclasses.replace(loaded, model=model),
+            loaded=loaded,
             model=model,
             accelerator=accelerator,
             train_rows=encoded.rows,
