@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError
 
@@ -15,13 +17,23 @@ TASKS = {
 }
 
 
-def get_task(name: str) -> Task:
-    """The task's record.
+def get_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
+    """The task, with a job's options.
 
     Raises:
-        ConfigError: there is no such task.
+        ConfigError: there is no such task, or it has no such option, or the option's value cannot be used.
     """
     if name not in TASKS:
         raise ConfigError(f"There is no task {name!r}.", f"Known tasks: {', '.join(TASKS)}.")
     task: Task = importlib.import_module(TASKS[name]).TASK
-    return task
+    if not options:
+        return task
+    known = [field.name for field in dataclasses.fields(task)]  # type: ignore[arg-type]
+    unknown = [key for key in options if key not in known]
+    if unknown:
+        raise ConfigError(
+            f"The task {name} has no option {', '.join(map(repr, unknown))}.",
+            f"Its options: {', '.join(known) or 'none'}.",
+        )
+    configured: Task = dataclasses.replace(task, **options)  # type: ignore[type-var]
+    return configured

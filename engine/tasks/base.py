@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from engine.adapters.base import TaskType
-from engine.train.job import TrainingSpec
+from engine.train.job import JobSpec, TrainingSpec
 
 Progress = Callable[[str, float | None, str], None]
 Batch = dict[str, Tensor]
@@ -41,12 +41,19 @@ class LossSum:
 
 
 class Task(Protocol):
-    """One kind of training. A task is one file, and knows no other task."""
+    """One kind of training. A task is one file, and knows no other task.
 
-    name: str
-    task_type: TaskType
+    It is a frozen dataclass; its fields are the task's own options in a job (`options: {beta: 0.1}`), checked in its
+    `__post_init__` (a ConfigError names the option, the value and what was needed).
+    """
 
-    def load(self, model: str, precision: str, device: torch.device, on_progress: Progress) -> Loaded: ...
+    name: ClassVar[str]
+    task_type: ClassVar[TaskType]
+    formats: ClassVar[tuple[str, ...]]
+    """The data formats that it takes (`engine.data.formats`)."""
+
+    def load(self, spec: JobSpec, device: torch.device, on_progress: Progress) -> Loaded:
+        """The job's base (`spec.model`, `spec.quantization`, `spec.training.precision`) on `device`."""
 
     def encode(
         self, examples: Sequence[Mapping[str, Any]], loaded: Loaded, training: TrainingSpec, on_progress: Progress

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from engine.adapters.base import TaskType
 from engine.errors import DataError
 from engine.tasks.base import Batch, Encoded, Loaded, LossSum, Progress
-from engine.train.job import TrainingSpec
+from engine.train.job import JobSpec, TrainingSpec
 
 IGNORED = -100
 
@@ -32,16 +32,20 @@ class Tokens:
     learned: tuple[bool, ...]
 
 
+@dataclass(frozen=True)
 class CausalLM:
-    """The task's record; it has no state."""
+    """The task's record; it has no options."""
 
-    name = "causal_lm"
-    task_type = TaskType.CAUSAL_LM
+    name: ClassVar[str] = "causal_lm"
+    task_type: ClassVar[TaskType] = TaskType.CAUSAL_LM
+    formats: ClassVar[tuple[str, ...]] = ("messages", "alpaca", "sharegpt", "oasst", "prompt_completion", "text")
 
-    def load(self, model: str, precision: str, device: torch.device, on_progress: Progress) -> Loaded:
+    def load(self, spec: JobSpec, device: torch.device, on_progress: Progress) -> Loaded:
         from engine.models.loading import load_causal_lm
 
-        return Loaded(*load_causal_lm(model, precision=precision, device=device, on_progress=on_progress))
+        return Loaded(
+            *load_causal_lm(spec.model, precision=spec.training.precision, device=device, on_progress=on_progress)
+        )
 
     def encode(
         self, examples: Sequence[Mapping[str, Any]], loaded: Loaded, training: TrainingSpec, on_progress: Progress

@@ -133,7 +133,9 @@ class TrainingSpec:
 
 @dataclass(frozen=True)
 class JobSpec:
-    """One run. `JobSpec.from_dict(yaml.safe_load(text))` and `JobSpec.to_dict()` are inverse to each other.
+    """One run; `options` are the task's own settings.
+
+    `JobSpec.from_dict(yaml.safe_load(text))` and `JobSpec.to_dict()` are inverse to each other.
 
     Raises:
         ConfigError: with every fault at once, each naming the field, the value and what was needed.
@@ -147,6 +149,7 @@ class JobSpec:
     quantization: str = "none"
     full: bool = False
     name: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         from engine.adapters import ADAPTERS
@@ -183,6 +186,10 @@ class JobSpec:
         _raise(found)
         assert data is not None and training is not None
         plain = {key: raw[key] for key in ("task", "quantization", "full", "name") if key in raw}
+        options = raw.get("options") or {}
+        if not isinstance(options, Mapping):
+            _raise([f"options is {options!r}; needed: a mapping of the task's own settings"])
+        plain["options"] = dict(options)
         return cls(model=raw["model"], data=data, adapter=dict(adapter), training=training, **plain)
 
     @classmethod
@@ -204,6 +211,7 @@ class JobSpec:
         plain = dataclasses.asdict(self)
         plain["training"]["sample_prompts"] = list(self.training.sample_prompts)
         plain["adapter"] = dict(self.adapter)
+        plain["options"] = dict(self.options)
         plain["data"]["columns"] = dict(self.data.columns)
         return plain
 

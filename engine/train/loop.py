@@ -287,7 +287,13 @@ def _identity(spec: JobSpec) -> dict[str, Any]:
     training = {key: value for key, value in plain["training"].items() if key not in free}
     # Checkpoints from before these keys have none of them, and mean the same.
     training = {key: value for key, value in training.items() if value is not None or "loraplus" not in key}
-    return {"model": plain["model"], "adapter": plain["adapter"], "training": training, "data": _rows_of(spec)}
+    return {
+        "model": plain["model"],
+        "adapter": plain["adapter"],
+        "options": plain["options"],
+        "training": training,
+        "data": _rows_of(spec),
+    }
 
 
 def _rows_of(spec: JobSpec) -> dict[str, Any]:

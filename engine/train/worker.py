@@ -49,13 +49,13 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
     def tell(phase: str, fraction: float | None, message: str) -> None:
         sink.emit({"type": "status", "phase": phase, "fraction": fraction, "message": message})
 
-    task = get_task(spec.task)
+    task = get_task(spec.task, spec.options)
     # Faults of the adapter's fields and of the data come before minutes of loading.
     config = adapter_config(spec.adapter, task.task_type, portable(spec.model))
     train, held = _examples(spec, sink)
     accelerator = Accelerator(mixed_precision="no")
     tell("loading", None, f"Loading {spec.model}")
-    loaded = task.load(spec.model, spec.training.precision, accelerator.device, tell)
+    loaded = task.load(spec, accelerator.device, tell)
     set_seed(spec.training.seed)
     if spec.training.gradient_checkpointing:
         loaded.model.activation_checkpointing_enable(  # type: ignore[operator]
