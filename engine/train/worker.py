@@ -6,11 +6,14 @@ import dataclasses
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import CheckpointError
 from engine.train.events import Control, Sink
 from engine.train.job import JobSpec
+
+if TYPE_CHECKING:
+    from engine.tasks.base import Task
 
 
 def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = False) -> str:
@@ -52,7 +55,7 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
     task = get_task(spec.task, spec.options)
     # Faults of the adapter's fields and of the data come before minutes of loading.
     config = adapter_config(spec.adapter, task.task_type, portable(spec.model))
-    train, held = _examples(spec, sink)
+    train, held = _examples(spec, task, sink)
     accelerator = Accelerator(mixed_precision="no")
     tell("loading", None, f"Loading {spec.model}")
     loaded = task.load(spec, accelerator.device, tell)
@@ -90,11 +93,17 @@ def _refuse_to_overwrite(spec: JobSpec, out: Path, resume: bool) -> None:
         )
 
 
-def _examples(spec: JobSpec, sink: Sink) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
-    from engine.data import load, split
+def _examples(spec: JobSpec, task: Task, sink: Sink) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    from engine.data import NotTakenError, load, split
+    from engine.tasks import tasks_for
 
     sink.emit({"type": "status", "phase": "reading", "message": f"Reading {Path(spec.data.path).name}"})
-    prepared = load(spec.data.path, spec.data.format, spec.data.columns or None)
+    try:
+        prepared = load(spec.data.path, spec.data.format, spec.data.columns or None, formats=task.formats)
+    except NotTakenError as error:
+        others = ", ".join(tasks_for(error.found))
+        instead = f"The format {error.found} is for: {others}. Choose that task, or give other data." if others else ""
+        raise NotTakenError(f"The task {task.name}: {error.message}", instead or error.hint, error.found) from error
     if prepared.skipped:
         first = next(problem for problem in prepared.problems if problem.severity == "skip")
         message = f"{prepared.skipped} of {prepared.total} rows were left out; the first: {first}"
