@@ -44,7 +44,13 @@ class CausalLM:
         from engine.models.loading import load_causal_lm
 
         return Loaded(
-            *load_causal_lm(spec.model, precision=spec.training.precision, device=device, on_progress=on_progress)
+            *load_causal_lm(
+                spec.model,
+                precision=spec.training.precision,
+                quantization=spec.quantization,
+                device=device,
+                on_progress=on_progress,
+            )
         )
 
     def encode(
