@@ -100,20 +100,25 @@ class Endpoints:
         if "data" in job and set(job["data"] or {}) - {"eval_split"}:
             raise ConfigError("Only data.eval_split can be given here; the rows come from `dataset`.")
         split = (job.get("data") or {}).get("eval_split", 0.1)
-        name = job.pop("preset", None)
+        name, given = job.pop("preset", None), job.get("training") or {}
         task = presets.tasks().get(job.get("task", "causal_lm"), None)
         if name is not None:
             if task is None or name not in task.presets:
                 known = ", ".join(task.presets) if task else ""
                 raise ConfigError(f"There is no preset {name!r}.", f"Known: {known}.")
             preset = task.presets[name]
+            job["training"] = {**preset.training, **given}
+        if name is not None and not job.get("full"):
             own = job.get("adapter") or {}
             method = presets.methods().get(own.get("method", preset.adapter["method"]))
             # Another method has other fields, and usually another learning rate, than the preset's.
             same = method is None or method.name == preset.adapter["method"]
+            # Nor need it bear a base in few bits.
+            if same:
+                job.setdefault("quantization", preset.quantization)
             usual = {} if same or method is None else method.training
             job["adapter"] = {**(preset.adapter if same else {}), **own}
-            job["training"] = {**preset.training, **usual, **(job.get("training") or {})}
+            job["training"] = {**job["training"], **usual, **given}
         job["data"] = {"path": row["path"], "format": row["format"], "columns": row["columns"], "eval_split": split}
         return {"run": self.studio.jobs.submit(JobSpec.from_dict(job), dataset_id)}
 
@@ -123,7 +128,7 @@ class Endpoints:
         after = _event_id(since)
         kept = ("id", "name", "state", "model", "method", "step", "total_steps", "loss", "eval_loss", "error", "colour")
         # Paths of this machine are nobody's business, and a client would take `path` for a file to fetch.
-        hidden = ("path", "adapter", "checkpoint")
+        hidden = ("path", "adapter", "model", "checkpoint")
         events = [
             {key: value for key, value in event.items() if key not in hidden}
             for event in self.studio.store.since(run, after)[:500]

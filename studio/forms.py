@@ -164,6 +164,7 @@ def job(
     method: str,
     adapter: Mapping[str, Any],
     training: Mapping[str, Any],
+    quantization: str = "none",
 ) -> JobSpec:
     """The job that a filled form describes.
 
@@ -175,6 +176,7 @@ def job(
             "name": name,
             "task": task,
             "model": model.strip(),
+            "quantization": quantization,
             "data": {
                 "path": dataset["path"],
                 "format": dataset["format"],

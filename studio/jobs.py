@@ -116,7 +116,7 @@ class Jobs:
             self._refuse(run_id, "resume", "Only a paused, stopped, failed or lost run can go on.")
         if not again:
             # The engine refuses to write over a run; without a checkpoint there is nothing to go on from.
-            for name in ("adapter", "checkpoints"):
+            for name in ("adapter", "model", "checkpoints"):
                 shutil.rmtree(self.folder(run_id) / name, ignore_errors=True)
         self._wake.set()
 
@@ -244,7 +244,8 @@ class Jobs:
         state = self.store.run(run_id)["state"]
         if state not in states.ACTIVE:
             return
-        if state == states.STOPPING and (self.has_adapter(run_id) or not self._trained(row)):
+        saved = self.has_adapter(run_id) or (self.folder(run_id) / "model" / "config.json").is_file()
+        if state == states.STOPPING and (saved or not self._trained(row)):
             self.store.move(run_id, [state], states.STOPPED, ended=time.time())
         elif row["pid"] is None:
             self.store.requeue_unclaimed(run_id)

@@ -12,6 +12,7 @@ import yaml
 
 from engine.errors import ConfigError
 from engine.paths import REPOSITORY
+from engine.train.job import QUANTIZATIONS
 
 FOLDER = REPOSITORY / "presets"
 KINDS = ("int", "int?", "float", "float?", "bool", "choice", "names", "lines", "text")
@@ -48,7 +49,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Preset:
-    """A whole recipe: adapter and training fields that differ from the form's defaults."""
+    """A whole recipe: adapter and training fields that differ from the form's defaults, and the base's memory."""
 
     name: str
     title: str
@@ -56,6 +57,13 @@ class Preset:
     adapter: Mapping[str, Any]
     training: Mapping[str, Any]
     eval_split: float = 0.1
+    quantization: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.quantization not in QUANTIZATIONS:
+            raise ConfigError(
+                f"The preset {self.name} has the quantization {self.quantization!r}; known: {', '.join(QUANTIZATIONS)}."
+            )
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ class Store:
 
     def add_run(self, spec: JobSpec, dataset: str | None = None, run_id: str | None = None) -> str:
         """A new queued run for `spec`, with a colour that the latest runs do not have; returns its id."""
-        run_id = run_id or new_run_id()
+        run_id, method = run_id or new_run_id(), "full" if spec.full else spec.adapter["method"]
         now = time.time()
         with self.exclusive() as db:
             used = [row["colour"] for row in db.query("SELECT colour FROM runs ORDER BY created DESC, rowid DESC")]
@@ -106,11 +106,11 @@ class Store:
                 " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 [
                     run_id,
-                    spec.name or f"{spec.adapter['method']} {run_id[4:]}",
+                    spec.name or f"{method} {run_id[4:]}",
                     states.QUEUED,
                     spec.task,
                     spec.model,
-                    spec.adapter["method"],
+                    method,
                     dataset,
                     colour,
                     json.dumps(spec.to_dict(), ensure_ascii=False),

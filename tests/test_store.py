@@ -88,6 +88,12 @@ def test_a_repeated_step_counts_once_and_the_newest_row_wins(store: Store) -> No
     assert [(event["step"], event["loss"]) for event in store.by_step(run_id, "step")] == [(1, 9.0), (2, 2.0), (3, 1.0)]
 
 
+def test_a_full_run_has_a_row_without_an_adapter(store: Store) -> None:
+    row = store.run(store.add_run(JobSpec(model="tiny-llama", data=DataSpec(path="rows.jsonl"), full=True)))
+    assert row["method"] == "full" and row["name"].startswith("full ")
+    assert JobSpec.from_dict(row["spec"]).full
+
+
 def test_values_that_json_cannot_hold_arrive_as_none(store: Store) -> None:
     run_id = store.add_run(spec())
     store.add_event(run_id, {"type": "step", "step": 1, "loss": float("nan"), "grad_norm": float("inf")})

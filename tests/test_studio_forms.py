@@ -35,7 +35,9 @@ def test_every_preset_is_a_job_and_comes_back_from_its_form_unchanged(task: str,
         method=method.name,
         adapter=adapter,
         training=training,
+        quantization=preset.quantization,
     )
+    assert spec.quantization == preset.quantization
     for key, value in preset.training.items():
         assert getattr(spec.training, key) == value, key
     for key, value in preset.adapter.items():
@@ -65,6 +67,9 @@ def test_the_recipes_are_there_by_their_numbers() -> None:
     assert lora["conservative"] == {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1}
     assert lora["aggressive"] == {"r": 64, "lora_alpha": 128, "lora_dropout": 0.05}
     chat = presets.tasks()["causal_lm"].presets["chat-sft"]
+    assert chat.quantization == "nf4"
+    with pytest.raises(ConfigError, match="int3"):
+        dataclasses.replace(chat, quantization="int3")
     assert (chat.adapter["r"], chat.adapter["lora_alpha"], chat.training["max_length"]) == (64, 16, 2048)
 
 

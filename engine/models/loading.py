@@ -81,7 +81,7 @@ def load_causal_lm(
                 trust_remote_code=False,
                 local_files_only=True,
                 output_loading_info=True,
-                **quantized_loading(quantization, dtype, place),
+                **quantized_loading(quantization, dtype, place, config),
             )
         except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
             raise _unloadable(name, error) from error
@@ -99,8 +99,12 @@ def load_causal_lm(
     return model, tokenizer
 
 
-def quantized_loading(quantization: str, dtype: torch.dtype, place: torch.device) -> dict[str, Any]:
+def quantized_loading(
+    quantization: str, dtype: torch.dtype, place: torch.device, config: PreTrainedConfig, loader: Any = None
+) -> dict[str, Any]:
     """What `from_pretrained` takes more for a base in codes; nothing for `none`.
+
+    `loader` is the auto class that loads the model (`AutoModelForCausalLM` unless given).
 
     Raises:
         ConfigError: an unknown quantization, or one that this device cannot do.
@@ -115,7 +119,24 @@ def quantized_loading(quantization: str, dtype: torch.dtype, place: torch.device
             f"quantization is {quantization!r}, which bitsandbytes cannot do on {place.type}.",
             "Leave it out, or load the base on the CPU.",
         )
-    return {"quantization_config": bnb.config(quantization, dtype), "device_map": {"": place}}
+    skip = None
+    if quantization in ("nf4", "fp4") and place.type == "cpu":
+        skip = _skipped(quantization, place, config, loader)
+    return {"quantization_config": bnb.config(quantization, dtype, skip), "device_map": {"": place}}
+
+
+def _skipped(quantization: str, place: torch.device, config: PreTrainedConfig, loader: Any) -> list[str] | None:
+    """The layers to leave alone if some are unfit, those that transformers leaves alone among them; else None."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    from engine import bnb
+
+    with quiet(), torch.device("meta"):
+        model = (loader or AutoModelForCausalLM).from_config(config, trust_remote_code=False)
+    unfit = bnb.unfit(model, quantization, place)
+    return [*unfit, *get_keys_to_not_convert(model)] if unfit else None
 
 
 def load_tokenizer(name: str, on_progress: Progress | None = None) -> PreTrainedTokenizerBase:

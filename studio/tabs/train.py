@@ -28,6 +28,12 @@ GROUPS = {
     "memory": "Memory and speed",
     "checks": "Checks and samples",
 }
+QUANTIZATIONS = (
+    ("as it is (none)", "none"),
+    ("4 bits (nf4)", "nf4"),
+    ("4 bits, older kind (fp4)", "fp4"),
+    ("8 bits (int8)", "int8"),
+)
 
 
 @dataclass
@@ -43,6 +49,7 @@ class Parts:
     dataset: gr.Dropdown
     eval_split: gr.Number
     name: gr.Textbox
+    quantization: gr.Dropdown
     widgets: dict[tuple[str, str], Component]
     columns: list[tuple[str, gr.Row]]
     before: gr.State
@@ -151,6 +158,14 @@ def build(page: Page) -> None:
                 gr.HTML(f"<h3>{title}</h3>")
                 with gr.Row(elem_classes="fields"):
                     add(group)
+                    if group == "memory":
+                        quantization = gr.Dropdown(
+                            list(QUANTIZATIONS),
+                            value="none",
+                            label="Memory of the base (quantization)",
+                            info="Fewer bits: a larger base fits, and answers a little worse.",
+                            elem_id="field-quantization",
+                        )
                     if group == "checks":
                         eval_split = gr.Number(
                             0.1,
@@ -178,6 +193,7 @@ def build(page: Page) -> None:
         dataset,
         eval_split,
         name,
+        quantization,
         widgets,
         columns,
         gr.State(None),
@@ -197,6 +213,7 @@ def read_form(
     dataset_id: str | None,
     eval_split: float,
     name: str,
+    quantization: str | None,
     method: str | None,
     *values: Any,
 ) -> JobSpec:
@@ -223,6 +240,7 @@ def read_form(
         method=chosen(method).name,
         adapter=adapter,
         training=training,
+        quantization=quantization or "none",
     )
 
 
@@ -240,10 +258,20 @@ def default_name(dataset: str, base: str, preset: presets.Preset | None, method:
 
 
 def filled(
-    parts: Parts, method: str, adapter: Mapping[str, Any], training: Mapping[str, Any], eval_split: float
+    parts: Parts,
+    method: str,
+    adapter: Mapping[str, Any],
+    training: Mapping[str, Any],
+    eval_split: float,
+    quantization: str,
 ) -> dict[Any, Any]:
     """The form's widgets with a job's values; other methods' fields stay as they are."""
-    found: dict[Any, Any] = {parts.method: method, parts.eval_split: eval_split, parts.before: None}
+    found: dict[Any, Any] = {
+        parts.method: method,
+        parts.eval_split: eval_split,
+        parts.quantization: quantization,
+        parts.before: None,
+    }
     found |= shown(parts, method)
     for owner, field in fields():
         if owner in (method, ""):
@@ -275,7 +303,8 @@ def wire(page: Page) -> None:
     parts: Parts = page.parts[ID]
     live.wire(page, parts.live, parts.form)
     values = [parts.widgets[owner, field.name] for owner, field in fields()]
-    form = [parts.base, parts.preset, parts.dataset, parts.eval_split, parts.name, parts.method, *values]
+    head = [parts.base, parts.preset, parts.dataset, parts.eval_split, parts.name, parts.quantization]
+    form = [*head, parts.method, *values]
     counts: dict[str, str] = {}
     usual = [field for field in presets.tasks()[TASK].fields if any(field.name in m.training for m in methods())]
 
@@ -312,7 +341,8 @@ def wire(page: Page) -> None:
             return {parts.meaning: ""}
         method = chosen(preset.adapter.get("method", METHOD))
         adapter, training = forms.preset_values(task, method, preset)
-        return {parts.meaning: esc(preset.meaning), **filled(parts, method.name, adapter, training, preset.eval_split)}
+        found = filled(parts, method.name, adapter, training, preset.eval_split, preset.quantization)
+        return {parts.meaning: esc(preset.meaning), **found}
 
     def switch(name: str, before: Mapping[str, Any] | None, *now: Any) -> dict[Any, Any]:
         """Another method: its fields, and the training settings that it usually needs. With a method that needs none,
@@ -343,7 +373,7 @@ def wire(page: Page) -> None:
             parts.name: spec.get("name", ""),
             parts.dataset: gr.Dropdown(choices, value=dataset_id),
             parts.fault: gr.HTML(visible=False),
-            **filled(parts, method, spec["adapter"], spec["training"], split),
+            **filled(parts, method, spec["adapter"], spec["training"], split, spec.get("quantization", "none")),
             **offer(dataset_id, split),
         }
 
