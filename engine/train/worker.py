@@ -65,7 +65,7 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
             activation_checkpointing_kwargs={"use_reentrant": False}
         )
     model = get_peft_model(loaded.model, config)
-    loaded = dataclasses.replace(loaded, model=model)
+    loaded = dataclasses.replace(loaded, model=model, cache=out / "cache")
     encoded, held_out = encode_parts(task, loaded, spec, train, held, sink)
     random.seed(spec.training.seed)
     tell("training", None, "Training")
