@@ -114,6 +114,7 @@ class Endpoints:
             usual = {} if same or method is None else method.training
             job["adapter"] = {**(preset.adapter if same else {}), **own}
             job["training"] = {**preset.training, **usual, **(job.get("training") or {})}
+            job["options"] = {**preset.options, **(job.get("options") or {})}
         job["data"] = {"path": row["path"], "format": row["format"], "columns": row["columns"], "eval_split": split}
         return {"run": self.studio.jobs.submit(JobSpec.from_dict(job), dataset_id)}
 

@@ -25,6 +25,7 @@ from engine.tasks.sequences import pad_rows
 from engine.train.events import Recorder
 from engine.train.job import JobSpec, TrainingSpec
 from engine.train.worker import run
+from studio import presets
 
 SAMPLE = REPOSITORY / "examples" / "captain_preferences.jsonl"
 DPO = Preference()
@@ -383,3 +384,45 @@ def test_pairs_of_equal_answers_are_a_warning_of_the_run(tmp_path: Path) -> None
     (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
     recorder = train(job(tmp_path / "rows.jsonl", max_steps=1), tmp_path / "run")
     assert "Line 4" in recorder.of("warning")[0]["message"] and "the same" in recorder.of("warning")[0]["message"]
+
+
+def test_the_quick_recipe_and_its_counterpart(tmp_path: Path) -> None:
+    """The preset as it stands; without a learning rate it does not reach the same margin."""
+    recipe = presets.tasks()["preference"].presets["quick-look"]
+    margins = []
+    for name, rate in (("run", recipe.training["learning_rate"]), ("still", 1e-12)):
+        training = {**recipe.training, "precision": "fp32", "learning_rate": rate}
+        spec = job(options=dict(recipe.options), **training)
+        spec = JobSpec.from_dict(spec.to_dict() | {"adapter": dict(recipe.adapter)})
+        margins.append(metrics(train(spec, tmp_path / name))[1]["margin"])
+    assert margins[0] > 0.5 > 1e-3 > abs(margins[1])
+
+
+def test_every_recipe_and_the_form_name_options_of_the_task() -> None:
+    form = presets.tasks()["preference"]
+    plain = Preference()
+    assert {field.name: field.default for field in form.options} == {
+        "loss": plain.loss_kind, "beta": plain.beta, "label_smoothing": plain.label_smoothing
+    }  # fmt: skip
+    assert "loss_on" not in {field.name for field in form.fields}
+    for recipe in form.presets.values():
+        get_task("preference", recipe.options)
+    assert form.presets["dpo"].training["learning_rate"] == 1e-6
+    JobSpec.from_file(REPOSITORY / "examples" / "preference_tiny.yaml")
+
+
+def test_the_samples_are_what_their_script_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
+    import sample_data
+
+    sample_data.write(tmp_path)
+    expected = {"captain_preferences.jsonl": ("preferences", 304), "captain_parallel.csv": ("parallel", 304),
+                "question_topics.csv": ("labels", 320)}  # fmt: skip
+    assert {path.name for path in tmp_path.iterdir()} == set(expected)
+    notice = (REPOSITORY / "NOTICE").read_text(encoding="utf-8")
+    for name, (format, rows) in expected.items():
+        kept = REPOSITORY / "examples" / name
+        assert kept.read_bytes() == (tmp_path / name).read_bytes(), "run python scripts/sample_data.py"
+        prepared = load(kept)
+        assert (prepared.format, prepared.kept, prepared.skipped) == (format, rows, 0)
+        assert f"examples/{name}" in notice
