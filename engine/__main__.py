@@ -89,7 +89,8 @@ class _Words:
         elif kind in ("status", "warning"):
             print(f"{kind}: {event['message']}", file=sys.stderr)
         elif kind in ("done", "stopped", "paused"):
-            print(f"{kind} at step {event['step']}: {event.get('adapter') or event.get('checkpoint')}")
+            result = event.get("adapter") or event.get("model") or event.get("checkpoint")
+            print(f"{kind} at step {event['step']}: {result}")
 
 
 def _train(arguments: argparse.Namespace) -> int:

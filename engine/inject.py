@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine import bnb
 from engine.adapters.base import (
     CONV1D,
     CONV2D,
@@ -60,6 +61,7 @@ class AdapterLayer(nn.Module):
         adapters: adapter name -> its weights here.
         biases: adapter name -> its own copy of the base bias, where the adapter trains biases.
         merged: adapter name -> the weight it was merged with.
+        merge_error: what the last merge into a quantised weight cost; None otherwise.
         shifting: the adapters that also change the base layer's input.
     """
 
@@ -72,7 +74,9 @@ class AdapterLayer(nn.Module):
         self.module_name = name
         self.merged: dict[str, float] = {}
         self.shifting: set[str] = set()
+        self.merge_error: bnb.MergeError | None = None
         self._before: dict[str, Tensor] = {}
+        self._codes_before: tuple[Tensor, Any] | None = None
 
     def __getattr__(self, name: str) -> Any:
         """Whatever the model's own code reads off the layer (`weight`, `in_features`, ...) is the base layer's."""
@@ -189,17 +193,19 @@ class AdapterLayer(nn.Module):
         """W += sum of weight * dW over adapters (name -> weight); those already merged stay so, with their weights.
 
         Each dW is of the base's own weight, so all are taken before any is added. `keep` stores the former tensors on
-        the CPU, so that `unmerge` is exact to the bit.
+        the CPU, so that `unmerge` is exact to the bit. A quantised weight is dequantised, changed and rounded to its
+        codes again; `merge_error` then says what that cost.
         """
         new = {name: weight for name, weight in weights.items() if name not in self.merged and self.holds(name)}
         if not new:
             return
         every = {**self.merged, **new}
         self.unmerge()
-        base = self.base_layer
+        packed = bnb.is_packed(self.base_layer)
+        base = bnb.dense(self.base_layer) if packed else self.base_layer
         changes: dict[str, Tensor] = {}
         for adapter, weight in every.items():
-            for name, change in self._weight_changes(adapter).items():
+            for name, change in self._weight_changes(adapter, base).items():
                 if getattr(base, name) is None:
                     if not change.any():
                         continue
@@ -220,15 +226,23 @@ class AdapterLayer(nn.Module):
                     "The adapter is damaged or diverged; train it again or use an earlier checkpoint.",
                 )
         for name, tensor in merged.items():
+            if packed and name == "weight":
+                self._requantize(tensor, changes[name], keep)
+                continue
             target = getattr(base, name)
             if keep:
                 self._before[name] = target.detach().to("cpu", copy=True)
             target.copy_(tensor)
         self.merged = every
 
-    def _weight_changes(self, adapter: str) -> dict[str, Tensor]:
-        """Name of a base tensor -> what the adapter adds to it at weight 1."""
-        base = self.base_layer
+    def _requantize(self, weight: Tensor, change: Tensor, keep: bool) -> None:
+        if keep:
+            self._codes_before = bnb.snapshot(self.base_layer)
+        bnb.requantize(self.base_layer, weight)
+        self.merge_error = bnb.merge_error(weight, bnb.dequantized(self.base_layer), change.to(weight.device))
+
+    def _weight_changes(self, adapter: str, base: nn.Module) -> dict[str, Tensor]:
+        """Name of a tensor of the base -> what the adapter adds to it at weight 1; `base` is not packed."""
         changes: dict[str, Tensor] = {}
         if adapter in self.adapters:
             weights = self.adapters[adapter]
@@ -244,6 +258,10 @@ class AdapterLayer(nn.Module):
         for name, tensor in self._before.items():
             getattr(self.base_layer, name).copy_(tensor)
         self._before.clear()
+        if self._codes_before is not None:
+            bnb.restore(self.base_layer, self._codes_before)
+            self._codes_before = None
+        self.merge_error = None
         self.merged.clear()
 
     def drop(self, adapter: str) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
 from engine.errors import ConfigError, TargetError
 from engine.inject import AdapterLayer, base_modules, replace_module, unwrapped
 from engine.model_state import ModelState, spec_of
+
+logger = logging.getLogger("engine.merging")
 
 
 class Merging(ModelState):
@@ -17,8 +21,11 @@ class Merging(ModelState):
     def merge_adapter(self, adapter_names: Sequence[str] | None = None) -> None:
         """Add the adapters' changes to the base weights, with their current mixing weights; again changes nothing.
 
+        A weight that bitsandbytes quantised is dequantised, changed and quantised again: `merge_errors` has the error
+        at each such layer, and the log a sentence. Unmerging is exact all the same.
+
         Raises:
-            TargetError: a weight to change is shared with another module (a tied head), or is quantised.
+            TargetError: a weight to change is shared with another module (a tied head), or is quantised in groups.
             EngineError: the result is not finite.
         """
         self._merge(adapter_names, keep=True)
@@ -35,6 +42,28 @@ class Merging(ModelState):
         for layer in dict.fromkeys(layer for name in names for layer in self._layers[name]):
             if isinstance(layer, AdapterLayer):
                 layer.merge(weights, keep)
+        self._tell_errors()
+
+    def _tell_errors(self) -> None:
+        found = {
+            name: layer.merge_error
+            for name, layer in self.wrappers()
+            if isinstance(layer, AdapterLayer) and layer.merge_error is not None
+        }
+        self.merge_errors = found
+        if not found:
+            return
+        weight, change = ([getattr(error, part) for error in found.values()] for part in ("weight", "change"))
+        logger.warning(
+            "Merged into %d quantised layers. Rounding leaves a relative error of %.2g (worst %.2g) in their weights, "
+            "which is %.2g times the adapter's change (worst %.2g). merge_into_full merges into the base in full "
+            "precision instead.",
+            len(found),
+            sum(weight) / len(weight),
+            max(weight),
+            sum(change) / len(change),
+            max(change),
+        )
 
     def _refuse_tied(self, names: Sequence[str]) -> None:
         users: dict[int, list[str]] = {}
@@ -59,6 +88,7 @@ class Merging(ModelState):
         for _, layer in self.wrappers():
             if isinstance(layer, AdapterLayer):
                 layer.unmerge()
+        self.merge_errors = {}
 
     def merge_and_unload(self, adapter_names: Sequence[str] | None = None) -> nn.Module:
         """The plain base model with the active adapters' changes in its weights; the wrappers are gone."""
@@ -66,6 +96,27 @@ class Merging(ModelState):
         weights = self.switchboard.weights
         names = list(adapter_names) if adapter_names is not None else list(weights)
         return self._strip(sorted(names, key=lambda name: -abs(weights.get(name, 1.0))))
+
+    def merge_into_full(self, base: nn.Module | None = None, adapter_names: Sequence[str] | None = None) -> nn.Module:
+        """The active adapters merged, with their mixing weights, into the base in full precision.
+
+        For a quantised base: no error of requantising, and the merged model starts from the base's own weights. This
+        model stays as it is.
+
+        Args:
+            base: the base in full precision, which is changed; loaded by the name of this one when left out.
+            adapter_names: the adapters; the active ones when left out.
+
+        Raises:
+            ModelError: `base` is left out and the base cannot be loaded again.
+            TargetError, ConfigError: `base` is quantised itself, or an adapter cannot be merged.
+        """
+        from engine.full import full_base, transplanted
+
+        names = list(adapter_names) if adapter_names is not None else self.active_adapters
+        twin: Any = transplanted(self, full_base(self.get_base_model()) if base is None else base, names)
+        merged: nn.Module = twin.merge_and_unload(names)
+        return merged
 
     def unload(self) -> nn.Module:
         """The plain base model as it was before the first adapter."""

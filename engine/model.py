@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from engine import hooks, prompts
+from engine import bnb, hooks, prompts
 from engine.adapters.base import AdapterConfig, AdapterWeights, Switchboard, TaskType
 from engine.attaching import own_biases, refuse_both, saved_names
 from engine.errors import ConfigError, EngineError
@@ -53,7 +53,8 @@ class PeftModel(Merging):
         self.shared = nn.ModuleDict()
         self.prompts = nn.ModuleDict()
         self._layers: dict[str, list[Wrapper]] = {}
-        self.base_model = BaseModel(model, self)
+        self.base_model = BaseModel(bnb.steady(model), self)
+        self.merge_errors: dict[str, bnb.MergeError] = {}
         self.shared = nn.ModuleDict()
         # A loop that adds the methods' extra loss by itself (engine.train.loop) says False.
         self.adds_extra_loss = True

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from engine import hooks
+from engine import bnb, hooks
 from engine.adapters import ADAPTERS
 from engine.adapters.base import AdapterConfig, AdapterSpec, Switchboard
 from engine.errors import ConfigError
@@ -75,6 +75,7 @@ class ModelState(nn.Module):
         switchboard: which adapters contribute.
         shared: adapter name -> what its layers share, if anything.
         prompts: adapter name -> its virtual tokens, if that is what it is.
+        merge_errors: module name -> what the last merge into quantised layers cost there.
     """
 
     base_model: BaseModel
@@ -82,6 +83,7 @@ class ModelState(nn.Module):
     switchboard: Switchboard
     shared: nn.ModuleDict
     prompts: nn.ModuleDict
+    merge_errors: dict[str, bnb.MergeError]
     _layers: dict[str, list[Wrapper]]
 
     def __getattr__(self, name: str) -> Any:
@@ -120,6 +122,10 @@ class ModelState(nn.Module):
             total += count
             trainable += count if parameter.requires_grad else 0
         return trainable, total
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of the base and its adapters; unlike transformers' count, with the scales of quantised layers."""
+        return bnb.memory_footprint(self, return_buffers)
 
     def print_trainable_parameters(self) -> None:
         trainable, total = self.get_nb_trainable_parameters()

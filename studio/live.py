@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from engine.errors import EngineError
-from studio import charts, states, words
+from studio import charts, ranks, states, words
 from studio.forms import as_yaml
 from studio.markup import error, notice
 from studio.page import COMPARE, HIDDEN, Page, go, message
@@ -35,6 +35,7 @@ class Live:
     log_scale: gr.Checkbox
     smoothing: gr.Slider
     curves: gr.HTML
+    ranks: gr.HTML
     film: gr.HTML
     config: gr.Code
     log: gr.Code
@@ -61,6 +62,7 @@ def build() -> Live:
         with gr.Row():
             smoothing = gr.Slider(0, 0.99, value=0.6, step=0.01, label="Smoothing", elem_id="smoothing")
             log_scale = gr.Checkbox(False, label="Logarithmic loss", container=True)
+        ranks = gr.HTML(elem_id="live-ranks")
         film = gr.HTML(elem_id="live-film")
         with gr.Accordion("This run's own configuration", open=False):
             config = gr.Code(language="yaml", show_label=False, interactive=False)
@@ -81,6 +83,7 @@ def build() -> Live:
         log_scale,
         smoothing,
         curves,
+        ranks,
         film,
         config,
         log,
@@ -141,6 +144,7 @@ def draw(page: Page, live: Live, run_id: str, log: bool, smoothing: float, whole
         ),
         live.again: gr.Button(visible=finished),
         live.curves: curves_html(page, row, log, smoothing),
+        live.ranks: ranks.picture(page.studio.store.since(run_id, 0, ["rank"]), row["colour"], row["total_steps"]),
         live.film: words.film(page.studio.store.since(run_id, 0, ["sample"])),
         live.timer: gr.Timer(active=state in states.LIVE),
         live.seen: mark(page, row),

@@ -239,3 +239,28 @@ def test_another_method_shows_its_own_fields_cost_and_command(page: Any, server:
     page.locator("#field-ia3-target_modules").wait_for()
     assert page.locator("#field-lora-target_modules").is_hidden()
     assert page.locator("#field-learning_rate input, #field-learning_rate textarea").first.input_value() == "0.005"
+    page.locator("#train-method input").click()
+    page.get_by_role("option", name="LoRA", exact=True).click()
+    page.locator("#train-about >> text=first choice").wait_for()
+    rate = page.locator("#field-learning_rate input, #field-learning_rate textarea").first
+    page.wait_for_function(
+        "() => document.querySelector('#field-learning_rate textarea, #field-learning_rate input').value === '0.001'"
+    )
+    assert rate.input_value() == "0.001"
+
+
+def test_adaloras_ranks_are_seen_moving(page: Any, server: str) -> None:
+    page.goto(server)
+    page.click("#start-toy")
+    page.locator("#train-count b").wait_for(timeout=120_000)
+    page.locator("#train-method input").click()
+    page.get_by_role("option", name="AdaLoRA", exact=True).click()
+    page.locator("#train-about >> text=layers that need it most").wait_for()
+    page.click("#train-start")
+    head(page, "done").wait_for(timeout=240_000)
+    ranks = [int(cell) for cell in page.locator("#live-ranks td.rank").all_inner_texts()]
+    assert len(ranks) == 28 and len(set(ranks)) > 1
+    first, last = curve(page)[0][1], curve(page)[-1][1]
+    assert float(last) < float(first) - 0.5
+    assert "Mean rank" in page.locator("#live-ranks").inner_text()
+    shoot(page, "live-ranks")

@@ -361,6 +361,18 @@ def test_a_resumed_run_takes_the_reference_that_is_there(tmp_path: Path) -> None
     assert metrics(rest)[1] == pytest.approx(metrics(whole)[1], abs=1e-4)
 
 
+@pytest.mark.parametrize("change", [{"full": True, "adapter": {}}, {"quantization": "nf4"}], ids=str)
+def test_the_reference_of_a_whole_model_and_of_one_in_codes(tmp_path: Path, change: dict[str, Any]) -> None:
+    """Full fine-tuning has no adapter to switch off: its reference is the base as it was, also when resumed."""
+    rate = 1e-4 if "full" in change else 2e-3
+    spec = JobSpec.from_dict(job(max_steps=6, eval_every=3, learning_rate=rate).to_dict() | change)
+    recorder = train(spec, tmp_path / "run", At(14, "pause"))
+    assert abs(metrics(recorder)[0]["margin"]) < 0.02 and recorder.of("paused")
+    rest = train(spec, tmp_path / "run", resume=True)
+    assert not [event for event in rest.of("status") if event["phase"] == "reference"]
+    assert metrics(rest)[1]["margin"] > 0.3
+
+
 def test_accumulation_is_the_larger_batch(tmp_path: Path) -> None:
     curves = []
     for number, (size, times) in enumerate(((8, 1), (2, 4))):

@@ -37,23 +37,32 @@ _NOISE = ("Failed to load CPU gemm_4bit_forward",)
 
 
 def load_causal_lm(
-    name: str, *, precision: str = "auto", device: str | torch.device | None = None, on_progress: Progress | None = None
+    name: str,
+    *,
+    precision: str = "auto",
+    quantization: str = "none",
+    device: str | torch.device | None = None,
+    on_progress: Progress | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in evaluation mode, and its tokenizer with a pad token and a chat template.
 
     Args:
         name: a built-in name, a local folder or a hub id.
         precision: `fp32`, `bf16`, or `auto` (see `auto_precision`).
+        quantization: `none`, or `nf4`, `fp4`, `int8`: the linear layers' weights in bitsandbytes' codes. `precision` is
+            then the type of all else, and of the products.
         device: where the weights go; `default_device()` when left out.
         on_progress: told what happens while the model is fetched and loaded.
 
     Raises:
         ModelError: it cannot be found, fetched or loaded, or weights are missing in its files.
         UnsafeFileError: its weights are pickles, or it needs code of its own.
-        ConfigError: an unknown precision.
+        ConfigError: an unknown precision or quantization.
     """
     import torch
     from transformers import AutoModelForCausalLM
+
+    from engine import bnb
 
     place = torch.device(device if device is not None else default_device())
     dtype = dtype_of(precision, place)
@@ -62,7 +71,7 @@ def load_causal_lm(
     tokenizer = _tokenizer(folder, name)
     if on_progress:
         on_progress("loading", None, f"Loading {name}")
-    with _quiet():
+    with quiet():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -72,6 +81,7 @@ def load_causal_lm(
                 trust_remote_code=False,
                 local_files_only=True,
                 output_loading_info=True,
+                **quantized_loading(quantization, dtype, place),
             )
         except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
             raise _unloadable(name, error) from error
@@ -84,9 +94,28 @@ def load_causal_lm(
         )
     # An adapter's config takes its base's name from here; a path of this machine would mean nothing elsewhere.
     model.name_or_path = model.config.name_or_path = str(folder) if Path(name).expanduser().is_dir() else name
-    model.to(place).eval()
+    (bnb.steady(model) if quantization != "none" else model.to(place)).eval()
     _align_pad(model, tokenizer)
     return model, tokenizer
+
+
+def quantized_loading(quantization: str, dtype: torch.dtype, place: torch.device) -> dict[str, Any]:
+    """What `from_pretrained` takes more for a base in codes; nothing for `none`.
+
+    Raises:
+        ConfigError: an unknown quantization, or one that this device cannot do.
+        ModelError: bitsandbytes is not installed.
+    """
+    if quantization == "none":
+        return {}
+    from engine import bnb
+
+    if place.type not in ("cpu", "cuda"):
+        raise ConfigError(
+            f"quantization is {quantization!r}, which bitsandbytes cannot do on {place.type}.",
+            "Leave it out, or load the base on the CPU.",
+        )
+    return {"quantization_config": bnb.config(quantization, dtype), "device_map": {"": place}}
 
 
 def load_tokenizer(name: str, on_progress: Progress | None = None) -> PreTrainedTokenizerBase:
@@ -118,7 +147,7 @@ def meta_model(name: str, on_progress: Progress | None = None) -> PreTrainedMode
 
     config = load_config(name, on_progress)
     try:
-        with _quiet(), torch.device("meta"):
+        with quiet(), torch.device("meta"):
             build: Any = AutoModelForCausalLM.from_config
             model: PreTrainedModel = build(config, trust_remote_code=False)
     except (ValueError, KeyError, ImportError, AttributeError) as error:
@@ -204,7 +233,7 @@ def _config(folder: Path, name: str) -> PreTrainedConfig:
 
     raw = folders.read_json(folder / folders.CONFIG)
     try:
-        with _quiet():
+        with quiet():
             config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             return config
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -220,7 +249,7 @@ def _config(folder: Path, name: str) -> PreTrainedConfig:
 def _tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    with _quiet():
+    with quiet():
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
@@ -273,10 +302,13 @@ class _KnownNoise(Filter):
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' progress bars, which would land in a run's log, and known harmless notices."""
     from transformers.utils import logging
 
+    from engine import bnb
+
+    bnb.silence()
     spoken: Any = logging
     logger, known, bars = spoken.get_logger("transformers"), _KnownNoise(), spoken.is_progress_bar_enabled()
     handlers = list(logger.handlers)

@@ -41,7 +41,13 @@ def load_decoder(spec: JobSpec, device: torch.device, on_progress: Progress) -> 
     from engine.models.loading import load_causal_lm
 
     return Loaded(
-        *load_causal_lm(spec.model, precision=spec.training.precision, device=device, on_progress=on_progress)
+        *load_causal_lm(
+            spec.model,
+            precision=spec.training.precision,
+            quantization=spec.quantization,
+            device=device,
+            on_progress=on_progress,
+        )
     )
 
 

@@ -1,8 +1,9 @@
 """Checkpoints of a run: everything that the next step depends on, so that a resumed run is the uninterrupted one.
 
-`checkpoints/step-000020/` holds `adapter.safetensors` (parameters and frozen buffers as trained),
-`optimizer.safetensors` (its state by parameter name, and torch's random state) and `state.json` (counters and Python's
-random state). The data position is the step: the order of rows is a function of seed and epoch.
+`checkpoints/step-000020/` holds `adapter.safetensors` (parameters and frozen buffers as trained) or, of full
+fine-tuning, `model.safetensors`; `optimizer.safetensors` (its state by parameter name, and torch's random state) and
+`state.json` (counters and Python's random state). The data position is the step: the order of rows is a function of
+seed and epoch.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from engine.checkpoint import raw_state, restore_raw_state, write_safetensors, write_text
+from engine.checkpoint import write_safetensors, write_text
 from engine.errors import CheckpointError
-from engine.model import PeftModel
+from engine.train.trainee import Trainee
 
 _NAME = re.compile(r"step-(\d{6,})")
 KEPT = 2
@@ -32,7 +33,7 @@ KEPT = 2
 def save_checkpoint(
     folder: Path,
     step: int,
-    model: PeftModel,
+    trainee: Trainee,
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, nn.Parameter],
     counters: Mapping[str, Any],
@@ -49,7 +50,7 @@ def save_checkpoint(
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     state = {"step": step, "optimizer": scalars, "random": random.getstate(), **counters}
     try:
-        write_safetensors(draft / "adapter.safetensors", raw_state(model, "default"))
+        write_safetensors(draft / f"{trainee.kind}.safetensors", trainee.state())
         write_safetensors(draft / "optimizer.safetensors", tensors)
         write_text(draft / "state.json", json.dumps(state))
     except (OSError, SafetensorError) as error:
@@ -88,9 +89,9 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def restore_checkpoint(
-    path: Path, model: PeftModel, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+    path: Path, trainee: Trainee, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, Any]:
-    """Put adapter, optimizer and random state back; returns the counters.
+    """Put weights, optimizer and random state back; returns the counters.
 
     Raises:
         CheckpointError: a file is missing or damaged, or belongs to another job.
@@ -98,10 +99,10 @@ def restore_checkpoint(
     state = read_state(path)
     try:
         tensors = load_file(path / "optimizer.safetensors")
-        adapter = load_file(path / "adapter.safetensors")
+        weights = load_file(path / f"{trainee.kind}.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"The checkpoint {path.name} cannot be read: {error}.", "Start the run again.") from error
-    restore_raw_state(model, "default", adapter)
+    trainee.restore(weights)
     torch.set_rng_state(tensors.pop("random.torch"))
     cuda = tensors.pop("random.cuda", None)
     if cuda is not None and torch.cuda.is_available():

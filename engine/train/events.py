@@ -12,8 +12,8 @@ A run `emit`s plain dictionaries to a sink and asks a control what to do between
 | `rank` | `step`, `ranks` (module -> rank, of every adapted module) |
 | `checkpoint` | `step`, `path` |
 | `warning` | `message`: something was changed or left out, and the run goes on |
-| `done` | `step`, `loss`, `eval_loss`, `first_eval_loss`, `seconds`, `adapter` |
-| `paused`, `stopped` | `step`, `adapter` or `checkpoint` |
+| `done` | `step`, `loss`, `eval_loss`, `first_eval_loss`, `seconds`, `adapter` (of full fine-tuning: `model`) |
+| `paused`, `stopped` | `step`, `adapter`, `model` or `checkpoint` |
 | `error` | `code`, `message`, `hint` |
 
 Every event carries `time` (seconds since the epoch).

@@ -19,7 +19,7 @@ import yaml
 from engine.errors import ConfigError
 
 TASKS = ("causal_lm", "preference")
-QUANTIZATIONS = ("none",)
+QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
 PRECISIONS = ("auto", "fp32", "bf16")
 LOSS_ON = ("answers", "all")
 SCHEDULES = ("linear", "cosine", "constant")
@@ -135,6 +135,9 @@ class TrainingSpec:
 class JobSpec:
     """One run; `options` are the task's own settings.
 
+    `quantization` holds the base's linear layers in 4 (nf4, fp4) or 8 bits (int8) beneath the adapter. `full` trains
+    the base itself, without an adapter.
+
     `JobSpec.from_dict(yaml.safe_load(text))` and `JobSpec.to_dict()` are inverse to each other.
 
     Raises:
@@ -143,7 +146,7 @@ class JobSpec:
 
     model: str
     data: DataSpec
-    adapter: Mapping[str, Any] = field(default_factory=lambda: {"method": "lora"})
+    adapter: Mapping[str, Any] = field(default_factory=dict)
     training: TrainingSpec = field(default_factory=TrainingSpec)
     task: str = "causal_lm"
     quantization: str = "none"
@@ -154,6 +157,8 @@ class JobSpec:
     def __post_init__(self) -> None:
         from engine.adapters import ADAPTERS
 
+        if not self.adapter and not self.full:
+            object.__setattr__(self, "adapter", {"method": "lora"})
         found = self.data.faults() + self.training.faults()
         if not self.model:
             found.append("model is empty; name a built-in model, a local folder or a hub id")
@@ -161,12 +166,25 @@ class JobSpec:
             found.append(f"task is {self.task!r}; needed: one of {', '.join(TASKS)}")
         if self.quantization not in QUANTIZATIONS:
             found.append(f"quantization is {self.quantization!r}; needed: one of {', '.join(QUANTIZATIONS)}")
-        if self.full:
-            found.append("full is true; full fine-tuning is not available in this version, leave it out")
         method = self.adapter.get("method")
-        if method not in ADAPTERS:
+        if self.full:
+            found += self._full_faults()
+        elif method not in ADAPTERS:
             found.append(f"adapter.method is {method!r}; needed: one of {', '.join(ADAPTERS)}")
         _raise(found)
+
+    def _full_faults(self) -> list[str]:
+        found = []
+        if self.adapter:
+            found.append("full is true, which trains the base's own weights; leave out adapter, or full")
+        if self.quantization != "none":
+            found.append(
+                f"full is true and quantization is {self.quantization!r}; codes of a few bits cannot take small steps, "
+                "so needed: quantization none, or an adapter instead of full"
+            )
+        if self.training.loraplus_ratio is not None:
+            found.append("training.loraplus_ratio is about LoRA's two halves; full has none, leave it out")
+        return found
 
     @classmethod
     def from_dict(cls, raw: Any) -> JobSpec:
@@ -176,13 +194,17 @@ class JobSpec:
         found: list[str] = []
         data = _section(DataSpec, "data", raw.get("data"), found, required=("path",))
         training = _section(TrainingSpec, "training", raw.get("training") or {}, found)
-        adapter = raw.get("adapter", {"method": "lora"})
+        adapter = raw.get("adapter", {} if raw.get("full") is True else {"method": "lora"})
         if not isinstance(adapter, Mapping):
             found.append(f"adapter is {adapter!r}; needed: a mapping with `method` and its fields")
         known = {f.name for f in dataclasses.fields(cls)}
         found += [f"{key} is not a key of a job; known: {', '.join(sorted(known))}" for key in raw if key not in known]
         if not isinstance(raw.get("model"), str):
             found.append(f"model is {raw.get('model')!r}; needed: a built-in name, a local folder or a hub id")
+        if isinstance(adapter, Mapping) and not adapter and raw.get("full") is not True:
+            found.append("adapter is empty; needed: a mapping with `method` and its fields, or full: true")
+        if not isinstance(raw.get("full", False), bool):
+            found.append(f"full is {raw['full']!r}; needed: true or false")
         _raise(found)
         assert data is not None and training is not None
         plain = {key: raw[key] for key in ("task", "quantization", "full", "name") if key in raw}

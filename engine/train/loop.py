@@ -23,15 +23,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from engine import hooks
-from engine.checkpoint import save_adapter
 from engine.errors import CheckpointError, DataError, EngineError, TrainingError
-from engine.model import PeftModel
-from engine.tasks.base import Batch, Encoded, Loaded, Task, metrics_of
+from engine.tasks.base import Batch, Encoded, Loaded, LossSum, Task, metrics_of
 from engine.train.checkpoints import list_checkpoints, read_state, restore_checkpoint, save_checkpoint
 from engine.train.events import Control, Sink
 from engine.train.job import JobSpec
 from engine.train.optim import make_optimizer, rate_at, set_rate
+from engine.train.trainee import Trainee
 
 
 @dataclass
@@ -47,32 +45,38 @@ class Counters:
 
 @dataclass
 class Run:
-    """Everything that one run's steps need."""
+    """Everything that one run's steps need; `compute` is the type of the products where it is not the weights'."""
 
     spec: JobSpec
     out: Path
     task: Task
     loaded: Loaded
-    model: PeftModel
+    trainee: Trainee
     accelerator: Accelerator
     train_rows: list[Any]
     eval_rows: list[Any]
     sink: Sink
     control: Control
+    compute: torch.dtype | None = None
     counters: Counters = field(default_factory=Counters)
     step: int = 0
 
     def __post_init__(self) -> None:
         self.collate: Callable[[list[Any]], Batch] = self.task.collator(self.loaded)
-        hooks.prepare_training(self.model, "default", self.total_steps)
-        self.model.adds_extra_loss = False
-        self.parameters = self.model.adapter_parameters("default")
+        self.trainee.prepare(self.total_steps)
+        self.parameters = self.trainee.parameters()
         if not self.parameters:
-            raise TrainingError("The adapter has no parameters to train.", "Check target_modules.")
+            raise TrainingError(f"The {self.trainee.kind} has no parameters to train.", "Check target_modules.")
         optimizer = make_optimizer(self.parameters, self.spec.training)
         self.wrapped: nn.Module
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.trainee.model, optimizer)
         self.durations: deque[tuple[float, int]] = deque(maxlen=20)
+
+    def loss(self, batch: Batch) -> LossSum:
+        """The task's loss of a batch."""
+        device = self.accelerator.device
+        with torch.autocast(device.type, self.compute, enabled=self.compute is not None):
+            return self.task.loss(self.wrapped, {key: value.to(device) for key, value in batch.items()})
 
     @property
     def checkpoints(self) -> Path:
@@ -112,7 +116,7 @@ def fit(run: Run, resume: bool) -> str:
     """
     if resume:
         _resume(run)
-    trainable, parameters = run.model.get_nb_trainable_parameters()
+    trainable, parameters = run.trainee.counts()
     run.sink.emit(
         {
             "type": "start",
@@ -123,7 +127,9 @@ def fit(run: Run, resume: bool) -> str:
             "train_rows": len(run.train_rows),
             "eval_rows": len(run.eval_rows),
             "device": str(run.accelerator.device),
-            "precision": str(next(run.loaded.model.parameters()).dtype).removeprefix("torch."),
+            "precision": str(run.compute or next(run.loaded.model.parameters()).dtype).removeprefix("torch."),
+            "quantization": run.spec.quantization,
+            "full": run.spec.full,
             "threads": torch.get_num_threads(),
         }
     )
@@ -166,7 +172,7 @@ def _step(run: Run, rows: list[Any]) -> None:
     for number, batch in enumerate(batches):
         last = number == len(batches) - 1
         with nullcontext() if last else run.accelerator.no_sync(run.wrapped):
-            part = run.task.loss(run.wrapped, _to(batch, run.accelerator.device))
+            part = run.loss(batch)
             run.accelerator.backward(part.total / targets)
             total += float(part.total.detach())
     limit = training.max_grad_norm or math.inf
@@ -175,11 +181,11 @@ def _step(run: Run, rows: list[Any]) -> None:
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise TrainingError(
             f"Step {run.step + 1} gave a loss of {loss} and a gradient norm of {norm}: the run diverged. "
-            "The adapter of the last checkpoint is kept.",
+            "The last checkpoint is kept.",
             "Lower the learning rate or lengthen the warm-up; then start a new run or resume with them.",
         )
     run.optimizer.step()
-    ranks = hooks.after_step(run.model, "default", run.step + 1)
+    ranks = run.trainee.after_step(run.step + 1)
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
     seconds = time.perf_counter() - started
@@ -211,16 +217,12 @@ def _extra_loss(run: Run) -> float | None:
 
     It comes before the batches, of which the last one shares the gradients between processes.
     """
-    extra = hooks.extra_loss(run.model, "default")
+    extra = run.trainee.extra_loss()
     if extra is None:
         return None
     with run.accelerator.no_sync(run.wrapped):
         run.accelerator.backward(extra)
     return float(extra.detach())
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    return {key: value.to(device) for key, value in batch.items()}
 
 
 @torch.no_grad()
@@ -241,7 +243,7 @@ def evaluate(run: Run) -> str | None:
             if asked in ("stop", "pause"):
                 return asked
             batch = run.collate(run.eval_rows[start : start + size])
-            part = run.task.loss(run.wrapped, _to(batch, run.accelerator.device))
+            part = run.loss(batch)
             total, count = total + float(part.total), count + part.count
             outcomes.append(part.outcome)
         loss = total / count
@@ -261,7 +263,7 @@ def sample(run: Run) -> str | None:
         if asked:
             return asked
         try:
-            text = run.task.sample(run.model, run.loaded, prompt)
+            text = run.task.sample(run.trainee.model, run.loaded, prompt)
         except EngineError as error:
             # A prompt that cannot be answered is no reason to lose the run.
             run.sink.emit({"type": "warning", "message": f"The sample {prompt[:60]!r} was left out: {error}"})
@@ -274,7 +276,7 @@ def _checkpoint(run: Run) -> Path:
     path = save_checkpoint(
         run.checkpoints,
         run.step,
-        run.model,
+        run.trainee,
         run.optimizer.optimizer,
         run.parameters,
         {"counters": vars(run.counters), "job": _identity(run.spec)},
@@ -290,7 +292,10 @@ def _identity(spec: JobSpec) -> dict[str, Any]:
     training = {key: value for key, value in plain["training"].items() if key not in free}
     # Checkpoints from before these keys have none of them, and mean the same.
     training = {key: value for key, value in training.items() if value is not None or "loraplus" not in key}
+    # Nor of these, where they are what they always were.
+    newer = {key: plain[key] for key, usual in (("quantization", "none"), ("full", False)) if plain[key] != usual}
     return {
+        **newer,
         "model": plain["model"],
         "adapter": plain["adapter"],
         "options": plain["options"],
@@ -317,7 +322,7 @@ def _resume(run: Run) -> None:
         try:
             foreign = read_state(path).get("job") != _identity(run.spec)
             if not foreign:
-                state = restore_checkpoint(path, run.model, run.optimizer.optimizer, run.parameters)
+                state = restore_checkpoint(path, run.trainee, run.optimizer.optimizer, run.parameters)
                 break
         except CheckpointError as error:
             if path == found[0]:
@@ -338,14 +343,14 @@ def _leave(run: Run, asked: str) -> str:
     if asked == "pause":
         run.sink.emit({"type": "paused", "step": run.step, "checkpoint": str(path)})
         return "paused"
-    folder = save_adapter(run.model, run.out / "adapter")
-    run.sink.emit({"type": "stopped", "step": run.step, "adapter": str(folder)})
+    folder = run.trainee.save(run.out / run.trainee.kind)
+    run.sink.emit({"type": "stopped", "step": run.step, run.trainee.kind: str(folder)})
     return "stopped"
 
 
 def _finish(run: Run) -> str:
-    run.sink.emit({"type": "status", "phase": "saving", "message": "Saving the adapter"})
-    folder = save_adapter(run.model, run.out / "adapter")
+    run.sink.emit({"type": "status", "phase": "saving", "message": f"Saving the {run.trainee.kind}"})
+    folder = run.trainee.save(run.out / run.trainee.kind)
     counters = run.counters
     run.sink.emit(
         {
@@ -356,7 +361,7 @@ def _finish(run: Run) -> str:
             "first_eval_loss": counters.first_eval_loss,
             "tokens": counters.tokens,
             "seconds": counters.seconds,
-            "adapter": str(folder),
+            run.trainee.kind: str(folder),
         }
     )
     return "done"

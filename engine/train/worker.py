@@ -13,11 +13,13 @@ from engine.train.events import Control, Sink
 from engine.train.job import JobSpec
 
 if TYPE_CHECKING:
+    import torch
+
     from engine.tasks.base import Task
 
 
 def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = False) -> str:
-    """Run a job in `out`, which will hold `spec.yaml`, `checkpoints/` and `adapter/`.
+    """Run a job in `out`, which will hold `spec.yaml`, `checkpoints/` and `adapter/` (with `full`: `model/`).
 
     Args:
         spec: the job.
@@ -41,6 +43,7 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
     from engine.models.catalogue import portable
     from engine.tasks import get_task
     from engine.train.loop import Run, encode_parts, fit
+    from engine.train.trainee import AdapterTrainee, FullTrainee, Trainee
 
     out.mkdir(parents=True, exist_ok=True)
     _refuse_to_overwrite(spec, out, resume)
@@ -54,18 +57,24 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
 
     task = get_task(spec.task, spec.options)
     # Faults of the adapter's fields and of the data come before minutes of loading.
-    config = adapter_config(spec.adapter, task.task_type, portable(spec.model))
+    config = None if spec.full else adapter_config(spec.adapter, task.task_type, portable(spec.model))
     train, held = _examples(spec, task, sink)
     accelerator = Accelerator(mixed_precision="no")
     tell("loading", None, f"Loading {spec.model}")
-    loaded = task.load(spec, accelerator.device, tell)
+    loading, compute = _full_precision(spec, accelerator.device) if spec.full else (spec, None)
+    loaded = task.load(loading, accelerator.device, tell)
     set_seed(spec.training.seed)
     if spec.training.gradient_checkpointing:
         loaded.model.activation_checkpointing_enable(  # type: ignore[operator]
             activation_checkpointing_kwargs={"use_reentrant": False}
         )
-    model = get_peft_model(loaded.model, config)
-    loaded = dataclasses.replace(loaded, model=model, cache=out / "cache")
+    trainee: Trainee
+    if config is None:
+        trainee = FullTrainee(loaded, task)
+    else:
+        trainee = AdapterTrainee(get_peft_model(loaded.model, config))
+        loaded = dataclasses.replace(loaded, model=trainee.model)
+    loaded = dataclasses.replace(loaded, cache=out / "cache")
     encoded, held_out = encode_parts(task, loaded, spec, train, held, sink)
     random.seed(spec.training.seed)
     tell("training", None, "Training")
@@ -75,19 +84,35 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
             out=out,
             task=task,
             loaded=loaded,
-            model=model,
+            trainee=trainee,
             accelerator=accelerator,
             train_rows=encoded.rows,
             eval_rows=held_out.rows,
             sink=sink,
             control=control,
+            compute=compute,
         ),
         resume,
     )
 
 
+def _full_precision(spec: JobSpec, device: torch.device) -> tuple[JobSpec, torch.dtype | None]:
+    """The job with the base loaded in float32, and the type of the products if it is another.
+
+    A step of 1e-5 vanishes in bf16, whose numbers lie 1/256 apart; so the weights that are trained are float32 and
+    cast for each product.
+    """
+    import torch
+
+    from engine.models.loading import dtype_of
+
+    compute = dtype_of(spec.training.precision, device)
+    loading = dataclasses.replace(spec, training=dataclasses.replace(spec.training, precision="fp32"))
+    return loading, None if compute is torch.float32 else compute
+
+
 def _refuse_to_overwrite(spec: JobSpec, out: Path, resume: bool) -> None:
-    if not resume and ((out / "adapter").exists() or (out / "checkpoints").exists()):
+    if not resume and any((out / name).exists() for name in ("adapter", "model", "checkpoints")):
         raise CheckpointError(
             f"The folder {out} already holds a run.", "Choose another folder, or go on with it by --resume."
         )

@@ -45,6 +45,7 @@ class Parts:
     name: gr.Textbox
     widgets: dict[tuple[str, str], Component]
     columns: list[tuple[str, gr.Row]]
+    before: gr.State
     count: gr.HTML
     same: gr.Code
     fault: gr.HTML
@@ -179,6 +180,7 @@ def build(page: Page) -> None:
         name,
         widgets,
         columns,
+        gr.State(None),
         count,
         same,
         fault,
@@ -241,7 +243,8 @@ def filled(
     parts: Parts, method: str, adapter: Mapping[str, Any], training: Mapping[str, Any], eval_split: float
 ) -> dict[Any, Any]:
     """The form's widgets with a job's values; other methods' fields stay as they are."""
-    found: dict[Any, Any] = {parts.method: method, parts.eval_split: eval_split, **shown(parts, method)}
+    found: dict[Any, Any] = {parts.method: method, parts.eval_split: eval_split, parts.before: None}
+    found |= shown(parts, method)
     for owner, field in fields():
         if owner in (method, ""):
             known = adapter if owner else training
@@ -274,6 +277,7 @@ def wire(page: Page) -> None:
     values = [parts.widgets[owner, field.name] for owner, field in fields()]
     form = [parts.base, parts.preset, parts.dataset, parts.eval_split, parts.name, parts.method, *values]
     counts: dict[str, str] = {}
+    usual = [field for field in presets.tasks()[TASK].fields if any(field.name in m.training for m in methods())]
 
     def offer(dataset_id: str | None, eval_split: float | None) -> dict[Any, Any]:
         """The one button that is next."""
@@ -310,18 +314,18 @@ def wire(page: Page) -> None:
         adapter, training = forms.preset_values(task, method, preset)
         return {parts.meaning: esc(preset.meaning), **filled(parts, method.name, adapter, training, preset.eval_split)}
 
-    def switch(name: str, preset_name: str | None) -> dict[Any, Any]:
-        """Another method: its fields, and the training settings that it usually needs."""
-        method, task = chosen(name), presets.tasks()[TASK]
-        preset = task.presets.get(preset_name or "")
-        usual = {**(preset.training if preset else {}), **method.training}
+    def switch(name: str, before: Mapping[str, Any] | None, *now: Any) -> dict[Any, Any]:
+        """Another method: its fields, and the training settings that it usually needs. With a method that needs none,
+        what stood there before comes back."""
+        method, before = chosen(name), dict(before or {})
         found = shown(parts, method.name)
-        for field in task.fields:
-            if any(field.name in item.training for item in methods()):
-                found[parts.widgets["", field.name]] = forms.show(
-                    field, usual.get(field.name, forms.read_default(field))
-                )
-        return found
+        for field, value in zip(usual, now, strict=True):
+            if field.name in method.training:
+                before.setdefault(field.name, value)
+                found[parts.widgets["", field.name]] = forms.show(field, method.training[field.name])
+            elif field.name in before:
+                found[parts.widgets["", field.name]] = before.pop(field.name)
+        return {**found, parts.before: before}
 
     def fill(recipe: Mapping[str, Any] | None) -> dict[Any, Any]:
         """Fill the form from a whole job."""
@@ -374,7 +378,7 @@ def wire(page: Page) -> None:
         return {page.run: run_id, parts.fault: gr.HTML(visible=False)}
 
     rows = [row for _, row in parts.columns]
-    everything = [*form, *rows, parts.about, parts.meaning, parts.fault, parts.start, parts.to_data]
+    everything = [*form, *rows, parts.before, parts.about, parts.meaning, parts.fault, parts.start, parts.to_data]
     adapter_fields = [(owner, field) for owner, field in fields() if owner]
     adapter_widgets = [parts.widgets[owner, field.name] for owner, field in adapter_fields]
     split = [parts.dataset, parts.eval_split]
@@ -385,7 +389,8 @@ def wire(page: Page) -> None:
     page.dataset.change(use, [page.dataset, parts.eval_split], offered, **HIDDEN)
     page.recipe.change(fill, page.recipe, everything, **HIDDEN)
     parts.preset.input(choose, parts.preset, everything, **HIDDEN)
-    parts.method.input(switch, [parts.method, parts.preset], everything, **HIDDEN)
+    own_settings = [parts.widgets["", field.name] for field in usual]
+    parts.method.input(switch, [parts.method, parts.before, *own_settings], everything, **HIDDEN)
     # Not left to `change` alone: a widget that was filled before it was first shown does not tell.
     gr.on([parts.dataset.change, parts.eval_split.change], offer, split, offered[1:], **HIDDEN)
     changed = [widget.change for widget in form]  # type: ignore[attr-defined]
