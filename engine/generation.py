@@ -65,7 +65,7 @@ class Piece:
 
 def encode_prompt(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> Tensor:
     """Token ids (1, T) of a conversation with the assistant's turn opened."""
-    from engine.tasks.causal_lm import render
+    from engine.tasks.sequences import render
 
     if not messages or not any(str(message.get("content", "")).strip() for message in messages):
         raise PromptError("The prompt is empty.", "Write what the model should answer.")
@@ -149,9 +149,9 @@ def _room(ids: Tensor, context: int | None, wanted: int, virtual: int = 0) -> in
 
 
 def _last_only(model: nn.Module) -> dict[str, int]:
-    from engine.tasks.causal_lm import _takes
+    from engine.tasks.sequences import takes
 
-    return {"logits_to_keep": 1} if _takes(model, "logits_to_keep") else {}
+    return {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
 
 
 def end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:

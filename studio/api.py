@@ -108,6 +108,7 @@ class Endpoints:
                 raise ConfigError(f"There is no preset {name!r}.", f"Known: {known}.")
             preset = task.presets[name]
             job["training"] = {**preset.training, **given}
+            job["options"] = {**preset.options, **(job.get("options") or {})}
         if name is not None and not job.get("full"):
             own = job.get("adapter") or {}
             method = presets.methods().get(own.get("method", preset.adapter["method"]))

@@ -49,7 +49,8 @@ class Field:
 
 @dataclass(frozen=True)
 class Preset:
-    """A whole recipe: adapter and training fields that differ from the form's defaults, and the base's memory."""
+    """A whole recipe: adapter and training fields that differ from the form's defaults, the base's memory and the
+    task's own options."""
 
     name: str
     title: str
@@ -58,6 +59,7 @@ class Preset:
     training: Mapping[str, Any]
     eval_split: float = 0.1
     quantization: str = "none"
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.quantization not in QUANTIZATIONS:
@@ -86,12 +88,13 @@ class Method:
 
 @dataclass(frozen=True)
 class Task:
-    """A task as the form shows it, with its recipes in order."""
+    """A task as the form shows it, with its recipes in order; `options` are the fields of the task's own options."""
 
     name: str
     title: str
     fields: tuple[Field, ...]
     presets: Mapping[str, Preset]
+    options: tuple[Field, ...] = ()
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -129,5 +132,11 @@ def tasks() -> dict[str, Task]:
     for path in sorted((FOLDER / "tasks").glob("*.yaml")):
         raw = _read(path)
         recipes = {name: Preset(name=name, **item) for name, item in raw["presets"].items()}
-        found[raw["task"]] = Task(raw["task"], raw["title"], _fields(raw["fields"]), recipes)
+        fields = raw["fields"]
+        if isinstance(fields, str):
+            # The fields of another task, by its name.
+            without = set(raw.get("without", ()))
+            others = _read(FOLDER / "tasks" / f"{fields}.yaml")["fields"]
+            fields = [item for item in others if item["name"] not in without]
+        found[raw["task"]] = Task(raw["task"], raw["title"], _fields(fields), recipes, _fields(raw.get("options", [])))
     return found

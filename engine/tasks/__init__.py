@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 TASKS = {
     "causal_lm": "engine.tasks.causal_lm",
+    "preference": "engine.tasks.preference",
 }
 
 
@@ -33,12 +34,15 @@ def get_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
     task: Task = importlib.import_module(TASKS[name]).TASK
     if not options:
         return task
-    known = [field.name for field in dataclasses.fields(task)]  # type: ignore[arg-type]
+    # An option may have another name in a job than in the record, where its name is taken.
+    fields = dataclasses.fields(task)  # type: ignore[arg-type]
+    known = {field.metadata.get("option", field.name): field.name for field in fields}
     unknown = [key for key in options if key not in known]
     if unknown:
         raise ConfigError(
             f"The task {name} has no option {', '.join(map(repr, unknown))}.",
             f"Its options: {', '.join(known) or 'none'}.",
         )
-    configured: Task = dataclasses.replace(task, **options)  # type: ignore[type-var]
+    values = {known[key]: value for key, value in options.items()}
+    configured: Task = dataclasses.replace(task, **values)  # type: ignore[type-var]
     return configured

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,14 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Loaded:
-    """A base model with what turns rows into its inputs."""
+    """A base model with what turns rows into its inputs.
+
+    `cache` is a folder of the run for what a task computes once, before training; None: nothing is kept.
+    """
 
     model: nn.Module
     processor: Any
+    cache: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -34,10 +39,14 @@ class Encoded:
 
 @dataclass(frozen=True)
 class LossSum:
-    """The loss summed over `count` targets, so that any split into batches gives the same mean."""
+    """The loss summed over `count` targets, so that any split into batches gives the same mean.
+
+    `outcome` is what the task's `metrics` wants of this batch, if it has any.
+    """
 
     total: Tensor
     count: int
+    outcome: Any = None
 
 
 class Task(Protocol):
@@ -71,3 +80,16 @@ class Task(Protocol):
     def loss(self, model: nn.Module, batch: Batch) -> LossSum: ...
 
     def sample(self, model: nn.Module, loaded: Loaded, prompt: str) -> str: ...
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """A task that says more of an evaluation than its loss."""
+
+    def metrics(self, outcomes: Sequence[Any]) -> dict[str, float]:
+        """Metric -> value, from the `outcome` of every batch."""
+
+
+def metrics_of(task: Task, outcomes: Sequence[Any]) -> dict[str, float]:
+    """The task's metrics of an evaluation; none where it has none."""
+    return task.metrics(outcomes) if isinstance(task, Measured) else {}

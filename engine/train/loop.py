@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from engine.errors import CheckpointError, DataError, EngineError, TrainingError
-from engine.tasks.base import Batch, Encoded, Loaded, LossSum, Task
+from engine.tasks.base import Batch, Encoded, Loaded, LossSum, Task, metrics_of
 from engine.train.checkpoints import list_checkpoints, read_state, restore_checkpoint, save_checkpoint
 from engine.train.events import Control, Sink
 from engine.train.job import JobSpec
@@ -236,7 +236,7 @@ def evaluate(run: Run) -> str | None:
     asked: str | None = None
     if run.eval_rows:
         run.wrapped.eval()
-        total, count = 0.0, 0
+        total, count, outcomes = 0.0, 0, []
         size = run.spec.training.batch_size
         for start in range(0, len(run.eval_rows), size):
             asked = asked or run.control.poll()
@@ -245,11 +245,14 @@ def evaluate(run: Run) -> str | None:
             batch = run.collate(run.eval_rows[start : start + size])
             part = run.loss(batch)
             total, count = total + float(part.total), count + part.count
+            outcomes.append(part.outcome)
         loss = total / count
         run.counters.eval_loss = loss
         if run.counters.first_eval_loss is None:
             run.counters.first_eval_loss = loss
-        run.sink.emit({"type": "eval", "step": run.step, "loss": loss, "tokens": count})
+        found = metrics_of(run.task, outcomes)
+        metrics = {"metrics": found} if found else {}
+        run.sink.emit({"type": "eval", "step": run.step, "loss": loss, "tokens": count, **metrics})
     return asked or sample(run)
 
 

@@ -74,6 +74,7 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
     else:
         trainee = AdapterTrainee(get_peft_model(loaded.model, config))
         loaded = dataclasses.replace(loaded, model=trainee.model)
+    loaded = dataclasses.replace(loaded, cache=out / "cache")
     encoded, held_out = encode_parts(task, loaded, spec, train, held, sink)
     random.seed(spec.training.seed)
     tell("training", None, "Training")
