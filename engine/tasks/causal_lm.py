@@ -39,6 +39,7 @@ class CausalLM:
     name: ClassVar[str] = "causal_lm"
     task_type: ClassVar[TaskType] = TaskType.CAUSAL_LM
     formats: ClassVar[tuple[str, ...]] = ("messages", "alpaca", "sharegpt", "oasst", "prompt_completion", "text")
+    text_metrics: ClassVar[tuple[str, ...]] = ("perplexity", "exact_match")
 
     def load(self, spec: JobSpec, device: torch.device, on_progress: Progress) -> Loaded:
         from engine.models.loading import load_causal_lm
@@ -114,6 +115,15 @@ class CausalLM:
             columns, places = torch.unique(sources % width, return_inverse=True)
             logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits[sources // width, places]
         return LossSum(F.cross_entropy(logits.float(), targets, reduction="sum"), int(targets.numel()))
+
+    def reference(self, example: Mapping[str, Any]) -> tuple[str, str] | None:
+        """Question and answer, where the row is one question with one answer."""
+        if "prompt" in example:
+            return example["prompt"], example["completion"]
+        turns = example.get("messages", ())
+        if [turn["role"] for turn in turns] != ["user", "assistant"]:
+            return None
+        return turns[0]["content"], turns[1]["content"]
 
     def sample(self, model: nn.Module, loaded: Loaded, prompt: str) -> str:
         """The greedy answer to a prompt, at most 48 tokens."""

@@ -7,7 +7,7 @@ A run `emit`s plain dictionaries to a sink and asks a control what to do between
 | `status` | `phase` (`loading`, `tokenising`, `training`, `saving`), `message`, optional `fraction` 0..1 |
 | `start` | `total_steps`, `first_step`, `trainable`, `parameters`, `train_rows`, `eval_rows`, `device`, ... |
 | `step` | `step`, `loss`, `lr`, `grad_norm`, `tokens`, `tokens_per_s`, `epoch`, `eta_s`, AdaLoRA: `extra_loss` |
-| `eval` | `step`, `loss`, `tokens` |
+| `eval` | `step`, `loss`, `tokens`, for tasks that have them `metrics` (name -> value) |
 | `sample` | `step`, `prompt`, `text` |
 | `rank` | `step`, `ranks` (module -> rank, of every adapted module) |
 | `checkpoint` | `step`, `path` |

@@ -27,7 +27,7 @@ from engine import hooks
 from engine.checkpoint import save_adapter
 from engine.errors import CheckpointError, DataError, EngineError, TrainingError
 from engine.model import PeftModel
-from engine.tasks.base import Batch, Encoded, Loaded, Task
+from engine.tasks.base import Batch, Encoded, Keeping, Loaded, Task, metrics_of
 from engine.train.checkpoints import list_checkpoints, read_state, restore_checkpoint, save_checkpoint
 from engine.train.events import Control, Sink
 from engine.train.job import JobSpec
@@ -234,7 +234,7 @@ def evaluate(run: Run) -> str | None:
     asked: str | None = None
     if run.eval_rows:
         run.wrapped.eval()
-        total, count = 0.0, 0
+        total, count, outcomes = 0.0, 0, []
         size = run.spec.training.batch_size
         for start in range(0, len(run.eval_rows), size):
             asked = asked or run.control.poll()
@@ -243,11 +243,14 @@ def evaluate(run: Run) -> str | None:
             batch = run.collate(run.eval_rows[start : start + size])
             part = run.task.loss(run.wrapped, _to(batch, run.accelerator.device))
             total, count = total + float(part.total), count + part.count
+            outcomes.append(part.outcome)
         loss = total / count
         run.counters.eval_loss = loss
         if run.counters.first_eval_loss is None:
             run.counters.first_eval_loss = loss
-        run.sink.emit({"type": "eval", "step": run.step, "loss": loss, "tokens": count})
+        found = metrics_of(run.task, outcomes)
+        metrics = {"metrics": found} if found else {}
+        run.sink.emit({"type": "eval", "step": run.step, "loss": loss, "tokens": count, **metrics})
     return asked or sample(run)
 
 
@@ -330,19 +333,26 @@ def _resume(run: Run) -> None:
     run.counters = Counters(**state["counters"])
 
 
+def _save(run: Run) -> Path:
+    folder = save_adapter(run.model, run.out / "adapter")
+    if isinstance(run.task, Keeping):
+        run.task.save(folder)
+    return folder
+
+
 def _leave(run: Run, asked: str) -> str:
     path = _checkpoint(run)
     if asked == "pause":
         run.sink.emit({"type": "paused", "step": run.step, "checkpoint": str(path)})
         return "paused"
-    folder = save_adapter(run.model, run.out / "adapter")
+    folder = _save(run)
     run.sink.emit({"type": "stopped", "step": run.step, "adapter": str(folder)})
     return "stopped"
 
 
 def _finish(run: Run) -> str:
     run.sink.emit({"type": "status", "phase": "saving", "message": "Saving the adapter"})
-    folder = save_adapter(run.model, run.out / "adapter")
+    folder = _save(run)
     counters = run.counters
     run.sink.emit(
         {

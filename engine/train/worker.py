@@ -37,6 +37,7 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
     from engine.model import get_peft_model
     from engine.models.catalogue import portable
     from engine.tasks import get_task
+    from engine.tasks.base import Fitting
     from engine.train.loop import Run, encode_parts, fit
 
     out.mkdir(parents=True, exist_ok=True)
@@ -52,7 +53,9 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
     task = get_task(spec.task, spec.options)
     # Faults of the adapter's fields and of the data come before minutes of loading.
     config = adapter_config(spec.adapter, task.task_type, portable(spec.model))
-    train, held = _examples(spec, sink)
+    train, held = examples_of(spec, sink)
+    if isinstance(task, Fitting):
+        task = task.fitted(train)
     accelerator = Accelerator(mixed_precision="no")
     tell("loading", None, f"Loading {spec.model}")
     loaded = task.load(spec, accelerator.device, tell)
@@ -90,7 +93,8 @@ def _refuse_to_overwrite(spec: JobSpec, out: Path, resume: bool) -> None:
         )
 
 
-def _examples(spec: JobSpec, sink: Sink) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+def examples_of(spec: JobSpec, sink: Sink) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """The job's rows to train on and to evaluate on; rows that were left out become a warning."""
     from engine.data import load, split
 
     sink.emit({"type": "status", "phase": "reading", "message": f"Reading {Path(spec.data.path).name}"})
