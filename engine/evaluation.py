@@ -66,8 +66,8 @@ def evaluate_job(
     from engine.tasks import get_task
     from engine.train.worker import examples_of
 
-    sink = Recorder()
-    _, held = examples_of(spec, sink)
+    task, sink = get_task(spec.task, spec.options), Recorder()
+    _, held = examples_of(spec, task, sink)
     yield from sink.of("warning")
     if not held:
         raise DataError(
@@ -76,7 +76,6 @@ def evaluate_job(
         )
     if not (adapter / "adapter_config.json").is_file():
         raise CheckpointError(f"{adapter} is no adapter folder.", "Give the folder `adapter` of a run.")
-    task = get_task(spec.task, spec.options)
     if isinstance(task, Fitting):
         task = task.restored(adapter)
     base = task.load(spec, torch.device(default_device()), on_progress)

@@ -173,11 +173,14 @@ def train_rows(row: Row, eval_split: float) -> int:
 def first_prompt(row: Row) -> str:
     """The first question of a data set, to try an adapter with."""
     for example in row["profile"].get("examples", []):
-        if "prompt" in example:
-            return str(example["prompt"])
-        for message in example.get("messages", []):
+        said = example.get("messages", example.get("prompt", []))
+        if isinstance(said, str):
+            return said
+        for message in reversed(said) if "chosen" in example else said:
             if message["role"] == "user":
                 return str(message["content"])
+        if "source" in example:
+            return str(example["source"])
         if "text" in example:
             return str(example["text"])[:60]
     return ""

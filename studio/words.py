@@ -30,6 +30,15 @@ def preview(prepared: data.Prepared) -> str:
 def _example(example: Mapping[str, Any]) -> str:
     if "messages" in example:
         return "<br>".join(_turn(turn["role"], turn["content"]) for turn in example["messages"])
+    if "chosen" in example:
+        asked = "<br>".join(_turn(turn["role"], turn["content"]) for turn in example["prompt"])
+        better, worse = _turn("assistant", "better: " + example["chosen"]), _turn("", "worse: " + example["rejected"])
+        return f"{asked}<br>{better}<br>{worse}"
+    if "labels" in example:
+        classes = ", ".join(example["labels"]) or "none"
+        return _turn("", example["text"]) + "<br>" + _turn("assistant", classes)
+    if "source" in example:
+        return _turn("", example["source"]) + "<br>" + _turn("assistant", example["target"])
     if "prompt" in example:
         return _turn("user", example["prompt"]) + "<br>" + _turn("assistant", example["completion"])
     return _turn("assistant", example["text"])

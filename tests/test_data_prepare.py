@@ -58,7 +58,16 @@ RECOGNISED: dict[str, tuple[dict[str, Any], str, dict[str, str], float]] = {
                        {"prompt": "prompt", "completion": "completion"}, 1.0),
     "context": ({"question": "q", "context": "c", "answer": "a"}, "alpaca",
                 {"instruction": "question", "output": "answer", "input": "context"}, 0.8),
-    "text": ({"text": "t", "label": 1}, "text", {"text": "text"}, 1.0),
+    "text": ({"text": "t", "title": "x"}, "text", {"text": "text"}, 1.0),
+    "labels": ({"text": "t", "label": 1}, "labels", {"text": "text", "label": "label"}, 1.0),
+    "labels by other names": ({"Sentence": "t", "Sentiment": "good"}, "labels",
+                              {"text": "Sentence", "label": "Sentiment"}, 0.8),
+    "parallel": ({"source": "s", "target": "t"}, "parallel", {"source": "source", "target": "target"}, 1.0),
+    "a summary": ({"document": "s", "summary": "t"}, "parallel", {"source": "document", "target": "summary"}, 0.8),
+    "preferences": ({"prompt": "p", "chosen": "c", "rejected": "r"}, "preferences",
+                    {"chosen": "chosen", "rejected": "rejected", "prompt": "prompt"}, 1.0),
+    "preferences as turns": ({"chosen": CHAT, "rejected": CHAT}, "preferences",
+                             {"chosen": "chosen", "rejected": "rejected"}, 1.0),
     "content": ({"id": 1, "Content": "t"}, "text", {"text": "Content"}, 0.8),
     "only column": ({"verse": "t"}, "text", {"text": "verse"}, 0.5),
     "oasst": ({"message_id": "1", "parent_id": None, "text": "t", "role": "prompter", "rank": None}, "oasst",
@@ -100,12 +109,6 @@ def test_header_that_is_data_still_gets_a_suggestion(tmp_path: Path) -> None:
     assert prepare(rows, columns=found.suggestions[0].columns).kept == 2
 
 
-def test_preference_pairs_are_not_taken_for_something_else(tmp_path: Path) -> None:
-    found = recognise(table(tmp_path, [{"prompt": "p", "chosen": "c", "rejected": "r"}]))
-    assert found.name is None and "preference" in found.reason
-    assert dict(found.suggestions[0].columns) == {"prompt": "prompt", "completion": "chosen"}
-
-
 # --- prepare: what a good row becomes ------------------------------------------------------------------------------
 
 SYSTEM = {"role": "system", "content": "s"}
@@ -122,6 +125,7 @@ CANONICAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
                            {"messages": [SYSTEM, *CHAT]}),
     "pairs": ({"prompt": 3.5, "completion": True}, {"prompt": "3.5", "completion": "true"}),
     "text": ({"text": " 안녕 😀\n"}, {"text": " 안녕 😀\n"}),
+    "parallel": ({"source": "안녕", "target": "hello"}, {"source": "안녕", "target": "hello"}),
 }  # fmt: skip
 
 

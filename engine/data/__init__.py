@@ -9,6 +9,7 @@ Nothing here imports torch or transformers, so the page uses it in its own proce
 """
 
 from engine.data.errors import (
+    ClassesError,
     ColumnError,
     DelimiterError,
     EmptyError,
@@ -18,6 +19,7 @@ from engine.data.errors import (
     JsonError,
     KindError,
     NothingLeftError,
+    NotTakenError,
     ParquetError,
     TooLargeError,
 )
@@ -31,6 +33,7 @@ from engine.data.table import Limits, Problem, Row, Table
 __all__ = [
     "FORMATS",
     "KINDS",
+    "ClassesError",
     "ColumnError",
     "DelimiterError",
     "EmptyError",
@@ -42,6 +45,7 @@ __all__ = [
     "JsonError",
     "KindError",
     "Limits",
+    "NotTakenError",
     "NothingLeftError",
     "ParquetError",
     "Prepared",

@@ -23,10 +23,10 @@ class RowFault(Exception):
 
 def text_of(cells: Cells, column: str, required: bool = True) -> str:
     """A cell as text; numbers become text. A cell that is null or blank is a fault, or "" if it may be left out."""
-    return _text(cells.get(column), f"The cell {column!r} is", column, required)
+    return as_text(cells.get(column), f"The cell {column!r} is", column, required)
 
 
-def _text(value: Any, subject: str, column: str, required: bool = True) -> str:
+def as_text(value: Any, subject: str, column: str, required: bool = True) -> str:
     if isinstance(value, bool):
         value = "true" if value else "false"
     if isinstance(value, float) and value - value != 0:
@@ -51,6 +51,24 @@ def to_messages(value: Any, column: str) -> tuple[Messages, Fixes]:
     Raises:
         RowFault: the cell is no list of turns, a turn is broken, or nothing is there to learn from.
     """
+    messages, fixes = read_turns(value, column)
+    speakers = [message["role"] for message in messages if message["role"] != "system"]
+    if "assistant" not in speakers:
+        raise RowFault("no-assistant", "No turn is the assistant's, so there is no answer to learn.", column)
+    if speakers[0] == "assistant":
+        raise RowFault("assistant-first", "The first turn is the assistant's, so its question is missing.", column)
+    if speakers[-1] != "assistant":
+        messages.pop()
+        fixes.append(("cut-ending", "The last turn has no answer and was cut."))
+    return messages, fixes
+
+
+def read_turns(value: Any, column: str) -> tuple[Messages, Fixes]:
+    """A cell's turns, whoever begins and ends; neighbouring turns of one speaker are joined.
+
+    Raises:
+        RowFault: the cell is no list of turns, or a turn is broken.
+    """
     if value is None:
         raise RowFault("null-field", "The conversation is null.", column)
     turns = turns_of(value)
@@ -73,14 +91,6 @@ def to_messages(value: Any, column: str) -> tuple[Messages, Fixes]:
             fixes.append(("joined-turns", f"Turns {number - 1} and {number} have one speaker and were joined."))
         else:
             messages.append({"role": role, "content": content})
-    speakers = [message["role"] for message in messages if message["role"] != "system"]
-    if "assistant" not in speakers:
-        raise RowFault("no-assistant", "No turn is the assistant's, so there is no answer to learn.", column)
-    if speakers[0] == "assistant":
-        raise RowFault("assistant-first", "The first turn is the assistant's, so its question is missing.", column)
-    if speakers[-1] != "assistant":
-        messages.pop()
-        fixes.append(("cut-ending", "The last turn has no answer and was cut."))
     return messages, fixes
 
 
@@ -99,7 +109,7 @@ def _turn(turn: Any, number: int, column: str) -> tuple[str, str]:
         and all(isinstance(part, dict) and part.get("type") == "text" for part in words)
     ):
         words = "".join(part["text"] for part in words if isinstance(part.get("text"), str))
-    return role, _text(words, f"Turn {number} ({role}) is", column)
+    return role, as_text(words, f"Turn {number} ({role}) is", column)
 
 
 # --- trees of replies ----------------------------------------------------------------------------------------------

@@ -69,3 +69,21 @@ class NothingLeftError(DataError):
     """Every row was skipped."""
 
     code = "data-nothing-left"
+
+
+class NotTakenError(FormatError):
+    """The data's format is clear, and nothing that the run can learn from.
+
+    Args:
+        found: the data's format.
+    """
+
+    def __init__(self, message: str, hint: str = "", found: str = "") -> None:
+        super().__init__(message, hint)
+        self.found = found
+
+
+class ClassesError(DataError):
+    """The labels are no classes: all rows have the same one, or each row has its own."""
+
+    code = "data-classes"

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.data.errors import ColumnError, FormatError
+from engine.data.errors import ColumnError, FormatError, NotTakenError
 from engine.data.roles import COLUMN_NAMES, SPEAKER_KEYS, WORDS_KEYS, normal
 from engine.data.table import Table
 
 _SAMPLE = 200
+_FEW = 20
+"""Rows below which labels need not come again to be labels."""
+_BY_NAME = 0.8
+"""The confidence of a reading by usual names."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,9 @@ FORMATS: dict[str, FormatInfo] = {
         ),
         FormatInfo("alpaca", ("instruction", "output"), ("input", "system"), "an instruction, its input, its answer"),
         FormatInfo("prompt_completion", ("prompt", "completion"), (), "a question and its answer"),
+        FormatInfo("parallel", ("source", "target"), (), "a text and what it becomes: a translation, a summary"),
+        FormatInfo("labels", ("text", "label"), (), "a text and its class, or its classes"),
+        FormatInfo("preferences", ("chosen", "rejected"), ("prompt",), "a prompt with a better and a worse answer"),
         FormatInfo("text", ("text",), (), "plain text to continue"),
     )
 }
@@ -80,30 +87,29 @@ class Format:
         }
 
 
-def recognise(table: Table) -> Format:
+def recognise(table: Table, formats: Sequence[str] | None = None) -> Format:
     """The format of a table by its column names and the first 200 rows. Never raises; `name` None means: ask.
 
     Names count without regard to case, spaces and dashes, and usual other names are understood, in English and
     Korean: `Question`, `Answer` is `prompt_completion` with confidence 0.8.
+
+    Args:
+        table: the data.
+        formats: what will be taken. Of the readings that the names allow, the best of these comes first; a table that
+            only fits others is said to be what it is.
     """
     found = [candidate for candidate in _candidates(table) if candidate is not None]
     found.sort(key=lambda candidate: -candidate.confidence)
-    if found and not _preferences(table):
+    if found and formats and found[0].name not in formats:
+        # Stable: the others keep their order. A reading by the content alone is no reason to take a table for another.
+        found.sort(key=lambda candidate: not (candidate.name in formats and candidate.confidence >= _BY_NAME))
+    if found:
         best = found[0]
         return Format(best.name, best.columns, best.reason, best.confidence, tuple(found[1:]))
     names = ", ".join(table.columns[:20]) + (", ..." if len(table.columns) > 20 else "")
-    if _preferences(table):
-        reason = f"These are preference pairs (columns {names}); this version trains on the chosen answer alone."
-        column = {normal(name): name for name in table.columns}
-        pairs = Format(
-            "prompt_completion",
-            {"prompt": column["prompt"], "completion": column["chosen"]},
-            "The chosen answers.",
-            0.5,
-        )
-        return Format(None, reason=reason, suggestions=(pairs,))
-    guesses = tuple(_guesses(table))
-    known = "; ".join(f"{', '.join(info.required)} ({info.about})" for info in FORMATS.values() if info.name != "oasst")
+    guesses = tuple(guess for guess in _guesses(table) if not formats or guess.name in formats)
+    wanted = [info for info in FORMATS.values() if info.name != "oasst" and (not formats or info.name in formats)]
+    known = "; ".join(f"{', '.join(info.required)} ({info.about})" for info in wanted)
     return Format(
         None,
         reason=f"No known format fits the columns {names}. Say which column is which: {known}.",
@@ -111,26 +117,35 @@ def recognise(table: Table) -> Format:
     )
 
 
-def columns_for(table: Table, name: str | None, asked: Mapping[str, str] | None = None) -> Format:
+def columns_for(
+    table: Table,
+    name: str | None,
+    asked: Mapping[str, str] | None = None,
+    formats: Sequence[str] | None = None,
+) -> Format:
     """The mapping for a format that a person named, or for roles that a person mapped.
 
     Args:
         table: the data.
         name: a key of `FORMATS`; None lets the roles in `asked`, or the columns, decide.
         asked: role -> column; roles left out are filled by the columns' names.
+        formats: what will be taken; all when left out.
 
     Raises:
+        NotTakenError: the format is clear, and not one of `formats`.
         FormatError: there is no such format, or none fits.
         ColumnError: a column that was asked for, or a role that is required, is not there.
     """
     asked = dict(asked or {})
     if name is None and not asked:
-        found = recognise(table)
+        found = recognise(table, formats)
         if found.name is None:
             raise FormatError(f"The format of {table.name or 'the data'} is not clear. {found.reason}", _suggest(found))
+        _refuse_others(table, found.name, found.reason, formats)
         return found
     if name is None:
         fitting = [info.name for info in FORMATS.values() if set(asked) <= set(info.roles)]
+        fitting = [one for one in fitting if one in (formats or FORMATS)] or fitting
         if not fitting:
             known = "; ".join(f"{info.name}: {', '.join(info.roles)}" for info in FORMATS.values())
             raise ColumnError(f"No format has the roles {', '.join(asked)}.", f"Roles by format: {known}.")
@@ -140,6 +155,7 @@ def columns_for(table: Table, name: str | None, asked: Mapping[str, str] | None 
         close = difflib.get_close_matches(name, FORMATS, 1)
         hint = f"Did you mean {close[0]!r}? " if close else ""
         raise FormatError(f"There is no format {name!r}.", f"{hint}Known: {', '.join(FORMATS)}.")
+    _refuse_others(table, name, f"Asked for as {name}.", formats)
     info = FORMATS[name]
     unknown = [role for role in asked if role not in info.roles]
     if unknown:
@@ -154,6 +170,17 @@ def columns_for(table: Table, name: str | None, asked: Mapping[str, str] | None 
             f"{_nearest(role, table.columns)}Say which column is the {role}, or choose another format.",
         )
     return Format(name, mapping, f"Asked for as {name}.", 1.0 if asked else confidence)
+
+
+def _refuse_others(table: Table, name: str, reason: str, formats: Sequence[str] | None) -> None:
+    if formats and name not in formats:
+        known = "; ".join(f"{one} ({', '.join(FORMATS[one].required)})" for one in formats if one in FORMATS)
+        raise NotTakenError(
+            f"{table.name or 'The data'} has the format {name}, which this run cannot learn from. {reason} "
+            f"It takes: {known or ', '.join(formats)}.",
+            "Give data of one of these formats, or say by format and columns how to read this one.",
+            name,
+        )
 
 
 def _column(table: Table, role: str, column: str) -> str:
@@ -224,10 +251,6 @@ def _match(table: Table, name: str, asked: Mapping[str, str]) -> tuple[dict[str,
     return {role: mapping[role] for role in info.roles if role in mapping}, 1.0 if exact else 0.8
 
 
-def _preferences(table: Table) -> bool:
-    return {"prompt", "chosen", "rejected"} <= {normal(column) for column in table.columns}
-
-
 # --- by content ----------------------------------------------------------------------------------------------------
 
 
@@ -266,8 +289,37 @@ def _is_text(table: Table, column: str) -> bool:
     return sum(isinstance(value, str | int | float) for value in filled) * 2 >= len(filled)
 
 
+def _fits(table: Table, name: str, mapping: Mapping[str, str]) -> bool:
+    """Whether what stands in the columns can be the format."""
+    if name == "labels" and not _looks_like_labels(table, mapping["label"]):
+        return False
+    if name == "preferences":
+        return all(_is_text(table, column) or _speech(table, column) for column in mapping.values())
+    return all(_is_text(table, mapping[role]) for role in FORMATS[name].required if role != "label")
+
+
+def _looks_like_labels(table: Table, column: str) -> bool:
+    """Whether most cells are short, and, in a table of some size, come again."""
+    values = [row.cells.get(column) for row in table.rows[:_SAMPLE]]
+    filled = [str(value) for value in values if value is not None]
+    short = sum(len(value) <= 80 and "\n" not in value for value in filled)
+    return short * 2 > len(filled) and (len(filled) < _FEW or len(set(filled)) * 2 <= len(filled))
+
+
 def _candidates(table: Table) -> Iterable[Format | None]:
     """Every reading that the names and the content allow, in the order in which equals are preferred."""
+    pairs, sure = _match(table, "preferences", {})
+    if pairs is not None and _fits(table, "preferences", pairs):
+        named = ", ".join(f"{part} = {column!r}" for part, column in pairs.items())
+        yield Format("preferences", pairs, f"A better and a worse answer to a prompt: {named}.", sure)
+        # The better answers alone can be learned from as well, by a person's word.
+        spoken, chosen = _speech(table, pairs["chosen"]), pairs["chosen"]
+        if spoken:
+            yield Format(spoken, {FORMATS[spoken].required[0]: chosen}, "The better answers alone.", 0.5)
+        elif "prompt" in pairs:
+            alone = {"prompt": pairs["prompt"], "completion": chosen}
+            yield Format("prompt_completion", alone, "The better answers alone.", 0.5)
+        return
     for column in table.columns:
         spoken = _speech(table, column)
         if spoken:
@@ -281,18 +333,16 @@ def _candidates(table: Table) -> Iterable[Format | None]:
         column = next(name for name in table.columns if normal(name) == "prompt")
         yield Format("oasst", {"message_id": column}, f"Column {column!r} holds trees of replies.", 1.0)
         return
-    for name in ("oasst", "alpaca", "prompt_completion", "text"):
+    for name in ("oasst", "alpaca", "prompt_completion", "labels", "parallel", "text"):
         mapping, confidence = _match(table, name, {})
-        if mapping is None or not all(
-            _is_text(table, mapping[role]) for role in FORMATS[name].required if role in mapping
-        ):
+        if mapping is None or not _fits(table, name, mapping):
             continue
         # "question, answer" alone is a pair; it takes a third column, or the word instruction, to be alpaca's.
         if name == "alpaca" and "input" not in mapping and normal(mapping["instruction"]) != "instruction":
             continue
         by = "their names" if confidence == 1 else "usual names for them"
-        pairs = ", ".join(f"{role} = {column!r}" for role, column in mapping.items())
-        yield Format(name, mapping, f"{FORMATS[name].about.capitalize()}, by {by}: {pairs}.", confidence)
+        named = ", ".join(f"{role} = {column!r}" for role, column in mapping.items())
+        yield Format(name, mapping, f"{FORMATS[name].about.capitalize()}, by {by}: {named}.", confidence)
     if len(table.columns) == 1 and normal(table.columns[0]) not in COLUMN_NAMES["text"] + ("text",):
         column = table.columns[0]
         if _is_text(table, column) and not _speech(table, column):

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.data.conversations import RowFault, flatten_tree, flatten_trees, text_of, to_messages
+from engine.data.conversations import Fixes, RowFault, flatten_tree, flatten_trees, text_of, to_messages
 from engine.data.errors import NothingLeftError
 from engine.data.formats import columns_for
 from engine.data.ingest import read
+from engine.data.labels import check_classes, labels_of
+from engine.data.pairs import parallel_of, preference_of
 from engine.data.table import Cells, Limits, Problem, ProblemLog, Row, Table
 
 Example = dict[str, Any]
+_OF_ROW: dict[str, Callable[[Cells, Mapping[str, str]], tuple[Example, Fixes]]] = {
+    "parallel": parallel_of,
+    "labels": labels_of,
+    "preferences": preference_of,
+}
 
 
 @dataclass
@@ -27,8 +34,9 @@ class Prepared:
     Attributes:
         format: a key of `FORMATS`.
         columns: role -> column, as used.
-        examples: `{"messages": [{"role", "content"}, ...], "line": n}`, `{"prompt", "completion", "line"}` or
-            `{"text", "line"}`, in the order of the file.
+        examples: in the order of the file, each with its `line`: `{"messages": [{"role", "content"}, ...]}`,
+            `{"prompt", "completion"}`, `{"text"}`, `{"source", "target"}`, `{"text", "labels": [class, ...]}` or
+            `{"prompt": [{"role", "content"}, ...], "chosen", "rejected"}`.
         problems: the first of each code, in the order of the file.
         counts: problem code -> how many.
         total: rows in the file.
@@ -60,25 +68,34 @@ def load(
     columns: Mapping[str, str] | None = None,
     *,
     limits: Limits | None = None,
+    formats: Sequence[str] | None = None,
 ) -> Prepared:
-    """`read` and `prepare` in one; what a run calls with its job's `data`."""
-    return prepare(read(path, limits=limits), format, columns)
+    """`read` and `prepare` in one; what a run calls with its job's `data` and its task's formats."""
+    return prepare(read(path, limits=limits), format, columns, formats)
 
 
-def prepare(table: Table, format: str | None = None, columns: Mapping[str, str] | None = None) -> Prepared:
+def prepare(
+    table: Table,
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    formats: Sequence[str] | None = None,
+) -> Prepared:
     """Bring each row into its canonical form.
 
     Args:
         table: from `read`.
         format: a key of `FORMATS`; recognised when left out.
         columns: role -> column, where the names do not say it.
+        formats: what the caller can take. A table that can be read in several ways is read as one of these.
 
     Raises:
+        NotTakenError: the format is clear, and not one of `formats`.
+        ClassesError: the labels are no classes.
         FormatError: the format is unknown or not clear.
         ColumnError: a column is missing.
         NothingLeftError: every row was skipped; the three most common reasons are named.
     """
-    found = columns_for(table, format, columns)
+    found = columns_for(table, format, columns, formats)
     assert found.name is not None
     log = ProblemLog(table.unit)
     log.extend(table.log)
@@ -89,6 +106,8 @@ def prepare(table: Table, format: str | None = None, columns: Mapping[str, str] 
     total = len(examples) + log.skipped
     if not examples:
         raise _nothing_left(table, total, log)
+    if found.name == "labels":
+        check_classes(examples, found.columns["label"], log)
     duplicates = _note_duplicates(examples, log)
     log.items.sort(key=lambda problem: problem.line)
     return Prepared(
@@ -115,6 +134,11 @@ def _row(name: str, row: Row, columns: Mapping[str, str], log: ProblemLog) -> Ex
             return {"messages": messages, "line": row.line}
         if name == "alpaca":
             return {"messages": _alpaca(row.cells, columns), "line": row.line}
+        if name in _OF_ROW:
+            example, fixes = _OF_ROW[name](row.cells, columns)
+            for code, message in fixes:
+                log.fix(row.line, "", code, message)
+            return {**example, "line": row.line}
         roles = ("prompt", "completion") if name == "prompt_completion" else ("text",)
         return {**{role: text_of(row.cells, columns[role]) for role in roles}, "line": row.line}
     except RowFault as fault:

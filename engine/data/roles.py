@@ -20,6 +20,20 @@ COLUMN_NAMES: dict[str, tuple[str, ...]] = {
         "답변", "대답", "응답", "답", "출력", "정답",
     ),
     "text": ("content", "body", "document", "sentence", "passage", "paragraph", "텍스트", "본문", "내용", "문장", "글"),
+    "source": (
+        "src", "source_text", "original", "document", "article", "input", "text", "prompt", "question", "english",
+        "en", "원문", "문서", "본문", "영어", "입력",
+    ),
+    "target": (
+        "tgt", "target_text", "translation", "translated", "summary", "highlights", "output", "completion", "answer",
+        "response", "korean", "ko", "번역", "번역문", "요약", "한국어", "출력",
+    ),
+    "label": (
+        "labels", "class", "classes", "category", "categories", "sentiment", "intent", "topic", "topics", "tag",
+        "tags", "target", "라벨", "레이블", "분류", "범주", "감정", "주제",
+    ),
+    "chosen": ("accepted", "preferred", "better", "chosen_response", "response_chosen", "선택", "선호", "좋은_답변"),
+    "rejected": ("dispreferred", "worse", "rejected_response", "response_rejected", "거절", "거부", "나쁜_답변"),
     "system": ("system_prompt", "system_message", "시스템"),
     "message_id": (),
     "parent_id": (),
@@ -28,7 +42,7 @@ COLUMN_NAMES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Role of a column -> other names for it, the most usual first. The role's own name comes before them all."""
 
-KNOWN_NAMES = frozenset(COLUMN_NAMES).union(*COLUMN_NAMES.values()) | {"chosen", "rejected", "label", "id", "title"}
+KNOWN_NAMES = frozenset(COLUMN_NAMES).union(*COLUMN_NAMES.values()) | {"id", "title"}
 
 SPEAKERS: dict[str, str] = {
     "user": "user", "human": "user", "prompter": "user", "customer": "user", "사용자": "user",

@@ -43,7 +43,7 @@ def split(examples: Sequence[Example], share: float, seed: int = 0) -> tuple[lis
 
 
 def _question(example: Example) -> str:
-    """What must not be on both sides: the turns before the first answer, the prompt, or the text itself."""
+    """What must not be on both sides: the turns before the first answer, the whole prompt, or the text itself."""
     if "messages" in example:
         asked = []
         for message in example["messages"]:
@@ -51,6 +51,8 @@ def _question(example: Example) -> str:
                 break
             asked.append(message["content"])
         words = "\0".join(asked)
+    elif "chosen" in example:
+        words = "\0".join(message["content"] for message in example["prompt"])
     else:
-        words = example["prompt"] if "prompt" in example else example["text"]
+        words = next(str(example[role]) for role in ("prompt", "source", "text") if role in example)
     return " ".join(words.casefold().split())

@@ -9,6 +9,7 @@ from engine.data.prepare import Prepared
 
 _BINS = 30
 _SHOWN = 3
+_CLASSES = 100
 
 
 def profile(prepared: Prepared) -> dict[str, Any]:
@@ -17,10 +18,11 @@ def profile(prepared: Prepared) -> dict[str, Any]:
     Keys: `format`, `columns`, `rows` (in the file), `kept`, `skipped`, `fixed`, `duplicates`, `unit`, `problems`
     (code -> count), `characters` (`min`, `median`, `p95`, `max`, `total`), `histogram` (`edges`, one more than
     `counts`; characters per example), `turns` (number of turns, as text -> examples; empty unless conversations),
-    `examples` (the first three).
+    `examples` (the first three), `labels` (class -> examples, the most frequent first; empty unless labels).
     """
     lengths = sorted(_length(example) for example in prepared.examples)
     turns = Counter(len(example["messages"]) for example in prepared.examples if "messages" in example)
+    classes = Counter(label for example in prepared.examples for label in example.get("labels", ()))
     return {
         "format": prepared.format,
         "columns": dict(prepared.columns),
@@ -35,13 +37,19 @@ def profile(prepared: Prepared) -> dict[str, Any]:
         "histogram": _histogram(lengths),
         "turns": {str(count): turns[count] for count in sorted(turns)},
         "examples": prepared.examples[:_SHOWN],
+        "labels": dict(classes.most_common(_CLASSES)),
     }
 
 
 def _length(example: dict[str, Any]) -> int:
-    if "messages" in example:
-        return sum(len(message["content"]) for message in example["messages"])
-    return sum(len(value) for name, value in example.items() if name != "line")
+    """Characters of the words, whoever says them; labels do not count."""
+    total = 0
+    for name, value in example.items():
+        if name in ("messages", "prompt") and isinstance(value, list):
+            total += sum(len(message["content"]) for message in value)
+        elif isinstance(value, str):
+            total += len(value)
+    return total
 
 
 def _spread(lengths: list[int]) -> dict[str, int]:

@@ -34,7 +34,8 @@ tokenizer's end token, or the model would never learn to stop. Training teaches 
 
 _PRECISIONS = ("auto", "fp32", "bf16")
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
-_NOISE = ("Failed to load CPU gemm_4bit_forward",)
+# What a load lacked is said by our own errors, in words.
+_NOISE = ("Failed to load CPU gemm_4bit_forward", "LOAD REPORT")
 
 
 def load_causal_lm(
@@ -259,7 +260,7 @@ def _align_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> No
             "Tokenizer and model do not belong together; use the tokenizer that came with the model.",
         )
     model.config.pad_token_id = tokenizer.pad_token_id
-    if model.generation_config is not None:
+    if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 

@@ -18,6 +18,11 @@ TASKS = {
 }
 
 
+def tasks_for(format: str) -> list[str]:
+    """The tasks that take a data format. Imports them all: for messages, not for every day."""
+    return [name for name in TASKS if format in get_task(name).formats]
+
+
 def get_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
     """The task, with a job's options.
 

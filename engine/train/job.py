@@ -31,7 +31,7 @@ class DataSpec:
 
     Attributes:
         path: a csv, json, jsonl, parquet or txt file.
-        format: `messages`, `alpaca`, `sharegpt`, `oasst`, `prompt_completion` or `text`; recognised when left out.
+        format: a key of `engine.data.FORMATS`, one that the task takes; recognised when left out.
         columns: role -> column name, where the columns carry other names (`{"instruction": "question"}`).
         eval_split: share of the rows (0 to 0.5) held back for evaluation; 0 turns evaluation off.
     """

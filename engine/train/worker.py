@@ -6,11 +6,14 @@ import dataclasses
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import CheckpointError
 from engine.train.events import Control, Sink
 from engine.train.job import JobSpec
+
+if TYPE_CHECKING:
+    from engine.tasks.base import Task
 
 
 def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = False) -> str:
@@ -53,7 +56,7 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
     task = get_task(spec.task, spec.options)
     # Faults of the adapter's fields and of the data come before minutes of loading.
     config = adapter_config(spec.adapter, task.task_type, portable(spec.model))
-    train, held = examples_of(spec, sink)
+    train, held = examples_of(spec, task, sink)
     if isinstance(task, Fitting):
         task = task.fitted(train)
     accelerator = Accelerator(mixed_precision="no")
@@ -93,12 +96,18 @@ def _refuse_to_overwrite(spec: JobSpec, out: Path, resume: bool) -> None:
         )
 
 
-def examples_of(spec: JobSpec, sink: Sink) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+def examples_of(spec: JobSpec, task: Task, sink: Sink) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
     """The job's rows to train on and to evaluate on; rows that were left out become a warning."""
-    from engine.data import load, split
+    from engine.data import NotTakenError, load, split
+    from engine.tasks import tasks_for
 
     sink.emit({"type": "status", "phase": "reading", "message": f"Reading {Path(spec.data.path).name}"})
-    prepared = load(spec.data.path, spec.data.format, spec.data.columns or None)
+    try:
+        prepared = load(spec.data.path, spec.data.format, spec.data.columns or None, formats=task.formats)
+    except NotTakenError as error:
+        others = ", ".join(tasks_for(error.found))
+        instead = f"The format {error.found} is for: {others}. Choose that task, or give other data." if others else ""
+        raise NotTakenError(f"The task {task.name}: {error.message}", instead or error.hint, error.found) from error
     if prepared.skipped:
         first = next(problem for problem in prepared.problems if problem.severity == "skip")
         message = f"{prepared.skipped} of {prepared.total} rows were left out; the first: {first}"

@@ -25,6 +25,9 @@ TITLES = {
     "oasst": "Reply trees (oasst)",
     "alpaca": "Instructions (alpaca)",
     "prompt_completion": "Questions and answers",
+    "parallel": "Texts and what they become",
+    "labels": "Texts and classes",
+    "preferences": "Better and worse answers",
     "text": "Plain text",
 }
 
