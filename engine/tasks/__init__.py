@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 TASKS = {
     "causal_lm": "engine.tasks.causal_lm",
     "preference": "engine.tasks.preference",
+    "classification": "engine.tasks.classification",
 }
 
 

@@ -90,6 +90,46 @@ class Measured(Protocol):
         """Metric -> value, from the `outcome` of every batch."""
 
 
+@runtime_checkable
+class Fitting(Protocol):
+    """A task whose model depends on the rows, as a classifier's head does on the labels."""
+
+    def fitted(self, train: Sequence[Mapping[str, Any]]) -> Task:
+        """The task for these training rows; a DataError says why they cannot be learned from."""
+
+    def restored(self, folder: Path) -> Task:
+        """The task that an adapter in `folder` was trained for."""
+
+
+@runtime_checkable
+class Keeping(Protocol):
+    """A task that writes files of its own beside an adapter."""
+
+    def save(self, folder: Path) -> None: ...
+
+
+@runtime_checkable
+class Baseline(Protocol):
+    """A task whose base cannot answer before it is trained."""
+
+    def baseline(self, rows: Sequence[Any]) -> tuple[dict[str, float], str, str]:
+        """What stands for the base on encoded rows: metrics, the one answer that it gives, and why, in a sentence."""
+
+
+@runtime_checkable
+class Answering(Protocol):
+    """A task whose answers can be held against the rows' own.
+
+    `text_metrics` names those of `engine.metrics.TEXT_METRICS` that are worked out from generated answers, and
+    `perplexity` where exp(loss) is one.
+    """
+
+    text_metrics: ClassVar[tuple[str, ...]]
+
+    def reference(self, example: Mapping[str, Any]) -> tuple[str, str] | None:
+        """A row's prompt and the wanted answer; None where it has no single one."""
+
+
 def metrics_of(task: Task, outcomes: Sequence[Any]) -> dict[str, float]:
     """The task's metrics of an evaluation; none where it has none."""
     return task.metrics(outcomes) if isinstance(task, Measured) else {}

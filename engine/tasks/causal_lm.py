@@ -38,6 +38,7 @@ class CausalLM:
     name: ClassVar[str] = "causal_lm"
     task_type: ClassVar[TaskType] = TaskType.CAUSAL_LM
     formats: ClassVar[tuple[str, ...]] = ("messages", "alpaca", "sharegpt", "oasst", "prompt_completion", "text")
+    text_metrics: ClassVar[tuple[str, ...]] = ("perplexity", "exact_match")
 
     def load(self, spec: JobSpec, device: torch.device, on_progress: Progress) -> Loaded:
         return load_decoder(spec, device, on_progress)
@@ -88,6 +89,15 @@ class CausalLM:
         """Cross-entropy summed over the targets, in float32."""
         logits, targets = target_logits(model, batch), batch["targets"]
         return LossSum(F.cross_entropy(logits.float(), targets, reduction="sum"), int(targets.numel()))
+
+    def reference(self, example: Mapping[str, Any]) -> tuple[str, str] | None:
+        """Question and answer, where the row is one question with one answer."""
+        if "prompt" in example:
+            return example["prompt"], example["completion"]
+        turns = example.get("messages", ())
+        if [turn["role"] for turn in turns] != ["user", "assistant"]:
+            return None
+        return turns[0]["content"], turns[1]["content"]
 
     def sample(self, model: nn.Module, loaded: Loaded, prompt: str) -> str:
         """The greedy answer to a prompt, at most 48 tokens."""

@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from engine.errors import CheckpointError, DataError, EngineError, TrainingError
-from engine.tasks.base import Batch, Encoded, Loaded, LossSum, Task, metrics_of
+from engine.tasks.base import Batch, Encoded, Keeping, Loaded, LossSum, Task, metrics_of
 from engine.train.checkpoints import list_checkpoints, read_state, restore_checkpoint, save_checkpoint
 from engine.train.events import Control, Sink
 from engine.train.job import JobSpec
@@ -338,19 +338,26 @@ def _resume(run: Run) -> None:
     run.counters = Counters(**state["counters"])
 
 
+def _save(run: Run) -> Path:
+    folder = run.trainee.save(run.out / run.trainee.kind)
+    if isinstance(run.task, Keeping):
+        run.task.save(folder)
+    return folder
+
+
 def _leave(run: Run, asked: str) -> str:
     path = _checkpoint(run)
     if asked == "pause":
         run.sink.emit({"type": "paused", "step": run.step, "checkpoint": str(path)})
         return "paused"
-    folder = run.trainee.save(run.out / run.trainee.kind)
+    folder = _save(run)
     run.sink.emit({"type": "stopped", "step": run.step, run.trainee.kind: str(folder)})
     return "stopped"
 
 
 def _finish(run: Run) -> str:
     run.sink.emit({"type": "status", "phase": "saving", "message": f"Saving the {run.trainee.kind}"})
-    folder = run.trainee.save(run.out / run.trainee.kind)
+    folder = _save(run)
     counters = run.counters
     run.sink.emit(
         {

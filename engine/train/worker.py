@@ -42,6 +42,7 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
     from engine.model import get_peft_model
     from engine.models.catalogue import portable
     from engine.tasks import get_task
+    from engine.tasks.base import Fitting
     from engine.train.loop import Run, encode_parts, fit
     from engine.train.trainee import AdapterTrainee, FullTrainee, Trainee
 
@@ -58,7 +59,9 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
     task = get_task(spec.task, spec.options)
     # Faults of the adapter's fields and of the data come before minutes of loading.
     config = None if spec.full else adapter_config(spec.adapter, task.task_type, portable(spec.model))
-    train, held = _examples(spec, task, sink)
+    train, held = examples_of(spec, task, sink)
+    if isinstance(task, Fitting):
+        task = task.fitted(train)
     accelerator = Accelerator(mixed_precision="no")
     tell("loading", None, f"Loading {spec.model}")
     loading, compute = _full_precision(spec, accelerator.device) if spec.full else (spec, None)
@@ -118,7 +121,8 @@ def _refuse_to_overwrite(spec: JobSpec, out: Path, resume: bool) -> None:
         )
 
 
-def _examples(spec: JobSpec, task: Task, sink: Sink) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+def examples_of(spec: JobSpec, task: Task, sink: Sink) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """The job's rows to train on and to evaluate on; rows that were left out become a warning."""
     from engine.data import NotTakenError, load, split
     from engine.tasks import tasks_for
 

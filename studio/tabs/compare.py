@@ -99,7 +99,8 @@ def wire(page: Page) -> None:
     def offer(base: str | None, chosen: list[str] | None, prompt: str) -> dict[Any, Any]:
         """The bases and adapters there are now; the newest adapter is chosen when nothing is."""
         runs = finished_runs(studio)
-        known = [*dict.fromkeys([*(row["model"] for row in runs), *BUILTIN])]
+        chat = [model.name for model in BUILTIN.values() if "causal_lm" in model.tasks]
+        known = [*dict.fromkeys([*(row["model"] for row in runs), *chat])]
         base = base or (runs[0]["model"] if runs else DEFAULT)
         offered = choices(base)
         kept = [run_id for run_id in chosen or [] if run_id in {key: label for label, key in offered}]

@@ -63,7 +63,7 @@ class Parts:
 
 def bases() -> list[tuple[str, str]]:
     """The built-in bases as (what is shown, name)."""
-    return [(model.title, model.name) for model in BUILTIN.values()]
+    return [(model.title, model.name) for model in BUILTIN.values() if TASK in model.tasks]
 
 
 def datasets(page: Page) -> list[tuple[str, str]]:
