@@ -37,8 +37,8 @@ def adapter_config(adapter: Mapping[str, Any], task_type: TaskType | None, base:
     return config
 
 
-def count(model: str, adapter: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of an adapter on a base.
+def count(model: str, adapter: Mapping[str, Any], task: str = "causal_lm") -> dict[str, Any]:
+    """Parameters of an adapter on a base, which has the head of `task`.
 
     Returns:
         `trainable`, `parameters` (base and adapter), `share` of the two, `adapter_bytes` of the saved file (without its
@@ -48,8 +48,10 @@ def count(model: str, adapter: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError, TargetError, ModelError: as training with these settings would.
     """
     from engine.models.loading import meta_model
+    from engine.tasks import get_task
 
-    peft_model = get_peft_model(meta_model(model), adapter_config(adapter, TaskType.CAUSAL_LM))
+    config = adapter_config(adapter, get_task(task).task_type)
+    peft_model = get_peft_model(meta_model(model, task=task), config)
     trainable, total = peft_model.get_nb_trainable_parameters()
     layers = [layer for layer in peft_model._layers["default"] if isinstance(layer, AdapterLayer)]
     tensors = exported_tensors(peft_model, "default").values()

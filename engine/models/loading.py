@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError, ModelError, UnsafeFileError
 from engine.models import folders
+from engine.models.catalogue import BUILTIN, canonical
 from engine.models.fetch import resolve, resolve_config
 from engine.models.progress import Progress
 
@@ -107,19 +108,26 @@ def load_config(name: str, on_progress: Progress | None = None) -> PreTrainedCon
     return _config(resolve_config(name, on_progress), name)
 
 
-def meta_model(name: str, on_progress: Progress | None = None) -> PreTrainedModel:
+AUTO_CLASSES = {"causal_lm": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM"}
+"""Task -> transformers' class that builds its model."""
+
+
+def meta_model(name: str, on_progress: Progress | None = None, task: str | None = None) -> PreTrainedModel:
     """The model on torch's meta device: every shape, no weights, next to no memory. For counting.
+
+    `task` says with which head; by default the first that a built-in model is meant for, else `causal_lm`.
 
     Raises:
         ModelError, UnsafeFileError: as `load_causal_lm`.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     config = load_config(name, on_progress)
+    kind = task or (BUILTIN[canonical(name)].tasks[0] if canonical(name) in BUILTIN else "causal_lm")
     try:
         with _quiet(), torch.device("meta"):
-            build: Any = AutoModelForCausalLM.from_config
+            build: Any = getattr(transformers, AUTO_CLASSES[kind]).from_config
             model: PreTrainedModel = build(config, trust_remote_code=False)
     except (ValueError, KeyError, ImportError, AttributeError) as error:
         raise _unloadable(name, error) from error

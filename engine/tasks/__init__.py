@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 TASKS = {
     "causal_lm": "engine.tasks.causal_lm",
+    "seq2seq": "engine.tasks.seq2seq",
 }
 
 

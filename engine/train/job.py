@@ -18,7 +18,7 @@ import yaml
 
 from engine.errors import ConfigError
 
-TASKS = ("causal_lm",)
+TASKS = ("causal_lm", "seq2seq")
 QUANTIZATIONS = ("none",)
 PRECISIONS = ("auto", "fp32", "bf16")
 LOSS_ON = ("answers", "all")
