@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
     generate.add_argument("--top-p", type=float, default=0.9)
     generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--beams", type=int, default=4, help="of T5-like models at temperature 0")
     generate.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
     generate.add_argument("--out", type=Path, help="also write the results there, as results.json")
     generate.add_argument("--threads", type=int)
@@ -149,6 +150,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         temperature=arguments.temperature,
         top_p=arguments.top_p,
         seed=arguments.seed,
+        beams=arguments.beams,
     )
     messages = [{"role": "user", "content": arguments.prompt}]
     if arguments.system:

@@ -30,6 +30,7 @@ class Sampling:
         top_k: from so many of the likeliest; 0 for no limit.
         repetition_penalty: above 1 makes tokens that were used already less likely.
         seed: of each column's random generator.
+        beams: of an encoder-decoder model's search at temperature 0; other models answer word by word, without.
     """
 
     max_new_tokens: int = 128
@@ -38,6 +39,7 @@ class Sampling:
     top_k: int = 0
     repetition_penalty: float = 1.0
     seed: int = 0
+    beams: int = 4
 
     def __post_init__(self) -> None:
         rules = (
@@ -47,6 +49,7 @@ class Sampling:
             ("top_k", self.top_k >= 0, "0 or more"),
             ("repetition_penalty", 0.1 <= self.repetition_penalty <= 5, "0.1 to 5"),
             ("seed", 0 <= self.seed < 2**63, "0 or more, below 2^63"),
+            ("beams", 1 <= self.beams <= 32, "1 to 32"),
         )
         found = [f"{name} is {getattr(self, name)}; needed: {need}" for name, good, need in rules if not good]
         if found:
@@ -195,11 +198,14 @@ class Answerer:
     """
 
     def __init__(self, base: str, precision: str = "auto", on_progress: Any = None) -> None:
-        from engine.models.loading import load_causal_lm
+        from engine.models.encoder_decoder import load_seq2seq_lm
+        from engine.models.loading import load_causal_lm, load_config
 
         self.base = base
+        self.rewrites = bool(getattr(load_config(base, on_progress), "is_encoder_decoder", False))
+        load = load_seq2seq_lm if self.rewrites else load_causal_lm
         self.model: nn.Module
-        self.model, self.tokenizer = load_causal_lm(base, precision=precision, on_progress=on_progress)
+        self.model, self.tokenizer = load(base, precision=precision, on_progress=on_progress)
         self._attached: dict[str, Path] = {}
 
     @property
@@ -250,5 +256,12 @@ class Answerer:
                 raise ConfigError(
                     f"There is no adapter {name!r} here.", f"Attached: {', '.join(self._attached) or 'none'}."
                 )
+        if self.rewrites:
+            from engine.seq2seq import answers
+
+            # Such a model knows no turns: it reads one text, prefix and all.
+            prompt = str(messages[-1].get("content", "")) if messages else ""
+            yield from answers(self.model, self.tokenizer, prompt, who, sampling)
+            return
         ids = encode_prompt(self.tokenizer, messages)
         yield from decode(self.model, self.tokenizer, ids, who, sampling)

@@ -167,7 +167,12 @@ def load_config(name: str, on_progress: Progress | None = None) -> PreTrainedCon
     return _config(resolve_config(name, on_progress), name)
 
 
-AUTO_CLASSES = {"causal_lm": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification"}
+AUTO_CLASSES = {
+    "causal_lm": "AutoModelForCausalLM",
+    "preference": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "classification": "AutoModelForSequenceClassification",
+}
 """Task -> transformers' class that builds its model."""
 
 

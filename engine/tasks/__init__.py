@@ -16,6 +16,7 @@ TASKS = {
     "causal_lm": "engine.tasks.causal_lm",
     "preference": "engine.tasks.preference",
     "classification": "engine.tasks.classification",
+    "seq2seq": "engine.tasks.seq2seq",
 }
 
 

@@ -18,7 +18,7 @@ import yaml
 
 from engine.errors import ConfigError
 
-TASKS = ("causal_lm", "preference", "classification")
+TASKS = ("causal_lm", "preference", "seq2seq", "classification")
 QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
 PRECISIONS = ("auto", "fp32", "bf16")
 LOSS_ON = ("answers", "all")

@@ -31,6 +31,8 @@ from engine.train.job import JobSpec
 from engine.train.optim import make_optimizer, rate_at, set_rate
 from engine.train.trainee import Trainee
 
+_STRETCH = 16
+
 
 @dataclass
 class Counters:
@@ -63,6 +65,9 @@ class Run:
 
     def __post_init__(self) -> None:
         self.collate: Callable[[list[Any]], Batch] = self.task.collator(self.loaded)
+        length: Callable[[Any], int] | None = getattr(self.task, "length", None)
+        if length is not None:
+            self.eval_rows = sorted(self.eval_rows, key=length)
         self.trainee.prepare(self.total_steps)
         self.parameters = self.trainee.parameters()
         if not self.parameters:
@@ -93,15 +98,34 @@ class Run:
         return training.max_steps or max(1, round(training.epochs * self.steps_per_epoch))
 
 
-def step_rows(rows: Sequence[Any], per_step: int, seed: int, first_step: int) -> Iterator[list[Any]]:
-    """The rows of each optimizer step from `first_step` on, without end; a new permutation for every epoch."""
+def step_rows(
+    rows: Sequence[Any], per_step: int, seed: int, first_step: int, length: Callable[[Any], int] | None = None
+) -> Iterator[list[Any]]:
+    """The rows of each optimizer step from `first_step` on, without end; a new permutation for every epoch.
+
+    With `length`, rows of like length stand together, which leaves little padding: the permutation is sorted in
+    stretches of `_STRETCH` steps, and the steps are then shuffled.
+    """
     per_epoch = math.ceil(len(rows) / per_step)
     for epoch in itertools.count(first_step // per_epoch):
         order = list(range(len(rows)))
-        random.Random(f"{seed}/{epoch}").shuffle(order)
+        rng = random.Random(f"{seed}/{epoch}")
+        rng.shuffle(order)
+        if length is not None:
+            order = _by_length(order, [length(row) for row in rows], per_step, rng)
         start = first_step - epoch * per_epoch if epoch == first_step // per_epoch else 0
         for number in range(start, per_epoch):
             yield [rows[i] for i in order[number * per_step : (number + 1) * per_step]]
+
+
+def _by_length(order: list[int], lengths: Sequence[int], per_step: int, rng: random.Random) -> list[int]:
+    width = per_step * _STRETCH
+    stretches = [sorted(order[i : i + width], key=lengths.__getitem__) for i in range(0, len(order), width)]
+    ordered = list(itertools.chain.from_iterable(stretches))
+    whole = [ordered[i : i + per_step] for i in range(0, len(ordered) - per_step + 1, per_step)]
+    rest = ordered[len(whole) * per_step :]
+    rng.shuffle(whole)
+    return [*itertools.chain.from_iterable(whole), *rest]
 
 
 def fit(run: Run, resume: bool) -> str:
@@ -136,7 +160,8 @@ def fit(run: Run, resume: bool) -> str:
     training = run.spec.training
     # A run that was paused in its last evaluation has that one to make up for.
     asked = evaluate(run) if run.step in (0, run.total_steps) else None
-    stream = step_rows(run.train_rows, training.batch_size * training.gradient_accumulation, training.seed, run.step)
+    per_step = training.batch_size * training.gradient_accumulation
+    stream = step_rows(run.train_rows, per_step, training.seed, run.step, getattr(run.task, "length", None))
     while run.step < run.total_steps:
         asked = asked or run.control.poll()
         if asked in ("stop", "pause"):
