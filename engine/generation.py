@@ -199,9 +199,12 @@ class Answerer:
 
     def __init__(self, base: str, precision: str = "auto", on_progress: Any = None) -> None:
         from engine.models.encoder_decoder import load_seq2seq_lm
+        from engine.models.fetch import resolve
         from engine.models.loading import load_causal_lm, load_config
 
         self.base = base
+        # Its weights are needed anyway, and what is wrong with them counts for more than a config.
+        resolve(base, on_progress)
         self.rewrites = bool(getattr(load_config(base, on_progress), "is_encoder_decoder", False))
         load = load_seq2seq_lm if self.rewrites else load_causal_lm
         self.model: nn.Module
