@@ -41,8 +41,9 @@ def count(model: str, adapter: Mapping[str, Any], task: str = "causal_lm") -> di
     """Parameters of an adapter on a base, which has the head of `task`.
 
     Returns:
-        `trainable`, `parameters` (base and adapter), `share` of the two, `adapter_bytes` of the saved file (without its
-        header), and `targets`: the last part of the names -> how many modules.
+        `trainable`, `parameters` (base and adapter), `base` (without the adapter), `share` of the first two,
+        `adapter_bytes` of the saved file (without its header), and `targets`: the last part of the names -> how many
+        modules.
 
     Raises:
         ConfigError, TargetError, ModelError: as training with these settings would.
@@ -58,6 +59,7 @@ def count(model: str, adapter: Mapping[str, Any], task: str = "causal_lm") -> di
     return {
         "trainable": trainable,
         "parameters": total,
+        "base": total - sum(p.numel() for p in peft_model.adapter_parameters("default").values()),
         "share": trainable / total,
         "adapter_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
         "targets": dict(Counter(layer.module_name.rsplit(".", 1)[-1] for layer in layers)),

@@ -31,7 +31,7 @@ def widget(field: Field, owner: str = "") -> Component:
         return gr.Checkbox(value=field.default, **common)
     if field.type == "lines":
         return gr.Textbox(value="\n".join(field.default or []), lines=2, max_lines=6, **common)
-    if field.type == "text":
+    if field.type in ("text", "words"):
         return gr.Textbox(value=field.default, max_lines=1, **common)
     # A Number would round 0.0001, turn "nothing" into 0, and answer a value out of bounds with a bare exception.
     return gr.Textbox(value=show(field, field.default), max_lines=1, **common)
@@ -46,7 +46,7 @@ def show(field: Field, value: Any) -> Any:
     if field.type == "lines":
         return "\n".join(value or [])
     if field.type == "choice":
-        return "true" if value is True else value
+        return str(value).lower() if isinstance(value, bool) else value
     return value
 
 
@@ -64,10 +64,13 @@ def read(field: Field, value: Any) -> Any:
         return _names(str(value or ""))
     if field.type == "text":
         return str(value or "").strip() or None
+    if field.type == "words":
+        # A space at the end may be meant.
+        return str(value or "") or None
     if field.type == "choice":
         if value not in field.choices:
             raise ConfigError(f"{field.name} is {value!r}; needed: one of {', '.join(field.choices)}")
-        return True if value == "true" else value
+        return {"true": True, "false": False}.get(value, value)
     if value in (None, ""):
         if field.type in ("int?", "float?"):
             return None
@@ -120,22 +123,22 @@ def read_all(fields: Sequence[Field], values: Iterable[Any]) -> Values:
     return found
 
 
-def read_parts(fields: Sequence[Field], values: Sequence[Any], cut: int) -> tuple[Values, Values]:
-    """The adapter's values (the first `cut` fields) and the training's, whose names may be the same.
+def read_parts(*given: Sequence[tuple[Field, Any]]) -> list[Values]:
+    """The values of each part of the form, given as fields with their widgets' values; parts may share names.
 
     Raises:
-        ConfigError: with every fault of both.
+        ConfigError: with every fault of all.
     """
     parts: list[Values] = []
     faults = []
-    for part in (slice(0, cut), slice(cut, None)):
+    for part in given:
         try:
-            parts.append(read_all(fields[part], values[part]))
+            parts.append(read_all([field for field, _ in part], [value for _, value in part]))
         except ConfigError as error:
             faults += error.message.splitlines()[1:]
     if faults:
         raise ConfigError("\n".join(["These settings cannot work:", *faults]))
-    return parts[0], parts[1]
+    return parts
 
 
 def preset_values(task: Task, method: Method, preset: Preset) -> tuple[Values, Values]:
@@ -161,16 +164,18 @@ def job(
     model: str,
     dataset: Mapping[str, Any],
     eval_split: float,
-    method: str,
+    method: str | None,
     adapter: Mapping[str, Any],
     training: Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
     quantization: str = "none",
 ) -> JobSpec:
-    """The job that a filled form describes.
+    """The job that a filled form describes; without a method, full fine-tuning.
 
     Raises:
         ConfigError: with every fault of the job.
     """
+    own = {key: value for key, value in adapter.items() if value is not None}
     return JobSpec.from_dict(
         {
             "name": name,
@@ -183,8 +188,9 @@ def job(
                 "columns": dict(dataset["columns"]),
                 "eval_split": eval_split,
             },
-            "adapter": {"method": method, **{key: value for key, value in adapter.items() if value is not None}},
+            **({"full": True} if method is None else {"adapter": {"method": method, **own}}),
             "training": dict(training),
+            "options": {key: value for key, value in (options or {}).items() if value is not None},
         }
     )
 

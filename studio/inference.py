@@ -116,13 +116,13 @@ class Inference:
         }
         yield from self._ask(request, base)
 
-    def count(self, base: str, adapter: Mapping[str, Any]) -> Message:
-        """What `engine.inspection.count` says about an adapter on a base.
+    def count(self, base: str, adapter: Mapping[str, Any], task: str = "causal_lm") -> Message:
+        """What `engine.inspection.count` says about an adapter on a base with the head of a task.
 
         Raises:
             InferenceError: the fields do not fit the base, the base cannot be found, or the process ended.
         """
-        for message in self._ask({"op": "count", "base": base, "adapter": dict(adapter)}, None):
+        for message in self._ask({"op": "count", "base": base, "adapter": dict(adapter), "task": task}, None):
             if message["type"] == "result":
                 value: Message = message["value"]
                 return value

@@ -122,7 +122,13 @@ class Server:
     def _count(self, request: str, message: Message) -> None:
         from engine.inspection import count
 
-        self.send({"id": request, "type": "result", "value": count(message["base"], message["adapter"])})
+        self.send(
+            {
+                "id": request,
+                "type": "result",
+                "value": count(message["base"], message["adapter"], message.get("task", "causal_lm")),
+            }
+        )
 
 
 def main() -> int:

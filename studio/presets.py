@@ -15,7 +15,7 @@ from engine.paths import REPOSITORY
 from engine.train.job import QUANTIZATIONS
 
 FOLDER = REPOSITORY / "presets"
-KINDS = ("int", "int?", "float", "float?", "bool", "choice", "names", "lines", "text")
+KINDS = ("int", "int?", "float", "float?", "bool", "choice", "names", "lines", "text", "words")
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,19 @@ class Method:
 
 @dataclass(frozen=True)
 class Task:
-    """A task as the form shows it, with its recipes in order; `options` are the fields of the task's own options."""
+    """A task as the form shows it, with its recipes in order.
+
+    `formats` are those of the data it learns from, `base` the one that is chosen at first, `options` the fields of the
+    task's own options.
+    """
 
     name: str
     title: str
     fields: tuple[Field, ...]
     presets: Mapping[str, Preset]
+    meaning: str
+    formats: tuple[str, ...]
+    base: str
     options: tuple[Field, ...] = ()
 
 
@@ -138,5 +145,14 @@ def tasks() -> dict[str, Task]:
             without = set(raw.get("without", ()))
             others = _read(FOLDER / "tasks" / f"{fields}.yaml")["fields"]
             fields = [item for item in others if item["name"] not in without]
-        found[raw["task"]] = Task(raw["task"], raw["title"], _fields(fields), recipes, _fields(raw.get("options", [])))
+        found[raw["task"]] = Task(
+            name=raw["task"],
+            title=raw["title"],
+            meaning=raw["meaning"],
+            fields=_fields(fields),
+            presets=recipes,
+            formats=tuple(raw["formats"]),
+            base=raw["base"],
+            options=_fields(raw.get("options", [])),
+        )
     return found

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from engine.errors import ConfigError
+from engine.tasks import TASKS, get_task
 from engine.train.job import JobSpec, TrainingSpec
-from studio import charts, forms, markup, presets, samples
+from studio import charts, forms, markup, presets, recipes, samples
 
 DATASET = {"path": "rows.jsonl", "format": "messages", "columns": {"messages": "messages"}}
 EVERY_PRESET = [(task, name) for task, form in presets.tasks().items() for name in form.presets]
@@ -35,14 +36,59 @@ def test_every_preset_is_a_job_and_comes_back_from_its_form_unchanged(task: str,
         method=method.name,
         adapter=adapter,
         training=training,
+        options=preset.options,
         quantization=preset.quantization,
     )
     assert spec.quantization == preset.quantization
     for key, value in preset.training.items():
         assert getattr(spec.training, key) == value, key
     for key, value in preset.adapter.items():
-        assert spec.adapter[key] == value, key
+        assert spec.adapter.get(key) == value, key
     assert JobSpec.from_dict(spec.to_dict()) == spec
+
+
+@pytest.mark.parametrize(("task", "name"), EVERY_PRESET)
+def test_a_filled_form_is_the_job_of_its_preset_and_comes_back_from_a_run(task: str, name: str) -> None:
+    form = recipes.task_of(task)
+    dataset = {**DATASET, "name": "rows.jsonl", "format": form.formats[0]}
+
+    def through_the_form(recipe: dict[str, Any]) -> JobSpec:
+        values = recipes.shown_values(recipe)
+        return recipes.job(
+            dataset,
+            task=task,
+            base=form.base,
+            preset=name,
+            eval_split=recipe["eval_split"],
+            name="",
+            quantization=recipe["quantization"],
+            method=recipe["adapter"]["method"],
+            values=[values.get(owned.key, "not shown") for owned in recipes.fields()],
+        )
+
+    preset = form.presets[name]
+    spec = through_the_form(recipes.of_preset(form, preset))
+    assert spec.task == task and spec.quantization == preset.quantization
+    assert {key: spec.options[key] for key in preset.options} == dict(preset.options)
+    assert spec.adapter.get("target_modules") == preset.adapter.get(
+        "target_modules", spec.adapter.get("target_modules")
+    )
+    get_task(task, spec.options)
+    again = through_the_form(recipes.of_spec(spec.to_dict()))
+    assert again == spec
+    full = through_the_form({**recipes.of_preset(form, preset), "adapter": {"method": "full"}, "quantization": "none"})
+    assert full.full and not full.adapter and recipes.of_spec(full.to_dict())["adapter"] == {"method": "full"}
+
+
+def test_the_form_offers_every_task_with_what_it_learns_from_and_a_base_that_can() -> None:
+    assert {task.name for task in recipes.tasks()} == set(TASKS)
+    for task in recipes.tasks():
+        assert task.formats == get_task(task.name).formats
+        assert task.base in {name for _, name in recipes.bases(task)} or "/" in task.base
+        assert {option.name for option in task.options} <= {
+            field.metadata.get("option", field.name) for field in dataclasses.fields(get_task(task.name))
+        }
+    assert [task.name for task in recipes.tasks_for("labels")] == ["classification"]
 
 
 def test_every_preset_names_only_fields_that_the_form_shows() -> None:
