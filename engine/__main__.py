@@ -144,6 +144,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 def _generate(arguments: argparse.Namespace) -> int:
     from engine.generation import Answerer, Sampling
+    from engine.labelling import Labeller, labels
 
     sampling = Sampling(
         max_new_tokens=arguments.max_new_tokens,
@@ -155,7 +156,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     messages = [{"role": "user", "content": arguments.prompt}]
     if arguments.system:
         messages.insert(0, {"role": "system", "content": arguments.system})
-    answerer = Answerer(arguments.model, arguments.precision)
+    make = Labeller if labels(arguments.model, arguments.adapter) else Answerer
+    answerer = make(arguments.model, arguments.precision)
     names: list[str | None] = [None]
     for number, folder in enumerate(arguments.adapter):
         names.append(f"adapter-{number}")

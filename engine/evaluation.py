@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def evaluate_job(
 
     Args:
         spec: the job; its `data`, `task`, `model`, `options`, and of `training` the lengths, seed and precision count.
-        adapter: the folder of an adapter, or with several adapters of one.
+        adapter: the folder of an adapter; of a model, for a job of full fine-tuning.
         on_progress: told what is done.
         answered: at most so many rows are answered in words for metrics of texts (each takes a generation).
         shown: so many rows come with both answers.
@@ -74,13 +74,16 @@ def evaluate_job(
             f"The job holds no rows back (data.eval_split is {spec.data.eval_split}), so there is nothing to score on.",
             "Set data.eval_split to 0.1, for example, and train again: rows that were trained on prove nothing.",
         )
-    if not (adapter / "adapter_config.json").is_file():
-        raise CheckpointError(f"{adapter} is no adapter folder.", "Give the folder `adapter` of a run.")
+    mark = "config.json" if spec.full else "adapter_config.json"
+    if not (adapter / mark).is_file():
+        what = "model" if spec.full else "adapter"
+        raise CheckpointError(f"{adapter} is no {what} folder.", f"Give the folder `{what}` of a run of this job.")
     if isinstance(task, Fitting):
         task = task.restored(adapter)
-    base = task.load(spec, torch.device(default_device()), on_progress)
-    model = PeftModel.from_pretrained(base.model, adapter)
-    loaded = Loaded(model, base.processor)
+    device = torch.device(default_device())
+    loaded = task.load(spec, device, on_progress)
+    if not spec.full:
+        loaded = replace(loaded, model=PeftModel.from_pretrained(loaded.model, adapter))
     encoded = task.encode(held, loaded, spec.training, on_progress)
     for note in encoded.notes:
         yield {"type": "warning", "message": note}
@@ -88,7 +91,12 @@ def evaluate_job(
     sides = {}
     for who in ("base", "adapter"):
         on_progress("scoring", None, f"Scoring the {who} on {len(encoded.rows)} rows")
-        with model.disable_adapter() if who == "base" else nullcontext():
+        if spec.full and who == "adapter":
+            # One of the two in memory at a time.
+            del loaded
+            loaded = task.load(replace(spec, model=str(adapter.resolve())), device, on_progress)
+        off = who == "base" and isinstance(loaded.model, PeftModel)
+        with loaded.model.disable_adapter() if off else nullcontext():  # type: ignore[operator]
             sides[who] = score_side(task, loaded, encoded.rows, asked, spec.training.batch_size, answered, who)
         for metric, (value, rows) in sides[who].scores.items():
             why = {"note": sides[who].note} if sides[who].note else {}

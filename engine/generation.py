@@ -6,7 +6,7 @@ random generator with the same seed, so a column's answer does not depend on whi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -247,7 +247,7 @@ class Answerer:
 
     def stream(
         self, messages: Sequence[Mapping[str, str]], who: Sequence[str | None], sampling: Sampling
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         """The answers of the base (None) and of attached adapters to one conversation.
 
         Raises:

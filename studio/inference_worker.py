@@ -86,13 +86,16 @@ class Server:
 
     def _generate(self, request: str, message: Message) -> None:
         from engine.generation import Answerer, Sampling
+        from engine.labelling import Labeller, labels
 
         def progress(phase: str, fraction: float | None, text: str) -> None:
             self.send({"id": request, "type": "progress", "phase": phase, "fraction": fraction, "message": text})
 
-        if self.answerer is None:
-            self.answerer = Answerer(message["base"], message.get("precision", "auto"), on_progress=progress)
         adapters: dict[str, str] = message["adapters"]
+        make = Labeller if labels(message["base"], [Path(folder) for folder in adapters.values()]) else Answerer
+        if not isinstance(self.answerer, make):
+            self.answerer, self.attached = None, set()
+            self.answerer = make(message["base"], message.get("precision", "auto"), on_progress=progress)
         for name in self.attached - set(adapters):
             self.answerer.detach(name)
             self.attached.discard(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,7 +103,16 @@ def curves_html(page: Page, row: Row, log: bool, smoothing: float) -> str:
     loss = charts.loss_chart(steps, evals, colour, total, log=log, smoothing=smoothing, waiting=waiting)
     rate = charts.side_chart("Learning rate", steps, "lr", colour, total, waiting)
     norm = charts.side_chart("Gradient norm", steps, "grad_norm", colour, total, waiting)
-    return f'<div class="charts">{loss}{rate}{norm}</div>'
+    named = dict.fromkeys(name for event in evals for name in event.get("metrics") or {})
+    metrics = "".join(
+        charts.side_chart(words.metric(name), [_metric(event, name) for event in evals], name, colour, total)
+        for name in named
+    )
+    return f'<div class="charts">{loss}{metrics}{rate}{norm}</div>'
+
+
+def _metric(event: Mapping[str, Any], name: str) -> dict[str, float | None]:
+    return {"step": event.get("step"), name: (event.get("metrics") or {}).get(name)}
 
 
 def newest(page: Page, row: Row) -> dict[str, Any]:

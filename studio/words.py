@@ -16,6 +16,18 @@ from studio.store import Row
 _SHOWN_ROWS = 5
 _SHOWN_PROBLEMS = 50
 _SHOWN_TEXT = 400
+METRICS = {
+    "accuracy": "Accuracy on rows held back (higher is better)",
+    "macro_f1": "Macro F1 on rows held back (higher is better)",
+    "margin": "Margin of the better answer (higher is better)",
+    "reward_chosen": "Reward of the better answer",
+    "reward_rejected": "Reward of the worse answer",
+}
+
+
+def metric(name: str) -> str:
+    """What a chart of a metric is called."""
+    return METRICS.get(name, name.replace("_", " ").capitalize())
 
 
 def preview(prepared: data.Prepared) -> str:

@@ -264,3 +264,28 @@ def test_adaloras_ranks_are_seen_moving(page: Any, server: str) -> None:
     assert float(last) < float(first) - 0.5
     assert "Mean rank" in page.locator("#live-ranks").inner_text()
     shoot(page, "live-ranks")
+
+
+def test_labels_bring_their_task_and_full_fine_tuning_is_one_of_the_methods(page: Any, server: str) -> None:
+    page.goto(server)
+    page.get_by_role("tab", name="Data", exact=True).click()
+    page.set_input_files("#data-file input[type=file]", str(REPOSITORY / "examples" / "question_topics.csv"))
+    page.click("#data-use")
+    page.locator("#train-start >> text=Train on these").wait_for()
+    sync_api.expect(page.locator("#train-task input")).to_have_value("Texts and classes")
+    sync_api.expect(page.locator("#train-base input")).to_have_value("MiniLM L6")
+    assert page.locator("#field-loss_on").count() == 0 or page.locator("#field-loss_on").is_hidden()
+    page.locator("#field-classification-multi_label").wait_for()
+    page.locator("#train-base input").click()
+    page.get_by_role("option", name="Tiny Llama (toy)", exact=True).click()
+    page.locator("#train-count b").wait_for(timeout=120_000)
+    shoot(page, "train-labels")
+    page.locator("#train-method input").click()
+    page.get_by_role("option", name="Full fine-tuning", exact=True).click()
+    page.locator("#train-count >> text=of the base learn").wait_for(timeout=120_000)
+    page.click("#train-start")
+    head(page, "done").wait_for(timeout=240_000)
+    losses = [float(loss) for _, loss in curve(page)]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    assert "accuracy" in page.locator("#live-curves").inner_text().lower()
+    shoot(page, "live-labels")

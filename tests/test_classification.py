@@ -12,6 +12,8 @@ import torch
 from engine import PeftModel
 from engine.errors import CheckpointError, ConfigError, DataError, ModelError
 from engine.evaluation import evaluate_job
+from engine.generation import Sampling
+from engine.labelling import UNTRAINED, Labeller, labels
 from engine.tasks import get_task
 from engine.tasks.base import Loaded
 from engine.tasks.classification import Classification
@@ -200,3 +202,47 @@ def test_a_model_that_lacks_more_than_its_head_is_refused(tmp_path: Path) -> Non
     with pytest.raises(ModelError, match="pre_classifier"):
         run(job(folder, data, adapter), tmp_path / "refused", Recorder(), Never())
     train(job(folder, data, {**adapter, "modules_to_save": ["pre_classifier"]}, max_steps=2), tmp_path / "run")
+
+
+def test_labellers_answer_with_each_adapters_own_labels(bert: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "rows.jsonl", rows(48))
+    other = [{"text": row["text"], "label": f"{row['label']}!"} for row in rows(48)]
+    for name, path in (("one", data), ("two", data), ("three", write(tmp_path / "other.jsonl", other))):
+        train(job(bert, path, seed=len(name), max_steps=20), tmp_path / name)
+    folders = {name: tmp_path / name / "adapter" for name in ("one", "two", "three")}
+    assert labels(str(bert), list(folders.values())) and not labels(str(bert), [])
+    labeller = Labeller(str(bert), precision="fp32")
+    for name, folder in folders.items():
+        labeller.attach(name, folder)
+    assert len(labeller._models) == 2
+    asked = [{"role": "user", "content": rows(48)[0]["text"]}]
+    said = [piece.text for piece in labeller.stream(asked, [None, *folders], Sampling())]
+    assert said[0] == UNTRAINED and said[3].split(" (")[0].endswith("!") and not said[1].split(" (")[0].endswith("!")
+    alone = Labeller(str(bert), precision="fp32")
+    alone.attach("two", folders["two"])
+    assert [piece.text for piece in alone.stream(asked, ["two"], Sampling())] == [said[2]]
+    labeller.detach("three")
+    labeller.detach("one")
+    assert [piece.text for piece in labeller.stream(asked, ["two"], Sampling())] == [said[2]]
+    with pytest.raises(ConfigError, match="no adapter 'one'"):
+        list(labeller.stream(asked, ["one"], Sampling()))
+    (tmp_path / "chat").mkdir()
+    (tmp_path / "chat" / "adapter_config.json").write_text('{"task_type": "CAUSAL_LM"}')
+    with pytest.raises(ConfigError, match="those of one task"):
+        labels(str(bert), [folders["one"], tmp_path / "chat"])
+
+
+def test_a_fully_trained_classifier_is_scored_and_answers_by_itself(bert: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "rows.jsonl", rows(64))
+    plain = job(bert, data, max_steps=40, learning_rate=2e-3).to_dict()
+    spec = JobSpec.from_dict({**{k: v for k, v in plain.items() if k != "adapter"}, "full": True})
+    train(spec, tmp_path / "run")
+    folder = tmp_path / "run" / "model"
+    found, _ = scores(spec, folder)
+    assert found["adapter", "accuracy"] > found["base", "accuracy"] + 0.2
+    assert labels(str(folder), [])
+    asked = [{"role": "user", "content": rows(1)[0]["text"]}]
+    said = [piece.text for piece in Labeller(str(folder)).stream(asked, [None], Sampling())]
+    assert said[0].split(" (")[0] in {row["label"] for row in rows(64)}
+    with pytest.raises(CheckpointError, match="no model folder"):
+        scores(spec, tmp_path)
