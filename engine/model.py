@@ -96,6 +96,20 @@ class PeftModel(Merging):
             config = config.replace(target_modules=wanted).settled(names)
         saved = saved_names(model, config)
         refuse_both(model, names, saved)
+        # A start, a norm or a bias is taken from the base's own weights, not from those of a merged adapter.
+        with self.unmerged():
+            config, layers, shared = self._attach(adapter_name, config, names, saved)
+        if shared:
+            self.shared[adapter_name] = shared[0]
+        self.peft_config[adapter_name] = config
+        self._layers[adapter_name] = layers
+        self._trainable(adapter_name, False)
+
+    def _attach(
+        self, adapter_name: str, config: AdapterConfig, names: list[str], saved: list[str]
+    ) -> tuple[AdapterConfig, list[Wrapper], tuple[Any, ...]]:
+        """Its weights on the modules `names` and copies of `saved`: (config, wrappers, shared state)."""
+        model, spec = self.get_base_model(), spec_of(config)
         # Everything that can fail comes before the first wrapper, so a refused adapter leaves the model as it was.
         bases = {name: unwrapped(module_at(model, name)) for name in names}
         shared = (spec.share(bases, config),) if spec.share else ()
@@ -115,11 +129,7 @@ class PeftModel(Merging):
             module.copies[adapter_name] = copy.deepcopy(module.original_module)
             layers.append(module)
         layers += own_biases(model, self.switchboard, adapter_name, config, names)
-        if shared:
-            self.shared[adapter_name] = shared[0]
-        self.peft_config[adapter_name] = config
-        self._layers[adapter_name] = layers
-        self._trainable(adapter_name, False)
+        return config, layers, shared
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was the only active one, the first that is left becomes active."""
@@ -152,6 +162,7 @@ class PeftModel(Merging):
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         for name in names:
             self._known(name)
+        self._unmerge_to_switch()
         self.switchboard.weights = dict.fromkeys(names, 1.0)
         for name, config in self.peft_config.items():
             self._trainable(name, name in names and not inference_mode and not config.inference_mode)
@@ -166,26 +177,19 @@ class PeftModel(Merging):
                 raise ConfigError(f"{name!r} is a {spec.title} adapter, which cannot be mixed with others.")
             if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
                 raise ConfigError(f"The weight of {name!r} is {value!r}; needed: a number.")
+        self._unmerge_to_switch()
         self.switchboard.weights = {name: float(value) for name, value in weights.items()}
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """The base alone inside the block, bit for bit."""
         before = self.switchboard.disabled
-        merged = [
-            (layer, dict(layer.merged))
-            for _, layer in self.wrappers()
-            if isinstance(layer, AdapterLayer) and layer.merged
-        ]
-        for layer, _ in merged:
-            layer.unmerge()
-        self.switchboard.disabled = True
-        try:
-            yield
-        finally:
-            self.switchboard.disabled = before
-            for layer, weights in merged:
-                layer.merge(weights)
+        with self.unmerged():
+            self.switchboard.disabled = True
+            try:
+                yield
+            finally:
+                self.switchboard.disabled = before
 
     def _trainable(self, adapter: str, flag: bool) -> None:
         for parameter in self.adapter_parameters(adapter).values():
