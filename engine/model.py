@@ -9,13 +9,13 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from engine import bnb, hooks, prompts
+from engine import bnb, hooks, prompts, rows
 from engine.adapters.base import AdapterConfig, AdapterWeights, Switchboard, TaskType
 from engine.attaching import own_biases, refuse_both, saved_names
 from engine.errors import ConfigError, EngineError
@@ -222,9 +222,8 @@ class PeftModel(Merging):
 
         In training, the loss of a method that has a term of its own (AdaLoRA) contains it.
         """
-        # Rows stay set until the next call: gradient checkpointing runs the layers again in the backward pass.
-        self.switchboard.rows = self._rows(adapter_names)
-        outputs = prompts.run(self, args, kwargs) if self.prompts else self.base_model(*args, **kwargs)
+        with self._mixed(adapter_names, args, kwargs):
+            outputs = prompts.run(self, args, kwargs) if self.prompts else self.base_model(*args, **kwargs)
         if self.training and self.adds_extra_loss and getattr(outputs, "loss", None) is not None:
             for name in self.switchboard.weights:
                 extra = None if self.peft_config[name].inference_mode else hooks.extra_loss(self, name)
@@ -234,26 +233,25 @@ class PeftModel(Merging):
 
     def generate(self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
         """The base's generate, each batch row through its own adapter where `adapter_names` is given."""
-        self.switchboard.rows = self._rows(adapter_names)
-        try:
+        with self._mixed(adapter_names, args, kwargs):
             if self.prompts:
                 return prompts.generate(self, args, kwargs)
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
-        finally:
-            self.switchboard.rows = None
 
     def virtual_tokens(self, adapter_names: Sequence[str | None] | None = None) -> int:
         """The places that virtual tokens take in the context, with the active adapters or with these of a batch."""
         return prompts.virtual_tokens(self, adapter_names)
 
-    def _rows(self, names: Sequence[str | None] | None) -> list[str | None] | None:
+    def _mixed(self, names: Sequence[str | None] | None, args: Any, kwargs: Any) -> AbstractContextManager[None]:
+        """The rows' adapters for the time of a call."""
         if names is None:
-            return None
-        rows = [None if name == "__base__" else name for name in names]
-        for name in rows:
+            return nullcontext()
+        chosen = [None if name == "__base__" else name for name in names]
+        for name in chosen:
             if name is not None:
                 self._known(name)
-        return rows
+        rows.check_count(chosen, args, kwargs)
+        return rows.mixed(self.switchboard, self.get_base_model(), chosen)
 
     # --- files ------------------------------------------------------------------------------------------------
 
