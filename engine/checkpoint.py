@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine import hooks
 from engine.adapters import ADAPTERS
@@ -165,7 +165,7 @@ def _tensors(layer: Wrapper, adapter: str) -> dict[str, Tensor]:
         found.update(_weights(layer, adapter).export())
         if layer_kind(layer.base_layer) == EMBEDDING:
             # PEFT saves a targeted embedding's own weight too; without it, it warns and looks for it.
-            found["base_layer.weight"] = layer._before.get("weight", layer.base_layer.weight)  # type: ignore[arg-type]
+            found["base_layer.weight"] = _own_weight(layer)
     if adapter in layer.biases:
         found[_bias_key(layer, adapter)] = layer.biases[adapter]
     return found
@@ -264,7 +264,7 @@ def write_weights(model: PeftModel, adapter_name: str, tensors: Mapping[str, Ten
         CheckpointError: a tensor is missing, left over, or of another shape; nothing has been changed then.
     """
     places: dict[str, Tensor] = {}
-    kept: dict[str, nn.Module] = {}
+    kept: dict[str, AdapterLayer] = {}
     for layer in model._layers[adapter_name]:
         start = f"{_prefix(model, adapter_name)}{layer.module_name}."
         if isinstance(layer, SavedModule):
@@ -273,7 +273,7 @@ def write_weights(model: PeftModel, adapter_name: str, tensors: Mapping[str, Ten
         if adapter_name in layer.adapters:
             places |= {start + name: p for name, p in _weights(layer, adapter_name).slots().items()}
             if layer_kind(layer.base_layer) == EMBEDDING:
-                kept[f"{start}base_layer.weight"] = layer.base_layer
+                kept[f"{start}base_layer.weight"] = layer
         if adapter_name in layer.biases:
             places[start + _bias_key(layer, adapter_name)] = layer.biases[adapter_name]
     if adapter_name in model.shared:
@@ -295,8 +295,8 @@ def write_weights(model: PeftModel, adapter_name: str, tensors: Mapping[str, Ten
                 f"{key} has shape {tuple(tensors[key].shape)} in the file and {tuple(place.shape)} in the model.",
                 f"The adapter was made for {_origin(model, adapter_name)}; load that base, or check r.",
             )
-    for key, base in kept.items():
-        _check_embedding(key, base, tensors.get(key))
+    for key, layer in kept.items():
+        _check_embedding(key, _own_weight(layer), tensors.get(key))
     if EMBEDDINGS in places:
         del places[EMBEDDINGS]
         _write_prompt(model, adapter_name, tensors[EMBEDDINGS], encoder)
@@ -329,10 +329,15 @@ def _write_prompt(model: PeftModel, adapter: str, table: Tensor, encoder: Mappin
     model._trainable(adapter, trained)
 
 
-def _check_embedding(key: str, base: nn.Module, saved: Tensor | None) -> None:
+def _own_weight(layer: AdapterLayer) -> Tensor:
+    """The base layer's weight without what is merged into it."""
+    weight: Tensor = layer._before.get("weight", layer.base_layer.weight)  # type: ignore[arg-type]
+    return weight
+
+
+def _check_embedding(key: str, weight: Tensor, saved: Tensor | None) -> None:
     """A file may bring the base's own embedding (PEFT saves it): it has to be this base's, for it is shared by all."""
-    weight = base.weight
-    if saved is None or not isinstance(weight, Tensor):
+    if saved is None:
         return
     if saved.shape != weight.shape:
         raise CheckpointError(

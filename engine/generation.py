@@ -134,8 +134,6 @@ def decode(
             seen = torch.cat([seen, step], dim=1)
     finally:
         model.train(was_training)
-        if hasattr(model, "switchboard"):
-            model.switchboard.rows = None  # type: ignore[union-attr]
 
 
 def _room(ids: Tensor, context: int | None, wanted: int, virtual: int = 0) -> int:

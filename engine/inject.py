@@ -199,12 +199,43 @@ class AdapterLayer(nn.Module):
         new = {name: weight for name, weight in weights.items() if name not in self.merged and self.holds(name)}
         if not new:
             return
-        every = {**self.merged, **new}
+        former, every = dict(self.merged), {**self.merged, **new}
         self.unmerge()
-        packed = bnb.is_packed(self.base_layer)
-        base = bnb.dense(self.base_layer) if packed else self.base_layer
+        try:
+            base, changes, merged = self._planned(every)
+        except BaseException:
+            self.merge(former)
+            raise
+        for name, tensor in merged.items():
+            if bnb.is_packed(self.base_layer) and name == "weight":
+                self._requantize(tensor, changes[name], keep)
+                continue
+            target = getattr(base, name)
+            if keep:
+                self._before[name] = target.detach().to("cpu", copy=True)
+            target.copy_(tensor)
+        self.merged = every
+
+    @torch.no_grad()
+    def check_merge(self, weights: Mapping[str, float]) -> None:
+        """Raises what `merge` would, and changes nothing."""
+        former = dict(self.merged)
+        self.unmerge()
+        try:
+            self._planned({**{name: weight for name, weight in weights.items() if self.holds(name)}, **former})
+        finally:
+            self.merge(former)
+
+    def _planned(self, weights: Mapping[str, float]) -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor]]:
+        """The base layer, dequantised if it is packed; by name, what merging adds to its tensors and what they become.
+
+        Raises:
+            TargetError: the base cannot take a change up.
+            EngineError: the result is not finite.
+        """
+        base = bnb.dense(self.base_layer) if bnb.is_packed(self.base_layer) else self.base_layer
         changes: dict[str, Tensor] = {}
-        for adapter, weight in every.items():
+        for adapter, weight in weights.items():
             for name, change in self._weight_changes(adapter, base).items():
                 if getattr(base, name) is None:
                     if not change.any():
@@ -221,19 +252,11 @@ class AdapterLayer(nn.Module):
             merged[name] = (master(tensor) + change.to(tensor.device)).to(tensor.dtype)
             if not torch.isfinite(merged[name]).all():
                 raise EngineError(
-                    f"Merging {' and '.join(map(repr, every))} into {self.module_name} gives values that are not "
-                    "finite; nothing is merged there.",
+                    f"Merging {' and '.join(map(repr, weights))} into {self.module_name} gives values that are not "
+                    "finite; nothing is merged.",
                     "The adapter is damaged or diverged; train it again or use an earlier checkpoint.",
                 )
-        for name, tensor in merged.items():
-            if packed and name == "weight":
-                self._requantize(tensor, changes[name], keep)
-                continue
-            target = getattr(base, name)
-            if keep:
-                self._before[name] = target.detach().to("cpu", copy=True)
-            target.copy_(tensor)
-        self.merged = every
+        return base, changes, merged
 
     def _requantize(self, weight: Tensor, change: Tensor, keep: bool) -> None:
         if keep:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -39,9 +41,21 @@ class Merging(ModelState):
                 raise ConfigError(f"{name!r} is a {spec.title} adapter, which cannot be merged into a weight.{why}")
         self._refuse_tied(names)
         weights = {name: self.switchboard.weights.get(name, 1.0) for name in names}
-        for layer in dict.fromkeys(layer for name in names for layer in self._layers[name]):
-            if isinstance(layer, AdapterLayer):
+        found = dict.fromkeys(layer for name in names for layer in self._layers[name])
+        layers = [layer for layer in found if isinstance(layer, AdapterLayer)]
+        former = [(layer, dict(layer.merged)) for layer in layers]
+        if not keep:
+            # What is not kept cannot be put back, so every layer is tried before one is changed.
+            for layer in layers:
+                layer.check_merge(weights)
+        try:
+            for layer in layers:
                 layer.merge(weights, keep)
+        except BaseException:
+            for layer, before in former if keep else ():
+                layer.unmerge()
+                layer.merge(before)
+            raise
         self._tell_errors()
 
     def _tell_errors(self) -> None:
@@ -82,6 +96,32 @@ class Merging(ModelState):
                         "merging would change them all.",
                         "Keep the adapter unmerged, or untie the weights (tie_word_embeddings=False) before attaching.",
                     )
+
+    def merged_layers(self) -> list[AdapterLayer]:
+        return [layer for _, layer in self.wrappers() if isinstance(layer, AdapterLayer) and layer.merged]
+
+    @contextmanager
+    def unmerged(self) -> Iterator[None]:
+        """The base's own weights inside the block; afterwards what was merged is merged again, with its weights."""
+        before = [(layer, dict(layer.merged)) for layer in self.merged_layers()]
+        for layer, _ in before:
+            layer.unmerge()
+        try:
+            yield
+        finally:
+            for layer, weights in before:
+                layer.merge({name: weight for name, weight in weights.items() if layer.holds(name)})
+
+    def _unmerge_to_switch(self) -> None:
+        """As in PEFT: other adapters, or other weights, take effect on the base's own weights alone."""
+        merged = list(dict.fromkeys(name for layer in self.merged_layers() for name in layer.merged))
+        if merged:
+            warnings.warn(
+                f"{', '.join(map(repr, merged))} was merged into the base; it is unmerged, so that the adapters that "
+                "are switched on now answer alone.",
+                stacklevel=3,
+            )
+            self.unmerge_adapter()
 
     def unmerge_adapter(self) -> None:
         """Put the base weights back, bit for bit."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from engine import bnb, hooks, prompts
+from engine import bnb, hooks, prompts, rows
 from engine.adapters.base import AdapterConfig, AdapterWeights, Switchboard, TaskType
 from engine.attaching import own_biases, refuse_both, saved_names
 from engine.errors import ConfigError, EngineError
@@ -96,6 +96,20 @@ class PeftModel(Merging):
             config = config.replace(target_modules=wanted).settled(names)
         saved = saved_names(model, config)
         refuse_both(model, names, saved)
+        # A start, a norm or a bias is taken from the base's own weights, not from those of a merged adapter.
+        with self.unmerged():
+            config, layers, shared = self._attach(adapter_name, config, names, saved)
+        if shared:
+            self.shared[adapter_name] = shared[0]
+        self.peft_config[adapter_name] = config
+        self._layers[adapter_name] = layers
+        self._trainable(adapter_name, False)
+
+    def _attach(
+        self, adapter_name: str, config: AdapterConfig, names: list[str], saved: list[str]
+    ) -> tuple[AdapterConfig, list[Wrapper], tuple[Any, ...]]:
+        """Its weights on the modules `names` and copies of `saved`: (config, wrappers, shared state)."""
+        model, spec = self.get_base_model(), spec_of(config)
         # Everything that can fail comes before the first wrapper, so a refused adapter leaves the model as it was.
         bases = {name: unwrapped(module_at(model, name)) for name in names}
         shared = (spec.share(bases, config),) if spec.share else ()
@@ -115,11 +129,7 @@ class PeftModel(Merging):
             module.copies[adapter_name] = copy.deepcopy(module.original_module)
             layers.append(module)
         layers += own_biases(model, self.switchboard, adapter_name, config, names)
-        if shared:
-            self.shared[adapter_name] = shared[0]
-        self.peft_config[adapter_name] = config
-        self._layers[adapter_name] = layers
-        self._trainable(adapter_name, False)
+        return config, layers, shared
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was the only active one, the first that is left becomes active."""
@@ -152,6 +162,7 @@ class PeftModel(Merging):
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         for name in names:
             self._known(name)
+        self._unmerge_to_switch()
         self.switchboard.weights = dict.fromkeys(names, 1.0)
         for name, config in self.peft_config.items():
             self._trainable(name, name in names and not inference_mode and not config.inference_mode)
@@ -166,26 +177,19 @@ class PeftModel(Merging):
                 raise ConfigError(f"{name!r} is a {spec.title} adapter, which cannot be mixed with others.")
             if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
                 raise ConfigError(f"The weight of {name!r} is {value!r}; needed: a number.")
+        self._unmerge_to_switch()
         self.switchboard.weights = {name: float(value) for name, value in weights.items()}
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """The base alone inside the block, bit for bit."""
         before = self.switchboard.disabled
-        merged = [
-            (layer, dict(layer.merged))
-            for _, layer in self.wrappers()
-            if isinstance(layer, AdapterLayer) and layer.merged
-        ]
-        for layer, _ in merged:
-            layer.unmerge()
-        self.switchboard.disabled = True
-        try:
-            yield
-        finally:
-            self.switchboard.disabled = before
-            for layer, weights in merged:
-                layer.merge(weights)
+        with self.unmerged():
+            self.switchboard.disabled = True
+            try:
+                yield
+            finally:
+                self.switchboard.disabled = before
 
     def _trainable(self, adapter: str, flag: bool) -> None:
         for parameter in self.adapter_parameters(adapter).values():
@@ -218,9 +222,8 @@ class PeftModel(Merging):
 
         In training, the loss of a method that has a term of its own (AdaLoRA) contains it.
         """
-        # Rows stay set until the next call: gradient checkpointing runs the layers again in the backward pass.
-        self.switchboard.rows = self._rows(adapter_names)
-        outputs = prompts.run(self, args, kwargs) if self.prompts else self.base_model(*args, **kwargs)
+        with self._mixed(adapter_names, args, kwargs):
+            outputs = prompts.run(self, args, kwargs) if self.prompts else self.base_model(*args, **kwargs)
         if self.training and self.adds_extra_loss and getattr(outputs, "loss", None) is not None:
             for name in self.switchboard.weights:
                 extra = None if self.peft_config[name].inference_mode else hooks.extra_loss(self, name)
@@ -230,26 +233,25 @@ class PeftModel(Merging):
 
     def generate(self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
         """The base's generate, each batch row through its own adapter where `adapter_names` is given."""
-        self.switchboard.rows = self._rows(adapter_names)
-        try:
+        with self._mixed(adapter_names, args, kwargs):
             if self.prompts:
                 return prompts.generate(self, args, kwargs)
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
-        finally:
-            self.switchboard.rows = None
 
     def virtual_tokens(self, adapter_names: Sequence[str | None] | None = None) -> int:
         """The places that virtual tokens take in the context, with the active adapters or with these of a batch."""
         return prompts.virtual_tokens(self, adapter_names)
 
-    def _rows(self, names: Sequence[str | None] | None) -> list[str | None] | None:
+    def _mixed(self, names: Sequence[str | None] | None, args: Any, kwargs: Any) -> AbstractContextManager[None]:
+        """The rows' adapters for the time of a call."""
         if names is None:
-            return None
-        rows = [None if name == "__base__" else name for name in names]
-        for name in rows:
+            return nullcontext()
+        chosen = [None if name == "__base__" else name for name in names]
+        for name in chosen:
             if name is not None:
                 self._known(name)
-        return rows
+        rows.check_count(chosen, args, kwargs)
+        return rows.mixed(self.switchboard, self.get_base_model(), chosen)
 
     # --- files ------------------------------------------------------------------------------------------------
 
