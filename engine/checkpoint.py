@@ -272,7 +272,8 @@ def write_weights(model: PeftModel, adapter_name: str, tensors: Mapping[str, Ten
             continue
         if adapter_name in layer.adapters:
             places |= {start + name: p for name, p in _weights(layer, adapter_name).slots().items()}
-            if layer_kind(layer.base_layer) == EMBEDDING:
+            # PEFT also brings an output layer's weight where one is targeted.
+            if layer_kind(layer.base_layer) == EMBEDDING or f"{start}base_layer.weight" in tensors:
                 kept[f"{start}base_layer.weight"] = layer
         if adapter_name in layer.biases:
             places[start + _bias_key(layer, adapter_name)] = layer.biases[adapter_name]

@@ -85,7 +85,34 @@ class AdapterLayer(nn.Module):
         except AttributeError:
             if name == "base_layer":
                 raise
+        try:
             return getattr(self.base_layer, name)
+        except AttributeError:
+            from engine.compat import by_adapter
+
+            found = by_adapter(self, name)
+            if found is None:
+                raise
+            return found
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active adapters that are here."""
+        return [adapter for adapter in self.switchboard.weights if self.holds(adapter)]
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        return list(self.merged)
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self.switchboard.disabled
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The change of the base's weight (its shape) that an adapter amounts to, in float32."""
+        weights = self.adapters[adapter]
+        assert isinstance(weights, AdapterWeights)
+        return weights.delta_weight(bnb.dense(self.base_layer) if bnb.is_packed(self.base_layer) else self.base_layer)
 
     def holds(self, adapter: str) -> bool:
         return adapter in self.adapters or adapter in self.biases

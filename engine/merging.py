@@ -20,11 +20,13 @@ logger = logging.getLogger("engine.merging")
 class Merging(ModelState):
     """The part of `PeftModel` that changes base weights."""
 
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None) -> None:
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True) -> None:
         """Add the adapters' changes to the base weights, with their current mixing weights; again changes nothing.
 
         A weight that bitsandbytes quantised is dequantised, changed and quantised again: `merge_errors` has the error
         at each such layer, and the log a sentence. Unmerging is exact all the same.
+
+        `safe_merge` is PEFT's: here a result that is not finite is refused in any case.
 
         Raises:
             TargetError: a weight to change is shared with another module (a tied head), or is quantised in groups.
@@ -130,8 +132,13 @@ class Merging(ModelState):
                 layer.unmerge()
         self.merge_errors = {}
 
-    def merge_and_unload(self, adapter_names: Sequence[str] | None = None) -> nn.Module:
-        """The plain base model with the active adapters' changes in its weights; the wrappers are gone."""
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """The plain base model with the active adapters' changes in its weights; the wrappers are gone.
+
+        `progressbar` and `safe_merge` are PEFT's: merging is short, and always checked.
+        """
         self._merge(adapter_names, keep=False)
         weights = self.switchboard.weights
         names = list(adapter_names) if adapter_names is not None else list(weights)
@@ -155,7 +162,7 @@ class Merging(ModelState):
 
         names = list(adapter_names) if adapter_names is not None else self.active_adapters
         twin: Any = transplanted(self, full_base(self.get_base_model()) if base is None else base, names)
-        merged: nn.Module = twin.merge_and_unload(names)
+        merged: nn.Module = twin.merge_and_unload(adapter_names=names)
         return merged
 
     def unload(self) -> nn.Module:

@@ -18,9 +18,9 @@ from torch import nn
 from engine import bnb, hooks, prompts, rows
 from engine.adapters.base import AdapterConfig, AdapterWeights, Switchboard, TaskType
 from engine.attaching import own_biases, refuse_both, saved_names
-from engine.errors import ConfigError, EngineError
+from engine.compat import BaseSignature, PeftCalls, check_loading, subfolder_of
+from engine.errors import ConfigError, EngineError, UnsafeFileError
 from engine.inject import AdapterLayer, Wrapper, find_targets, module_at, unwrapped, wrap, wrap_saved, wrappers
-from engine.merging import Merging
 from engine.model_state import BaseModel
 from engine.model_state import spec_of as spec_of
 
@@ -29,7 +29,7 @@ _ADAPTER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 _TAKEN = frozenset([*dir(nn.ModuleDict()), *dir(nn.ParameterDict())])
 
 
-class PeftModel(Merging):
+class PeftModel(PeftCalls):
     """A base model with adapters.
 
     Args:
@@ -146,6 +146,13 @@ class PeftModel(Merging):
         if not self.switchboard.weights and self.peft_config:
             self.set_adapter(next(iter(self.peft_config)))
 
+    def match_base_dtype(self, adapter_name: str) -> None:
+        """An adapter's parameters in the number format of their base layers, where that is a floating-point one."""
+        for layer in self._layers[adapter_name]:
+            weight = getattr(layer.base_layer, "weight", None) if isinstance(layer, AdapterLayer) else None
+            if weight is not None and weight.is_floating_point() and adapter_name in layer.adapters:
+                layer.adapters[adapter_name].to(weight.dtype)
+
     # --- switching and mixing ---------------------------------------------------------------------------------
 
     @property
@@ -158,14 +165,20 @@ class PeftModel(Merging):
         return self.peft_config[self.active_adapters[0]]
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make these adapters, and no others, contribute with weight 1; they become the trainable ones."""
+        """Make these adapters, and no others, contribute with weight 1; they become the trainable ones, as in PEFT.
+
+        Also one that was loaded frozen: `inference_mode` keeps it so.
+        """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         for name in names:
             self._known(name)
         self._unmerge_to_switch()
         self.switchboard.weights = dict.fromkeys(names, 1.0)
-        for name, config in self.peft_config.items():
-            self._trainable(name, name in names and not inference_mode and not config.inference_mode)
+        for name, config in list(self.peft_config.items()):
+            trained = name in names and not inference_mode
+            if name in names:
+                self.peft_config[name] = config.replace(inference_mode=inference_mode)
+            self._trainable(name, trained)
 
     def set_adapter_weights(self, weights: Mapping[str, float]) -> None:
         """Mix live: y = W x + sum_i w_i delta_i(x). Takes effect with the next forward pass; nothing is recomputed."""
@@ -217,6 +230,7 @@ class PeftModel(Merging):
 
     # --- running ----------------------------------------------------------------------------------------------
 
+    @BaseSignature
     def forward(self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
         """The base's forward. `adapter_names` gives each batch row its own adapter (None or `__base__`: the base).
 
@@ -255,20 +269,52 @@ class PeftModel(Merging):
 
     # --- files ------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, save_directory: str | Path, selected_adapters: Sequence[str] | None = None) -> None:
-        """Write the adapters in PEFT's format: `default` into the folder, any other into a folder of its name."""
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write the adapters in PEFT's format: `default` into the folder, any other into a folder of its name.
+
+        Args:
+            safe_serialization: False would be a pickle, which is refused.
+            selected_adapters: their names; all when left out.
+            is_main_process: False writes nothing, for the other processes of one job.
+            state_dict: PEFT's; what the model holds is written in any case.
+        """
         from engine.checkpoint import save_adapter
 
+        if not safe_serialization:
+            raise UnsafeFileError(
+                "safe_serialization is False, which asks for a pickle; adapters are written as safetensors only.",
+                "Leave the argument out.",
+            )
+        if not is_main_process:
+            return
         for name in selected_adapters if selected_adapters is not None else list(self.peft_config):
             self._known(name)
             folder = Path(save_directory)
             save_adapter(self, folder if name == "default" else folder / name, name)
 
-    def load_adapter(self, model_id: str | Path, adapter_name: str, is_trainable: bool = False) -> None:
-        """Attach an adapter from a folder or a hub id; it contributes after `set_adapter`."""
+    def load_adapter(
+        self,
+        model_id: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        subfolder: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Attach an adapter from a folder or a hub id; it contributes, and trains, after `set_adapter`.
+
+        `kwargs` are PEFT's arguments for where tensors go (`torch_device` and others), which change nothing here.
+        """
         from engine.checkpoint import load_adapter
 
-        load_adapter(self, model_id, adapter_name, is_trainable)
+        check_loading(kwargs)
+        load_adapter(self, subfolder_of(model_id, subfolder), adapter_name, is_trainable)
 
     @classmethod
     def from_pretrained(
@@ -277,18 +323,28 @@ class PeftModel(Merging):
         model_id: str | Path,
         adapter_name: str = "default",
         is_trainable: bool = False,
+        config: AdapterConfig | None = None,
+        subfolder: str | None = None,
+        **kwargs: Any,
     ) -> PeftModel:
-        """The base with the adapter of a folder or hub id attached and active, frozen unless `is_trainable`."""
+        """The base with the adapter of a folder or hub id attached and active, frozen unless `is_trainable`.
+
+        `config` takes the place of the folder's; `kwargs` are PEFT's arguments for where tensors go, which change
+        nothing here.
+        """
         from engine.checkpoint import read_config, read_weights, write_weights
 
-        config, tensors = read_config(model_id).replace(inference_mode=True), read_weights(model_id)
+        check_loading(kwargs)
+        model_id = subfolder_of(model_id, subfolder)
+        config = (config or read_config(model_id)).replace(inference_mode=True)
+        tensors = read_weights(model_id)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         peft_model = model_class(config)(model, config, adapter_name)
         try:
             write_weights(peft_model, adapter_name, tensors)
             config = peft_model.peft_config[adapter_name]
             peft_model.peft_config[adapter_name] = config.replace(inference_mode=not is_trainable)
-            peft_model.set_adapter(adapter_name)
+            peft_model.set_adapter(adapter_name, inference_mode=not is_trainable)
         except EngineError:
             peft_model.unload()
             for parameter in trained:
@@ -350,24 +406,38 @@ class PeftModel(Merging):
         )
 
 
+class PeftMixedModel(PeftModel):
+    """A PeftModel by the name that PEFT gives it with adapters of several methods; every PeftModel takes them."""
+
+
 class PeftModelForCausalLM(PeftModel):
     """A PeftModel for a language model."""
+
+    LABELS = ("labels",)
 
 
 class PeftModelForSeq2SeqLM(PeftModel):
     """A PeftModel for an encoder-decoder model."""
 
+    LABELS = ("labels",)
+
 
 class PeftModelForSequenceClassification(PeftModel):
     """A PeftModel for a classifier; its head is trained in full and saved with the adapter."""
+
+    LABELS = ("labels",)
 
 
 class PeftModelForTokenClassification(PeftModel):
     """A PeftModel for a token classifier."""
 
+    LABELS = ("labels",)
+
 
 class PeftModelForQuestionAnswering(PeftModel):
     """A PeftModel for extractive question answering."""
+
+    LABELS = ("start_positions", "end_positions")
 
 
 class PeftModelForFeatureExtraction(PeftModel):
@@ -388,12 +458,26 @@ def model_class(config: AdapterConfig) -> type[PeftModel]:
     return _BY_TASK.get(config.task_type, PeftModel) if isinstance(config.task_type, TaskType) else PeftModel
 
 
-def get_peft_model(model: nn.Module, peft_config: AdapterConfig, adapter_name: str = "default") -> PeftModel:
+def get_peft_model(
+    model: nn.Module,
+    peft_config: AdapterConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+) -> PeftModel:
     """Attach a fresh adapter to a model; the result trains only the adapter.
+
+    Args:
+        mixed: PEFT's switch for adapters of several methods; only the class's name differs.
+        autocast_adapter_dtype: False keeps the adapter in the number format of the layer that it is on, where that is
+            one of floating-point numbers; otherwise it is float32, which small steps need.
 
     Raises:
         TargetError, ConfigError: see `PeftModel`.
     """
     if not isinstance(model, nn.Module):
         raise EngineError(f"get_peft_model needs a torch module, not {type(model).__name__}.")
-    return model_class(peft_config)(model, peft_config, adapter_name)
+    found = (PeftMixedModel if mixed else model_class(peft_config))(model, peft_config, adapter_name)
+    if not autocast_adapter_dtype:
+        found.match_base_dtype(adapter_name)
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +27,24 @@ def spec_of(config: AdapterConfig) -> AdapterSpec:
     raise ConfigError(f"{type(config).__name__} belongs to no adapter method that is registered here.")
 
 
+TUNER_CALLS = frozenset(
+    {
+        "active_adapter",
+        "active_adapters",
+        "add_weighted_adapter",
+        "delete_adapter",
+        "disable_adapter_layers",
+        "enable_adapter_layers",
+        "merge_adapter",
+        "merge_and_unload",
+        "set_adapter",
+        "unload",
+        "unmerge_adapter",
+    }
+)
+"""What PEFT's scripts also call on `model.base_model`."""
+
+
 class BaseModel(nn.Module):
     """Holds the model one level down, so that parameters carry PEFT's prefix `base_model.model.`.
 
@@ -36,6 +55,14 @@ class BaseModel(nn.Module):
         super().__init__()
         self.model = model
         self.peft_config, self._layers, self.switchboard = around.peft_config, around._layers, around.switchboard
+        self.belong_to(around)
+
+    def belong_to(self, around: ModelState) -> None:
+        """Weakly: a cycle would keep the weights in memory until Python looks for cycles."""
+        object.__setattr__(self, "_around", weakref.ref(around))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_around"}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -61,9 +88,13 @@ class BaseModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model":
+            if name in ("model", "_around"):
                 raise
-            return getattr(self.model, name)
+        if name in TUNER_CALLS:
+            around = self._around()
+            if around is not None:
+                return getattr(around, name)
+        return getattr(self.model, name)
 
 
 class ModelState(nn.Module):
@@ -93,6 +124,10 @@ class ModelState(nn.Module):
             if name == "base_model":
                 raise
             return getattr(self.base_model, name)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.base_model.belong_to(self)
 
     def get_base_model(self) -> nn.Module:
         model: nn.Module = self.base_model.model

@@ -440,7 +440,7 @@ def test_merging_biases_and_saved_modules_of_several() -> None:
     assert (tiny.logits(model) - live).abs().max() < 1e-5
     model.unmerge_adapter()
     model.set_adapter("one")
-    assert (tiny.logits(model.merge_and_unload(["two"])) - live_two).abs().max() < 1e-5
+    assert (tiny.logits(model.merge_and_unload(adapter_names=["two"])) - live_two).abs().max() < 1e-5
 
 
 def test_expanded_pissa_and_classifier_mixes(tmp_path: Path) -> None:

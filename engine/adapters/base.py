@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -130,6 +132,38 @@ class AdapterConfig:
 
     def replace(self, **changes: Any) -> AdapterConfig:
         return dataclasses.replace(self, **changes)
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether the method puts virtual tokens before the input."""
+        return hasattr(self, "num_virtual_tokens")
+
+    @classmethod
+    def from_pretrained(cls, model_id: str | Path, subfolder: str | None = None) -> AdapterConfig:
+        """The config in an adapter's folder or at its hub id.
+
+        Raises:
+            CheckpointError: there is none.
+            ConfigError: it is another method's.
+        """
+        from engine.checkpoint import read_config
+        from engine.compat import subfolder_of
+
+        found = read_config(subfolder_of(model_id, subfolder))
+        if cls is not AdapterConfig and not isinstance(found, cls) and found.peft_type is not cls.PEFT_TYPE:
+            raise ConfigError(
+                f"{model_id} holds a {type(found).__name__}, not a {cls.__name__}.", "Use PeftConfig.from_pretrained."
+            )
+        return found
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write `adapter_config.json` alone."""
+        from engine.checkpoint import CONFIG, write_text
+
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        plain = json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False)
+        write_text(folder / CONFIG, plain + "\n")
 
     def settled(self, modules: Sequence[str]) -> AdapterConfig:
         """The config with what depends on the model made explicit, so that its file says all.

@@ -110,7 +110,13 @@ def load_classifier(
 
 
 def _only_heads_are_new(name: str, missing: Sequence[str], allowed: Sequence[str]) -> None:
-    new = sorted({key.rsplit(".", 1)[0] for key in missing if not set(key.split(".")) & set(allowed)})
+    new = sorted(
+        {
+            key.rsplit(".", 1)[0]
+            for key in missing
+            if not any(part.endswith(head) for part in key.split(".") for head in allowed)
+        }
+    )
     if new:
         raise ModelError(
             f"The files of {name} lack the weights of {', '.join(new[:3])}, which would stay random.",
