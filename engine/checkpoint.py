@@ -35,6 +35,7 @@ from engine.adapters.base import (
 from engine.adapters.virtual import EMBEDDINGS, VirtualTokens
 from engine.errors import CheckpointError, ConfigError, EngineError, UnsafeFileError
 from engine.inject import AdapterLayer, SavedModule, Wrapper, base_modules, unwrapped
+from engine.resized import resized_embeddings
 
 if TYPE_CHECKING:
     from engine.model import PeftModel
@@ -191,6 +192,8 @@ def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "defa
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = adapter_state(model, adapter_name)
+    resized = resized_embeddings(model, adapter_name, _prefix(model, adapter_name))
+    state |= {key: tensor.detach().to("cpu").contiguous() for key, tensor in resized.items()}
     # Two keys over one memory (tied modules) would be refused by safetensors.
     state = {key: tensor.clone() for key, tensor in state.items()}
     encoder = _prompt(model, adapter_name).sidecar() if adapter_name in model.prompts else {}
