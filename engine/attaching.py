@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from engine.adapters.base import Switchboard
-from engine.errors import TargetError
+from engine import prompts
+from engine.adapters.base import CONV1D, AdapterConfig, Switchboard, layer_kind
+from engine.errors import ConfigError, TargetError
 from engine.inject import HEADS, AdapterLayer, SavedModule, Wrapper, base_modules, module_at, unwrapped, wrap
+from engine.model_state import ModelState, spec_of
 
 
 def refuse_both(model: nn.Module, targets: Sequence[str], saved: Sequence[str]) -> None:
@@ -46,6 +49,35 @@ def saved_names(model: nn.Module, config: Any) -> list[str]:
                 f"Its direct parts are: {', '.join(n for n, _ in model.named_children())}.",
             )
     return found
+
+
+def oriented(model: nn.Module, config: AdapterConfig, targets: Sequence[str]) -> AdapterConfig:
+    """The config with `fan_in_fan_out` as the layers have it, which is what PEFT's files say."""
+    if not targets or not hasattr(config, "fan_in_fan_out"):
+        return config
+    kinds = {layer_kind(unwrapped(module_at(model, name))) for name in targets}
+    return config.replace(fan_in_fan_out=CONV1D in kinds)
+
+
+def check_weights(model: ModelState, weights: Mapping[str, float]) -> None:
+    """Whether a live mix can have these weights.
+
+    Raises:
+        ConfigError: they are no finite numbers by adapters' names, or one of the adapters cannot be mixed.
+    """
+    if not isinstance(weights, Mapping):
+        raise ConfigError(
+            f"The weights are {weights!r}; needed: a mapping of adapters' names to numbers.",
+            "Write set_adapter_weights({'one': 0.7, 'two': 0.3}), or set_adapter([...]) for weights of 1.",
+        )
+    for name, value in weights.items():
+        spec = spec_of(model._known(name))
+        if spec.prompt is not None:
+            prompts.check_weight(name, spec.title, value)
+        elif not spec.mixable and len(weights) > 1:
+            raise ConfigError(f"{name!r} is a {spec.title} adapter, which cannot be mixed with others.")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ConfigError(f"The weight of {name!r} is {value!r}; needed: a finite number.")
 
 
 def own_biases(

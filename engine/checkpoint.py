@@ -17,14 +17,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine import hooks
 from engine.adapters import ADAPTERS
-from engine.adapters.base import EMBEDDING, AdapterConfig, AdapterWeights, PeftType, SharedState, layer_kind
+from engine.adapters.base import (
+    CONV1D,
+    EMBEDDING,
+    LINEAR,
+    AdapterConfig,
+    AdapterWeights,
+    PeftType,
+    SharedState,
+    features,
+    layer_kind,
+)
 from engine.adapters.virtual import EMBEDDINGS, VirtualTokens
 from engine.errors import CheckpointError, ConfigError, EngineError, UnsafeFileError
-from engine.inject import AdapterLayer, SavedModule, Wrapper
+from engine.inject import AdapterLayer, SavedModule, Wrapper, base_modules, unwrapped
+from engine.resized import resized_embeddings
 
 if TYPE_CHECKING:
     from engine.model import PeftModel
@@ -34,6 +45,7 @@ SHARED = "base_model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What makes a prompt adapter's table while it is trained; PEFT's format has no place for it.
 ENCODER, ENCODED = "prompt_encoder.safetensors", "prompt_encoder."
+SAVED_EMBEDDINGS = ("embed_tokens", "lm_head")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -163,8 +175,8 @@ def _tensors(layer: Wrapper, adapter: str) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     if adapter in layer.adapters:
         found.update(_weights(layer, adapter).export())
-        if layer_kind(layer.base_layer) == EMBEDDING:
-            # PEFT saves a targeted embedding's own weight too; without it, it warns and looks for it.
+        if layer_kind(layer.base_layer) == EMBEDDING and layer.module_name.rpartition(".")[2] in SAVED_EMBEDDINGS:
+            # PEFT saves the own weight of a targeted embedding of this name, and looks for it.
             found["base_layer.weight"] = _own_weight(layer)
     if adapter in layer.biases:
         found[_bias_key(layer, adapter)] = layer.biases[adapter]
@@ -180,6 +192,8 @@ def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "defa
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = adapter_state(model, adapter_name)
+    resized = resized_embeddings(model, adapter_name, _prefix(model, adapter_name))
+    state |= {key: tensor.detach().to("cpu").contiguous() for key, tensor in resized.items()}
     # Two keys over one memory (tied modules) would be refused by safetensors.
     state = {key: tensor.clone() for key, tensor in state.items()}
     encoder = _prompt(model, adapter_name).sidecar() if adapter_name in model.prompts else {}
@@ -294,7 +308,7 @@ def write_weights(model: PeftModel, adapter_name: str, tensors: Mapping[str, Ten
         if tensors[key].shape != place.shape:
             raise CheckpointError(
                 f"{key} has shape {tuple(tensors[key].shape)} in the file and {tuple(place.shape)} in the model.",
-                f"The adapter was made for {_origin(model, adapter_name)}; load that base, or check r.",
+                f"{_origin(model, adapter_name)} Or check r.",
             )
     for key, layer in kept.items():
         _check_embedding(key, _own_weight(layer), tensors.get(key))
@@ -354,7 +368,14 @@ def _check_embedding(key: str, weight: Tensor, saved: Tensor | None) -> None:
 
 
 def _origin(model: PeftModel, adapter_name: str) -> str:
-    return repr(model.peft_config[adapter_name].base_model_name_or_path or "a base that its config does not name")
+    """What to do about another base than the adapter's."""
+    name = model.peft_config[adapter_name].base_model_name_or_path
+    if name:
+        return f"The adapter was made for {name!r}; load that base."
+    return (
+        f"Its {CONFIG} does not name the base that it was made for: load the one that it was trained on, with layers "
+        "of these names and shapes."
+    )
 
 
 def _other_base(model: PeftModel, adapter: str, missing: list[str], extra: list[str]) -> CheckpointError:
@@ -365,13 +386,31 @@ def _other_base(model: PeftModel, adapter: str, missing: list[str], extra: list[
         parts.append(f"{len(extra)} tensors of the file have no place in the model (first: {extra[0]})")
     return CheckpointError(
         f"The adapter does not fit this model: {'; '.join(parts)}.",
-        f"It was made for {_origin(model, adapter)}; load that base.",
+        _origin(model, adapter),
     )
+
+
+def as_trained(base: nn.Module, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> AdapterConfig:
+    """The config of what a file holds over this base.
+
+    PEFT pools inputs for `use_qalora` at GPTQ layers alone; over any other base it trains a plain LoRA and writes
+    `use_qalora` all the same. A's width tells.
+    """
+    if config.peft_type is not PeftType.LORA or not getattr(config, "use_qalora", False):
+        return config
+    layers = {name: unwrapped(module) for name, module in base_modules(base)}
+    for key, tensor in tensors.items():
+        layer = layers.get(key.removeprefix(PREFIX).removesuffix(".lora_A.weight"))
+        whole = layer is not None and layer_kind(layer) in (LINEAR, CONV1D) and features(layer)[0] == tensor.shape[-1]
+        if key.endswith(".lora_A.weight") and whole:
+            return config.replace(use_qalora=False)
+    return config
 
 
 def load_adapter(model: PeftModel, model_id: str | Path, adapter_name: str, is_trainable: bool = False) -> None:
     """Attach an adapter from a folder or hub id under a name; on any error the model is as before."""
     config, tensors = read_config(model_id), read_weights(model_id)
+    config = as_trained(model.get_base_model(), config, tensors)
     # Frozen until the file's tensors are in: no start is drawn (or a tokenizer fetched for it) only to be replaced.
     model.add_adapter(adapter_name, config.replace(inference_mode=True))
     try:

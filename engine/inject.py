@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
@@ -483,6 +484,7 @@ def find_targets(model: nn.Module, config: Any, layers: tuple[str, ...]) -> tupl
     names = [n for n in names if _in_chosen_layers(n, config) and not matches(n, excluded)]
     if not names:
         raise _nothing_matches(model, wanted, config)
+    _warn_of_unmatched(model, wanted)
     wrong = []
     for name in names:
         module = unwrapped(module_at(model, name))
@@ -495,6 +497,23 @@ def find_targets(model: nn.Module, config: Any, layers: tuple[str, ...]) -> tupl
             f"It serves: {', '.join(layers)}. Name the layers inside them, or leave them out with exclude_modules.",
         )
     return names, wanted
+
+
+def _warn_of_unmatched(model: nn.Module, wanted: Sequence[str] | str) -> None:
+    """Names of a list that mean no module: a slip, or a list made for several architectures."""
+    if isinstance(wanted, str):
+        return
+    every = [name for name, _ in base_modules(model)]
+    missed = [item for item in wanted if not any(matches(name, [item]) for name in every)]
+    if missed:
+        suffixes = sorted({name.rsplit(".", 1)[-1] for name in every if not name.rsplit(".", 1)[-1].isdigit()})
+        close = [difflib.get_close_matches(item.rsplit(".", 1)[-1], suffixes, n=1, cutoff=0.0) for item in missed]
+        near = ", ".join(dict.fromkeys(name for row in close for name in row))
+        warnings.warn(
+            f"target_modules names {', '.join(map(repr, missed))}, which {type(model).__name__} does not have; the "
+            f"other names are adapted. Nearest: {near}.",
+            stacklevel=4,
+        )
 
 
 def _nothing_matches(model: nn.Module, wanted: Sequence[str] | str, config: Any) -> TargetError:

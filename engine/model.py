@@ -17,7 +17,7 @@ from torch import nn
 
 from engine import bnb, hooks, prompts, rows
 from engine.adapters.base import AdapterConfig, AdapterWeights, Switchboard, TaskType
-from engine.attaching import own_biases, refuse_both, saved_names
+from engine.attaching import check_weights, oriented, own_biases, refuse_both, saved_names
 from engine.compat import BaseSignature, PeftCalls, check_loading, subfolder_of
 from engine.errors import ConfigError, EngineError, UnsafeFileError
 from engine.inject import AdapterLayer, Wrapper, find_targets, module_at, unwrapped, wrap, wrap_saved, wrappers
@@ -110,6 +110,7 @@ class PeftModel(PeftCalls):
     ) -> tuple[AdapterConfig, list[Wrapper], tuple[Any, ...]]:
         """Its weights on the modules `names` and copies of `saved`: (config, wrappers, shared state)."""
         model, spec = self.get_base_model(), spec_of(config)
+        config = oriented(model, config, names)
         # Everything that can fail comes before the first wrapper, so a refused adapter leaves the model as it was.
         bases = {name: unwrapped(module_at(model, name)) for name in names}
         shared = (spec.share(bases, config),) if spec.share else ()
@@ -162,6 +163,12 @@ class PeftModel(PeftCalls):
 
     @property
     def active_peft_config(self) -> AdapterConfig:
+        if not self.active_adapters:
+            there = ", ".join(self.peft_config)
+            raise ConfigError(
+                "No adapter is active, so there is no active config.",
+                f"Call set_adapter with one of: {there}." if there else "Attach one with add_adapter or load_adapter.",
+            )
         return self.peft_config[self.active_adapters[0]]
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -182,14 +189,7 @@ class PeftModel(PeftCalls):
 
     def set_adapter_weights(self, weights: Mapping[str, float]) -> None:
         """Mix live: y = W x + sum_i w_i delta_i(x). Takes effect with the next forward pass; nothing is recomputed."""
-        for name, value in weights.items():
-            spec = spec_of(self._known(name))
-            if spec.prompt is not None:
-                prompts.check_weight(name, spec.title, value)
-            elif not spec.mixable and len(weights) > 1:
-                raise ConfigError(f"{name!r} is a {spec.title} adapter, which cannot be mixed with others.")
-            if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-                raise ConfigError(f"The weight of {name!r} is {value!r}; needed: a number.")
+        check_weights(self, weights)
         self._unmerge_to_switch()
         self.switchboard.weights = {name: float(value) for name, value in weights.items()}
 
@@ -332,12 +332,13 @@ class PeftModel(PeftCalls):
         `config` takes the place of the folder's; `kwargs` are PEFT's arguments for where tensors go, which change
         nothing here.
         """
-        from engine.checkpoint import read_config, read_weights, write_weights
+        from engine.checkpoint import as_trained, read_config, read_weights, write_weights
 
         check_loading(kwargs)
         model_id = subfolder_of(model_id, subfolder)
-        config = (config or read_config(model_id)).replace(inference_mode=True)
+        config = config or read_config(model_id)
         tensors = read_weights(model_id)
+        config = as_trained(model, config, tensors).replace(inference_mode=True)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         peft_model = model_class(config)(model, config, adapter_name)
         try:

@@ -12,7 +12,7 @@ from engine import bnb, hooks
 from engine.adapters import ADAPTERS
 from engine.adapters.base import AdapterConfig, AdapterSpec, Switchboard
 from engine.errors import ConfigError
-from engine.inject import Wrapper, wrappers
+from engine.inject import AdapterLayer, Wrapper, wrappers
 
 
 def spec_of(config: AdapterConfig) -> AdapterSpec:
@@ -148,8 +148,14 @@ class ModelState(nn.Module):
         return wrappers(self.get_base_model())
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all) parameters; a packed 4-bit weight counts for the values it stands for."""
+        """(trainable, all) parameters; a packed 4-bit weight counts for the values it stands for.
+
+        A bias that is trained in a copy counts once, as in PEFT, which trains the base's own.
+        """
         trainable = total = 0
+        for _, layer in self.wrappers():
+            if isinstance(layer, AdapterLayer) and len(layer.biases):
+                total -= layer.base_layer.bias.numel()  # type: ignore[operator]
         for parameter in self.parameters():
             count = parameter.numel()
             if type(parameter).__name__ in ("Params4bit", "PackedCodes"):

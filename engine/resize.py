@@ -14,7 +14,7 @@ from engine.adapters import ADAPTERS
 from engine.adapters.lora import LoraConfig
 from engine.adapters.lowrank import LowRankWeights
 from engine.errors import ConfigError
-from engine.inject import AdapterLayer
+from engine.inject import AdapterLayer, find_targets
 from engine.mixing import exact, write_matrices
 from engine.model import PeftModel, spec_of
 from engine.task_vectors import core, cut
@@ -36,15 +36,18 @@ def expand_lora_rank(
     Args:
         model: the model with the adapter.
         config: gives the new `r`, `lora_alpha`, `use_rslora`, `rank_pattern` and `alpha_pattern`; all else stays.
+            Its target_modules are left out, or mean the adapter's own modules.
         adapter_name: the adapter to expand.
         optimizer: its moments are carried over: zeros for the new entries, and B's scaled as its gradient is.
 
     Raises:
-        ConfigError: the new rank is smaller, or the adapter is not LoRA, or is merged.
+        ConfigError: the new rank is smaller, or the adapter is not LoRA, or is merged, or the config means other
+            modules.
     """
     before, layers = _lora(model, adapter_name, "expand_lora_rank")
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"expand_lora_rank needs a LoraConfig for the new rank, not {type(config).__name__}.")
+    _refuse_other_targets(model, before, config, layers)
     names = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
     after = dataclasses.replace(before, **{name: getattr(config, name) for name in names})
     for layer in layers:
@@ -58,6 +61,25 @@ def expand_lora_rank(
         _expand(layer, after, adapter_name, optimizer)
     model.peft_config[adapter_name] = after
     return model
+
+
+def _refuse_other_targets(model: PeftModel, before: LoraConfig, config: LoraConfig, layers: list[AdapterLayer]) -> None:
+    """The new rank is one of the same layers and method."""
+    if config.method != "lora":
+        raise ConfigError(
+            f"expand_lora_rank was given a config with use_{config.method}; the adapter is a plain LoRA.",
+            "Leave it out: the method cannot change with the rank.",
+        )
+    if config.target_modules is None:
+        return
+    asked, _ = find_targets(model.get_base_model(), config, ADAPTERS["lora"].layers)
+    there = [layer.module_name for layer in layers]
+    if set(asked) != set(there) and config.target_modules != before.target_modules:
+        raise ConfigError(
+            f"expand_lora_rank was given target_modules={config.target_modules!r}, which means other modules than the "
+            f"adapter's {before.target_modules!r} (first that differs: {sorted(set(asked) ^ set(there))[0]}).",
+            "Leave target_modules out, and add_adapter another adapter for other modules.",
+        )
 
 
 def _lora(model: PeftModel, adapter: str, asked: str) -> tuple[LoraConfig, list[AdapterLayer]]:

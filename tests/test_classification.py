@@ -192,16 +192,16 @@ def test_what_is_not_there_is_named(bert: Path, tmp_path: Path) -> None:
 
 
 def test_a_model_that_lacks_more_than_its_head_is_refused(tmp_path: Path) -> None:
-    from transformers import DistilBertConfig, DistilBertModel
+    from transformers import BertConfig, BertModel
 
     folder = small_bert.build(tmp_path / "model")
-    small = DistilBertConfig(vocab_size=len(small_bert.WORDS), dim=16, n_layers=1, n_heads=2, hidden_dim=16)
-    DistilBertModel(small).save_pretrained(folder)
+    shape = BertConfig.from_pretrained(folder)
+    BertModel(shape, add_pooling_layer=False).save_pretrained(folder)
     data = write(tmp_path / "rows.jsonl", rows(32))
-    adapter = {"method": "lora", "r": 2, "target_modules": ["q_lin", "v_lin"]}
-    with pytest.raises(ModelError, match="pre_classifier"):
+    adapter = {"method": "lora", "r": 2, "target_modules": ["query", "value"]}
+    with pytest.raises(ModelError, match="pooler"):
         run(job(folder, data, adapter), tmp_path / "refused", Recorder(), Never())
-    train(job(folder, data, {**adapter, "modules_to_save": ["pre_classifier"]}, max_steps=2), tmp_path / "run")
+    train(job(folder, data, {**adapter, "modules_to_save": ["pooler"]}, max_steps=2), tmp_path / "run")
 
 
 def test_labellers_answer_with_each_adapters_own_labels(bert: Path, tmp_path: Path) -> None:

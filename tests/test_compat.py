@@ -281,7 +281,7 @@ def test_transformers_trainer_learns_saves_adapters_and_resumes(tmp_path: Path) 
     assert last[0] == pytest.approx(last[1], rel=2e-2)
     other = ours()
     other.add_adapter("b", LoraConfig(**LORA))
-    lacking = AdapterTrainer(model=other, args=settings(tmp_path), **data)
+    lacking = AdapterTrainer(model=other, args=settings(tmp_path), train_dataset=rows(), eval_dataset=rows())
     with pytest.raises(CheckpointError, match="holds no adapter 'b'"):
         lacking.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 

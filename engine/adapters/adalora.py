@@ -155,6 +155,21 @@ class AdaLoraConfig(AdapterConfig):
             )
         return found
 
+    def check_steps(self, total: int) -> None:
+        if self.total_step is None:
+            if not self.tinit + self.tfinal < total:
+                raise ConfigError(
+                    f"AdaLoRA's tinit is {self.tinit} and its tfinal {self.tfinal}, and the training has {total} "
+                    "steps, which leaves no step to cut ranks in; needed: tinit + tfinal below the steps.",
+                    "Train longer (more steps or epochs, smaller batches), or lower tinit and tfinal.",
+                )
+        elif self.total_step - self.tfinal > total:
+            raise ConfigError(
+                f"AdaLoRA's total_step is {self.total_step} with tfinal {self.tfinal}, so the last ranks are cut at "
+                f"step {self.total_step - self.tfinal}; the training ends at step {total}.",
+                "Leave total_step out: the loop knows it.",
+            )
+
     def pattern_of(self, module: str) -> list[bool] | None:
         return (self.rank_pattern or {}).get(f"{module}.lora_E")
 
@@ -263,15 +278,11 @@ class AdaLoraWeights(AdapterWeights):
 def prepare_training(adapter: Attached, total_steps: int | None) -> AdaLoraConfig:
     """The config with its schedule complete; `total_step` of the config comes before the argument."""
     config: AdaLoraConfig = adapter.config
+    if total_steps is not None:
+        config.check_steps(total_steps)
     ready = config if config.total_step else config.replace(total_step=total_steps)
     assert isinstance(ready, AdaLoraConfig)
-    end = _total(ready) - ready.tfinal
-    if total_steps is not None and end > total_steps:
-        raise ConfigError(
-            f"AdaLoRA's total_step is {ready.total_step} with tfinal {ready.tfinal}, so the last ranks are cut at step "
-            f"{end}; the training ends at step {total_steps}.",
-            "Leave total_step out: the loop knows it.",
-        )
+    _total(ready)
     for weights in adapter.layers.values():
         weights.track()
     return ready

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +104,26 @@ class AdapterConfig:
     inference_mode: bool = False
     task_type: TaskType | str | None = None
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Fields are given by their names; a name that is no field is an error that says the nearest.
+
+        Raises:
+            ConfigError: an unknown name, or a value without one.
+        """
+        known = [item.name for item in dataclasses.fields(cls)]
+        found = [f"{value!r} has no name; needed: {known[-1]}=... or another of its fields" for value in args]
+        for name in kwargs:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                found.append(f"{name} is not one of its fields" + (f" (did you mean {near[0]}?)" if near else ""))
+        if found:
+            fields = ", ".join(sorted(known))
+            raise ConfigError(
+                f"{cls.__name__} cannot be used:\n" + "\n".join(f"- {fault}" for fault in found),
+                f"Its fields are: {fields}.",
+            )
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         if self.task_type is not None:
             try:
@@ -164,6 +184,9 @@ class AdapterConfig:
         folder.mkdir(parents=True, exist_ok=True)
         plain = json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False)
         write_text(folder / CONFIG, plain + "\n")
+
+    def check_steps(self, total: int) -> None:
+        """Raises ConfigError if a training of so many steps is too short for the method's schedule."""
 
     def settled(self, modules: Sequence[str]) -> AdapterConfig:
         """The config with what depends on the model made explicit, so that its file says all.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,6 +63,8 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
     train, held = examples_of(spec, task, sink)
     if isinstance(task, Fitting):
         task = task.fitted(train)
+    if config is not None:
+        config.check_steps(_most_steps(spec, train))
     accelerator = Accelerator(mixed_precision="no")
     tell("loading", None, f"Loading {spec.model}")
     loading, compute = _full_precision(spec, accelerator.device) if spec.full else (spec, None)
@@ -97,6 +100,18 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
         ),
         resume,
     )
+
+
+def _most_steps(spec: JobSpec, train: list[Mapping[str, Any]]) -> int:
+    """How many steps the training has at the most: each answer of a conversation may become a row."""
+    training = spec.training
+    if training.max_steps:
+        return training.max_steps
+    answers = [[m for m in row.get("messages", ()) if m["role"] == "assistant"] for row in train]
+    per_epoch = math.ceil(
+        sum(max(1, len(row)) for row in answers) / (training.batch_size * training.gradient_accumulation)
+    )
+    return max(1, round(training.epochs * per_epoch))
 
 
 def _full_precision(spec: JobSpec, device: torch.device) -> tuple[JobSpec, torch.dtype | None]:
