@@ -9,7 +9,7 @@ from torch import nn
 
 from engine.adapters.base import Switchboard
 from engine.errors import TargetError
-from engine.inject import HEADS, AdapterLayer, SavedModule, Wrapper, base_modules, matches, module_at, unwrapped, wrap
+from engine.inject import HEADS, AdapterLayer, SavedModule, Wrapper, base_modules, module_at, unwrapped, wrap
 
 
 def refuse_both(model: nn.Module, targets: Sequence[str], saved: Sequence[str]) -> None:
@@ -29,7 +29,8 @@ def saved_names(model: nn.Module, config: Any) -> list[str]:
     heads = HEADS.get(config.task_type, ())
     wanted = [*asked, *heads]
     every = [name for name, _ in base_modules(model)]
-    found = [name for name in every if matches(name, wanted)]
+    # PEFT's rule for these is the end of the name alone: `head` also finds `lm_head`.
+    found = [name for name in every if any(name.endswith(item) for item in wanted)]
     for name in found:
         if not all(parameter.is_floating_point() for parameter in unwrapped(module_at(model, name)).parameters()):
             raise TargetError(
@@ -38,7 +39,7 @@ def saved_names(model: nn.Module, config: Any) -> list[str]:
             )
     for item in asked:
         # PEFT writes every name that a head can have into its files.
-        if item not in heads and not any(matches(name, [item]) for name in found):
+        if item not in heads and not any(name.endswith(item) for name in found):
             raise TargetError(
                 f"modules_to_save names {item!r}, which {type(model).__name__} does not have.",
                 f"Its direct parts are: {', '.join(n for n, _ in model.named_children())}.",

@@ -25,6 +25,7 @@ from engine.adapters.base import EMBEDDING, AdapterConfig, AdapterWeights, PeftT
 from engine.adapters.virtual import EMBEDDINGS, VirtualTokens
 from engine.errors import CheckpointError, ConfigError, EngineError, UnsafeFileError
 from engine.inject import AdapterLayer, SavedModule, Wrapper
+from engine.vocabulary import embeddings_in
 
 if TYPE_CHECKING:
     from engine.model import PeftModel
@@ -272,7 +273,8 @@ def write_weights(model: PeftModel, adapter_name: str, tensors: Mapping[str, Ten
             continue
         if adapter_name in layer.adapters:
             places |= {start + name: p for name, p in _weights(layer, adapter_name).slots().items()}
-            if layer_kind(layer.base_layer) == EMBEDDING:
+            # PEFT also writes the weight of a targeted output layer, and not always that of an embedding.
+            if layer_kind(layer.base_layer) == EMBEDDING or f"{start}base_layer.weight" in tensors:
                 kept[f"{start}base_layer.weight"] = layer.base_layer
         if adapter_name in layer.biases:
             places[start + _bias_key(layer, adapter_name)] = layer.biases[adapter_name]
@@ -284,9 +286,11 @@ def write_weights(model: PeftModel, adapter_name: str, tensors: Mapping[str, Ten
                 places[SHARED + name] = place
     if adapter_name in model.prompts:
         places[EMBEDDINGS] = torch.empty(_prompt(model, adapter_name).shape, device="meta")
+    resized = embeddings_in(model.get_base_model(), tensors, _prefix(model, adapter_name))
+    resized = {key: place for key, place in resized.items() if key not in places}
     encoder = {k.removeprefix(ENCODED): t for k, t in tensors.items() if k.startswith(ENCODED) and EMBEDDINGS in places}
     missing = [key for key in places if key not in tensors]
-    extra = [key for key in tensors if key not in places and key not in kept and not (encoder and ENCODED in key)]
+    extra = [key for key in tensors if key not in {*places, *kept, *resized} and not (encoder and ENCODED in key)]
     if missing or extra:
         raise _other_base(model, adapter_name, missing, extra)
     for key, place in places.items():
@@ -300,7 +304,7 @@ def write_weights(model: PeftModel, adapter_name: str, tensors: Mapping[str, Ten
     if EMBEDDINGS in places:
         del places[EMBEDDINGS]
         _write_prompt(model, adapter_name, tensors[EMBEDDINGS], encoder)
-    for key, place in places.items():
+    for key, place in (places | resized).items():
         place.copy_(tensors[key])
     _restored(model, adapter_name)
 
