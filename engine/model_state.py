@@ -10,7 +10,7 @@ from torch import nn
 from engine import bnb, hooks
 from engine.adapters import ADAPTERS
 from engine.adapters.base import AdapterConfig, AdapterSpec, Switchboard
-from engine.errors import ConfigError
+from engine.errors import ConfigError, EngineError
 from engine.inject import Wrapper, wrappers
 
 
@@ -131,4 +131,15 @@ class ModelState(nn.Module):
         trainable, total = self.get_nb_trainable_parameters()
         print(
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is uploaded from here; the base's method of this name would publish the base.
+
+        Raises:
+            EngineError: always.
+        """
+        raise EngineError(
+            "push_to_hub is not offered on a model with adapters: the base's own would upload the whole base.",
+            "Call save_pretrained(folder), then huggingface_hub.upload_folder(repo_id=..., folder_path=folder).",
         )

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import engine
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, EngineError
 from tests import tiny
 from tests.differential import peft
 
@@ -66,3 +66,9 @@ def test_modules_to_save_are_found_by_the_end_of_the_name(tmp_path: Path) -> Non
     ours = engine.PeftModel.from_pretrained(tiny.llama(), tmp_path)
     assert "lm_head.weight" in ours.adapter_parameters()
     torch.testing.assert_close(tiny.logits(ours), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_pushing_never_uploads_the_base() -> None:
+    model = engine.get_peft_model(tiny.llama(), engine.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(EngineError, match="upload_folder"):
+        model.push_to_hub("someone/something")
