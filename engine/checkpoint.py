@@ -35,7 +35,7 @@ from engine.adapters.base import (
 from engine.adapters.virtual import EMBEDDINGS, VirtualTokens
 from engine.errors import CheckpointError, ConfigError, EngineError, UnsafeFileError
 from engine.inject import AdapterLayer, SavedModule, Wrapper, base_modules, unwrapped
-from engine.resized import resized_embeddings
+from engine.resized import embeddings_in, resized_embeddings
 
 if TYPE_CHECKING:
     from engine.model import PeftModel
@@ -299,9 +299,11 @@ def write_weights(model: PeftModel, adapter_name: str, tensors: Mapping[str, Ten
                 places[SHARED + name] = place
     if adapter_name in model.prompts:
         places[EMBEDDINGS] = torch.empty(_prompt(model, adapter_name).shape, device="meta")
+    resized = embeddings_in(model.get_base_model(), tensors, _prefix(model, adapter_name))
+    resized = {key: place for key, place in resized.items() if key not in places}
     encoder = {k.removeprefix(ENCODED): t for k, t in tensors.items() if k.startswith(ENCODED) and EMBEDDINGS in places}
     missing = [key for key in places if key not in tensors]
-    extra = [key for key in tensors if key not in places and key not in kept and not (encoder and ENCODED in key)]
+    extra = [key for key in tensors if key not in {*places, *kept, *resized} and not (encoder and ENCODED in key)]
     if missing or extra:
         raise _other_base(model, adapter_name, missing, extra)
     for key, place in places.items():
@@ -315,7 +317,7 @@ def write_weights(model: PeftModel, adapter_name: str, tensors: Mapping[str, Ten
     if EMBEDDINGS in places:
         del places[EMBEDDINGS]
         _write_prompt(model, adapter_name, tensors[EMBEDDINGS], encoder)
-    for key, place in places.items():
+    for key, place in (places | resized).items():
         place.copy_(tensors[key])
     _restored(model, adapter_name)
 

@@ -7,11 +7,13 @@ writes the input and the output embedding then, under their own names.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from engine.errors import CheckpointError
 from engine.inject import AdapterLayer, SavedModule, base_modules, unwrapped
 
 if TYPE_CHECKING:
@@ -81,3 +83,48 @@ def _config_file(name: str) -> Path | None:
     except HFValidationError:
         return None
     return Path(found) if isinstance(found, str) else None
+
+
+def embeddings_in(model: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Key in the file -> the weight of the base's input or output embedding that it is for.
+
+    Args:
+        model: the base.
+        tensors: what the file holds.
+        prefix: what stands before a module's name in the file.
+
+    Raises:
+        CheckpointError: the vocabulary of the file is of another size than the base's.
+    """
+    found: dict[str, Tensor] = {}
+    ends = {id(unwrapped(module)) for module in _ends(model)}
+    for name, module in base_modules(model):
+        key = f"{prefix}{name}.weight"
+        if key not in tensors or isinstance(module, SavedModule) or id(unwrapped(module)) not in ends:
+            continue
+        weight = unwrapped(module).weight
+        assert isinstance(weight, Tensor)
+        rows, width = weight.shape
+        if tensors[key].shape != weight.shape:
+            asked = tuple(tensors[key].shape)
+            hint = "Load the base that the adapter was trained on."
+            if len(asked) == 2 and asked[1] == width:
+                hint = f"Call model.resize_token_embeddings({asked[0]}) on the base before loading the adapter."
+            raise CheckpointError(f"{key} has shape {asked} in the file and {(rows, width)} in the base.", hint)
+        if weight.is_floating_point():
+            found[key] = weight
+    return found
+
+
+def _ends(model: nn.Module) -> list[nn.Module]:
+    """The input and output embeddings, where the model says which they are."""
+    ends = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        find = getattr(model, name, None)
+        try:
+            end = find() if find else None
+        except NotImplementedError:  # transformers' answer for models without one (vision towers)
+            end = None
+        if isinstance(end, nn.Module):
+            ends.append(end)
+    return ends
