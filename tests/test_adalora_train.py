@@ -103,5 +103,5 @@ def same_files(one: Path, two: Path) -> None:
 
 
 def test_a_schedule_that_does_not_fit_is_refused_before_the_first_step(rows: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="total_step is 12 with tinit 10 and tfinal 3"):
+    with pytest.raises(ConfigError, match="tinit is 10 and its tfinal 3, and the training has 12 steps"):
         train(job(rows, {"tinit": 10}), tmp_path / "run")
