@@ -72,36 +72,36 @@ def _low_rank(method: str, r: int = 8, **more: Any) -> dict[str, Any]:
 
 
 CONTENDERS = {
-    "full": Contender("Full fine-tuning", 2e-4),
-    "lora": Contender("LoRA", 3e-3, _low_rank("lora")),
-    "lora-all": Contender("LoRA, every linear layer", 2e-3, _low_rank("lora", 4, target_modules=_LINEAR)),
-    "dora": Contender("DoRA", 3e-3, _low_rank("dora")),
+    "full": Contender("Full fine-tuning", 0.0002),
+    "lora": Contender("LoRA", 0.003, _low_rank("lora")),
+    "lora-all": Contender("LoRA, every linear layer", 0.002, _low_rank("lora", 4, target_modules=_LINEAR)),
+    "dora": Contender("DoRA", 0.009, _low_rank("dora")),
     "adalora": Contender(
         "AdaLoRA",
-        5e-3,
+        0.015,
         {"method": "adalora", "init_r": 12, "target_r": 8, "lora_alpha": 32, "target_modules": _PAIR},
     ),
-    "delta_lora": Contender("Delta-LoRA", 3e-3, _low_rank("delta_lora")),
-    "lorafa": Contender("LoRA-FA", 3e-3, _low_rank("lorafa")),
-    "qalora": Contender("QA-LoRA", 3e-3, _low_rank("qalora")),
+    "delta_lora": Contender("Delta-LoRA", 0.003, _low_rank("delta_lora")),
+    "lorafa": Contender("LoRA-FA", 0.009, _low_rank("lorafa")),
+    "qalora": Contender("QA-LoRA", 0.009, _low_rank("qalora")),
     "ia3": Contender(
         "IA3",
-        1e-2,
+        0.03,
         {
             "method": "ia3",
             "target_modules": ["key", "value", "output.dense"],
             "feedforward_modules": ["output.dense"],
         },
     ),
-    "vera": Contender("VeRA", 1e-2, {"method": "vera", "r": 256, "target_modules": _PAIR}),
-    "mora": Contender("MoRA", 2e-3, {"method": "mora", "r": 8, "target_modules": _PAIR}),
-    "loha": Contender("LoHa", 3e-3, {"method": "loha", "r": 8, "alpha": 16, "target_modules": _PAIR}),
-    "lokr": Contender("LoKr", 3e-3, {"method": "lokr", "r": 8, "alpha": 16, "target_modules": _PAIR}),
-    "prompt_tuning": Contender("Prompt tuning", 3e-2, {"method": "prompt_tuning", "num_virtual_tokens": 20}),
+    "vera": Contender("VeRA", 0.03, {"method": "vera", "r": 256, "target_modules": _PAIR}),
+    "mora": Contender("MoRA", 0.006, {"method": "mora", "r": 8, "target_modules": _PAIR}),
+    "loha": Contender("LoHa", 0.009, {"method": "loha", "r": 8, "alpha": 16, "target_modules": _PAIR}),
+    "lokr": Contender("LoKr", 0.009, {"method": "lokr", "r": 8, "alpha": 16, "target_modules": _PAIR}),
+    "prompt_tuning": Contender("Prompt tuning", 0.09, {"method": "prompt_tuning", "num_virtual_tokens": 20}),
     "p_tuning": Contender(
-        "P-Tuning", 3e-3, {"method": "p_tuning", "num_virtual_tokens": 20, "encoder_hidden_size": 128}
+        "P-Tuning", 0.009, {"method": "p_tuning", "num_virtual_tokens": 20, "encoder_hidden_size": 128}
     ),
-    "prefix_tuning": Contender("P-Tuning v2 (prefixes)", 1e-2, {"method": "prefix_tuning", "num_virtual_tokens": 20}),
+    "prefix_tuning": Contender("P-Tuning v2 (prefixes)", 0.03, {"method": "prefix_tuning", "num_virtual_tokens": 20}),
 }
 """Name -> contender, in the order of the table before it is sorted."""
 

@@ -6,6 +6,8 @@
   plain answer (`tiny_data/everyday.txt`) as the worse one.
 - `captain_parallel.csv`: the plain answer as the source, the captain's as the target.
 - `question_topics.csv`: a question of the toy's tables and the table it is from, 40 of each of eight.
+- `old_english.csv`: up to 1,200 everyday sentences and the same made old (`old_english.py`): the way back of what
+  `tiny-t5` can do.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import random
 import sys
 from pathlib import Path
 
+import old_english
 import tiny_corpus
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,8 +50,15 @@ def topics() -> list[tuple[str, str]]:
     return rows
 
 
+def old(count: int = 1200) -> list[tuple[str, str]]:
+    """(modern sentence, the same made old), the changed ones of the everyday sentences."""
+    pairs = [(modern, made) for made, modern in old_english.everyday() if made != modern]
+    random.Random("old english").shuffle(pairs)
+    return pairs[:count]
+
+
 def write(folder: Path) -> None:
-    """All three files."""
+    """All files."""
     rows = both_answers()
     with open(folder / "captain_preferences.jsonl", "w", encoding="utf-8", newline="\n") as file:
         for asked, captain, plain in rows:
@@ -57,6 +67,7 @@ def write(folder: Path) -> None:
     tables = (
         ("captain_parallel.csv", ("source", "target"), [(plain, captain) for _, captain, plain in rows]),
         ("question_topics.csv", ("text", "label"), topics()),
+        ("old_english.csv", ("source", "target"), old()),
     )
     for name, header, lines in tables:
         with open(folder / name, "w", encoding="utf-8", newline="") as file:

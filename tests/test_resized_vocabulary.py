@@ -54,7 +54,6 @@ def test_new_rows_are_saved_as_peft_saves_them(tie: bool, targets: list[str], tm
 
 @pytest.mark.parametrize("tie", [False, True])
 def test_new_rows_come_back(tie: bool, tmp_path: Path) -> None:
-    pytest.importorskip("engine.vocabulary")
     config = engine.LoraConfig(r=4, target_modules=["q_proj"])
     ours = tiny.shake(engine.get_peft_model(base(tmp_path / "base", tie), config))
     ours.save_pretrained(tmp_path / "ours")

@@ -92,6 +92,18 @@ _MODELS = (
         toy=True,
         bundled=True,
     ),
+    BaseModel(
+        name="tiny-t5",
+        title="Tiny T5 (toy)",
+        meaning="A toy that modernises old English and translates short Korean sentences; learns in seconds, offline.",
+        tasks=("seq2seq",),
+        parameters=2_165_376,
+        size=4_460_000,
+        licence="Apache-2.0",
+        origin="pretrained from nothing by scripts/pretrain_tiny_t5.py, on public-domain and generated sentences",
+        toy=True,
+        bundled=True,
+    ),
 )
 
 BUILTIN: Mapping[str, BaseModel] = MappingProxyType({model.name: model for model in _MODELS})
