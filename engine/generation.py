@@ -243,6 +243,17 @@ class Answerer:
         else:
             self.model = self.model.unload()
 
+    def _asked(self, prompt: str, who: Sequence[str | None], name: str | None) -> str:
+        """The prompt with the words that the adapter was trained with; the base gets those of the first adapter."""
+        from engine.tasks.seq2seq import TASK
+
+        adapter = name or next((other for other in who if other is not None), None)
+        if adapter is None or not prompt.strip():
+            return prompt
+        task = TASK.restored(self._attached[adapter])
+        before = task.asked("")
+        return prompt if before and prompt.startswith(before) else task.asked(prompt)
+
     def stream(
         self, messages: Sequence[Mapping[str, str]], who: Sequence[str | None], sampling: Sampling
     ) -> Generator[Piece, None, None]:
@@ -260,9 +271,11 @@ class Answerer:
         if self.rewrites:
             from engine.seq2seq import answers
 
-            # Such a model knows no turns: it reads one text, prefix and all.
+            # Such a model knows no turns: it reads one text.
             prompt = str(messages[-1].get("content", "")) if messages else ""
-            yield from answers(self.model, self.tokenizer, prompt, who, sampling)
+            yield from answers(
+                self.model, self.tokenizer, [self._asked(prompt, who, name) for name in who], who, sampling
+            )
             return
         ids = encode_prompt(self.tokenizer, messages)
         yield from decode(self.model, self.tokenizer, ids, who, sampling)

@@ -61,12 +61,15 @@ def write(model: nn.Module, tokenizer: Any, prompt: str, sampling: Sampling, who
 
 
 def answers(
-    model: nn.Module, tokenizer: Any, prompt: str, who: Sequence[str | None], sampling: Sampling
+    model: nn.Module, tokenizer: Any, prompts: Sequence[str], who: Sequence[str | None], sampling: Sampling
 ) -> Iterator[Piece]:
-    """One finished piece for each column: beams are only known at their end, so nothing comes word by word."""
+    """One finished piece for each column, which has a prompt of its own.
+
+    Beams are only known at their end, so nothing comes word by word.
+    """
     from engine.generation import Piece
 
-    for number, name in enumerate(who):
+    for number, (name, prompt) in enumerate(zip(who, prompts, strict=True)):
         text, ended = write(model, tokenizer, prompt, sampling, name)
         yield Piece(number, text, True, "stop" if ended else "length")
 

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BartConfig, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from engine.errors import ConfigError, DataError, ModelError, PromptError
+from engine.errors import CheckpointError, ConfigError, DataError, ModelError, PromptError
 from engine.generation import Sampling
 from engine.inspection import adapter_config
 from engine.model import PeftModel, get_peft_model
@@ -239,6 +239,12 @@ def test_the_command_line_trains_and_generates(base: Path, data: Path, tmp_path:
     said = engine("generate", "--model", str(base), "--adapter", folder, *asked)
     assert [result["who"] for result in said] == ["base", "adapter"]
     assert said[0]["text"] != said[1]["text"]
+    # The adapter knows what stood before each source, so a prompt may come without it.
+    bare = engine("generate", "--model", str(base), "--adapter", folder, "--prompt", "red cat runs", *asked[2:])
+    assert [result["text"] for result in bare] == [result["text"] for result in said]
+    (tmp_path / "run" / "adapter" / "prefix.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"prefix\.json"):
+        TASK.restored(tmp_path / "run" / "adapter")
     # The base of random weights ends nowhere near an answer; three words of the right kinds are learned.
     assert len(said[1]["text"].split()) == 3 and said[1]["reason"] == "stop"
     model, tokenizer = load_seq2seq_lm(str(base), precision="fp32")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -12,11 +14,13 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from engine.adapters.base import TaskType
-from engine.errors import ConfigError, DataError
+from engine.checkpoint import write_text
+from engine.errors import CheckpointError, ConfigError, DataError
 from engine.tasks.base import Batch, Encoded, Loaded, LossSum, Progress
 from engine.train.job import JobSpec, TrainingSpec
 
 IGNORED = -100
+PREFIX = "prefix.json"
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,28 @@ class Seq2Seq:
     def reference(self, example: Mapping[str, Any]) -> tuple[str, str] | None:
         """The source and its target, for metrics of texts."""
         return str(example["source"]), str(example["target"])
+
+    def save(self, folder: Path) -> None:
+        """Write the words before each source beside an adapter, so that prompts get them later too."""
+        if self.prefix:
+            words = {"prefix": self.prefix, "source": self.source, "target": self.target}
+            write_text(folder / PREFIX, json.dumps(words, ensure_ascii=False, indent=1))
+
+    def restored(self, folder: Path) -> Seq2Seq:
+        """The task with the words that an adapter was trained with; without them where its folder has none.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        if not (folder / PREFIX).is_file():
+            return Seq2Seq()
+        try:
+            words = json.loads((folder / PREFIX).read_text(encoding="utf-8"))
+            return Seq2Seq(prefix=words["prefix"], source=words["source"], target=words["target"])
+        except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+            raise CheckpointError(
+                f"{folder / PREFIX} cannot be read: {error}.", "Take it away to give prompts as they are."
+            ) from error
 
     def sample(self, model: nn.Module, loaded: Loaded, prompt: str) -> str:
         """The best beam's answer to a source, which gets the prefix."""
