@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,6 +132,7 @@ class Labeller:
             ConfigError: a name in `who` is not attached.
         """
         from engine.generation import Piece
+        from engine.model import PeftModel
         from engine.tasks.base import Loaded
 
         text = str(messages[-1].get("content", "")) if messages else ""
@@ -146,10 +148,7 @@ class Labeller:
             model, tokenizer = self._load(task)
             if name is not None:
                 model.set_adapter(name, inference_mode=True)
-                answer = task.sample(model, Loaded(model, tokenizer), text)
-            elif hasattr(model, "disable_adapter"):
-                with model.disable_adapter():
-                    answer = task.sample(model, Loaded(model, tokenizer), text)
-            else:
-                answer = task.sample(model, Loaded(model, tokenizer), text)
-            yield Piece(number, answer, True, "stop")
+            # The base's own labels are those of the model before any adapter.
+            off = name is None and isinstance(model, PeftModel)
+            with model.disable_adapter() if off else nullcontext():
+                yield Piece(number, task.sample(model, Loaded(model, tokenizer), text), True, "stop")

@@ -144,7 +144,7 @@ def test_layers_that_bitsandbytes_reads_wrongly_stay(how: str, tmp_path: Path) -
         from engine.models.loading import quantized_loading
 
         base.save_pretrained(tmp_path)
-        more = quantized_loading("nf4", torch.float32, torch.device("cpu"), base.config)  # type: ignore[arg-type]
+        more = quantized_loading("nf4", torch.float32, torch.device("cpu"), base.config, AutoModelForCausalLM)  # type: ignore[arg-type]
         model = AutoModelForCausalLM.from_pretrained(tmp_path, **more)
     else:
         model = bnb.quantize_model(tiny.llama(), "nf4")

@@ -3,21 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ModelError
-from engine.models.fetch import resolve
-from engine.models.loading import (
-    _align_pad,
-    _config,
-    _first_line,
-    _tokenizer,
-    default_device,
-    dtype_of,
-    quantized_loading,
-    quiet,
-)
+from engine.models.loading import first_line, open_model
 from engine.models.progress import Progress
 
 if TYPE_CHECKING:
@@ -60,53 +49,44 @@ def load_classifier(
         UnsafeFileError: its weights are pickles, or it needs code of its own.
     """
     import torch
-    from transformers import AutoModelForSequenceClassification
 
-    from engine import bnb
+    fresh = True
 
-    place = torch.device(device if device is not None else default_device())
-    dtype = dtype_of(precision, place)
-    folder = resolve(name, on_progress)
-    config: Any = _config(folder, name)
-    fresh = list((config.id2label or {}).values()) != list(labels)
-    config.id2label = dict(enumerate(labels))
-    config.label2id = {label: number for number, label in enumerate(labels)}
-    config.problem_type = PROBLEMS[multi_label]
-    tokenizer = _tokenizer(folder, name)
-    if on_progress:
-        on_progress("loading", None, f"Loading {name}")
-    with quiet(), torch.random.fork_rng(devices=[]):
+    def configure(config: Any) -> dict[str, Any]:
+        nonlocal fresh
+        fresh = list((config.id2label or {}).values()) != list(labels)
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: number for number, label in enumerate(labels)}
+        config.problem_type = PROBLEMS[multi_label]
+        return {"ignore_mismatched_sizes": fresh}
+
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:
-            loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                ignore_mismatched_sizes=fresh,
-                output_loading_info=True,
-                **quantized_loading(
-                    quantization, dtype, place, config, AutoModelForSequenceClassification, [*heads, *saved]
-                ),
-            )
-        except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-            raise ModelError(
-                f"{name} cannot be loaded as a text classifier: {_first_line(error)}.",
-                "Choose an encoder such as minilm, or a language model that transformers can give a classifier's head.",
-            ) from error
-        model, report = loaded
-        _only_heads_are_new(name, report["missing_keys"], [*heads, *saved])
+        model, tokenizer, missing = open_model(
+            name,
+            "AutoModelForSequenceClassification",
+            precision=precision,
+            quantization=quantization,
+            device=device,
+            on_progress=on_progress,
+            configure=configure,
+            keep=[*heads, *saved],
+            refuse=_refusal,
+        )
+        _only_heads_are_new(name, missing, [*heads, *saved])
         for part, module in model.named_children():
             if part in heads:
                 if fresh:
                     _draw(model, module)
                 _in_float32(module)
-    model.name_or_path = model.config.name_or_path = str(folder) if Path(name).expanduser().is_dir() else name
-    (bnb.steady(model) if quantization != "none" else model.to(place)).eval()
-    _align_pad(model, tokenizer)
     return model, tokenizer
+
+
+def _refusal(name: str, error: Exception) -> ModelError:
+    return ModelError(
+        f"{name} cannot be loaded as a text classifier: {first_line(error)}.",
+        "Choose an encoder such as minilm, or a language model that transformers can give a classifier's head.",
+    )
 
 
 def _only_heads_are_new(name: str, missing: Sequence[str], allowed: Sequence[str]) -> None:

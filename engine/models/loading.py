@@ -6,7 +6,7 @@ Never code from a model's folder (`trust_remote_code` is always off), never pick
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from logging import Filter, LogRecord
 from pathlib import Path
@@ -61,8 +61,47 @@ def load_causal_lm(
         UnsafeFileError: its weights are pickles, or it needs code of its own.
         ConfigError: an unknown precision or quantization.
     """
+    model, tokenizer, missing = open_model(
+        name,
+        "AutoModelForCausalLM",
+        precision=precision,
+        quantization=quantization,
+        device=device,
+        on_progress=on_progress,
+    )
+    check_whole(
+        name, missing, "It is damaged, or it is not a causal language model; fetch it again or choose another one."
+    )
+    return model, tokenizer
+
+
+def open_model(
+    name: str,
+    auto: str,
+    *,
+    precision: str = "auto",
+    quantization: str = "none",
+    device: str | torch.device | None = None,
+    on_progress: Progress | None = None,
+    configure: Callable[[Any], Mapping[str, Any]] | None = None,
+    keep: Sequence[str] = (),
+    refuse: Callable[[str, Exception], ModelError] | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
+    """A model of any head in evaluation mode, its tokenizer with a pad token, and the names of weights it lacked.
+
+    Args:
+        name, precision, quantization, device, on_progress: as `load_causal_lm`.
+        auto: the name of transformers' class that loads it.
+        configure: gets the model's config before the weights are read, to change or to refuse it; gives what
+            `from_pretrained` takes more.
+        keep: modules that are not quantised.
+        refuse: the error for a model that this class cannot load.
+
+    Raises:
+        ModelError, UnsafeFileError, ConfigError: as `load_causal_lm`, but for missing weights.
+    """
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     from engine import bnb
 
@@ -70,12 +109,14 @@ def load_causal_lm(
     dtype = dtype_of(precision, place)
     folder = resolve(name, on_progress)
     config = _config(folder, name)
+    more = configure(config) if configure else {}
     tokenizer = _tokenizer(folder, name)
     if on_progress:
         on_progress("loading", None, f"Loading {name}")
+    loader = getattr(transformers, auto)
     with quiet():
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = loader.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
@@ -83,22 +124,27 @@ def load_causal_lm(
                 trust_remote_code=False,
                 local_files_only=True,
                 output_loading_info=True,
-                **quantized_loading(quantization, dtype, place, config),
+                **quantized_loading(quantization, dtype, place, config, loader, keep),
+                **more,
             )
         except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-            raise _unloadable(name, error) from error
+            raise (refuse or _unloadable)(name, error) from error
     model, report = loaded
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise ModelError(
-            f"The files of {name} lack {len(missing)} weights, among them {', '.join(missing[:3])}.",
-            "It is damaged, or it is not a causal language model; fetch it again or choose another one.",
-        )
     # An adapter's config takes its base's name from here; a path of this machine would mean nothing elsewhere.
     model.name_or_path = model.config.name_or_path = str(folder) if Path(name).expanduser().is_dir() else name
     (bnb.steady(model) if quantization != "none" else model.to(place)).eval()
     _align_pad(model, tokenizer)
-    return model, tokenizer
+    return model, tokenizer, sorted(report["missing_keys"])
+
+
+def check_whole(name: str, missing: Sequence[str], hint: str) -> None:
+    """Refuses a model whose files lack weights, which would be random ones.
+
+    Raises:
+        ModelError: with the first of them, and the hint.
+    """
+    if missing:
+        raise ModelError(f"The files of {name} lack {len(missing)} weights, among them {', '.join(missing[:3])}.", hint)
 
 
 def quantized_loading(
@@ -106,13 +152,13 @@ def quantized_loading(
     dtype: torch.dtype,
     place: torch.device,
     config: PreTrainedConfig,
-    loader: Any = None,
+    loader: Any,
     keep: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What `from_pretrained` takes more for a base in codes; nothing for `none`.
 
-    `loader` is the auto class that loads the model (`AutoModelForCausalLM` unless given), `keep` names modules that
-    stay in full precision, such as a head that is trained.
+    `loader` is the auto class that loads the model, `keep` names modules that stay in full precision, such as a head
+    that is trained.
 
     Raises:
         ConfigError: an unknown quantization, or one that this device cannot do.
@@ -138,13 +184,12 @@ def quantized_loading(
 def _skipped(quantization: str, place: torch.device, config: PreTrainedConfig, loader: Any) -> list[str] | None:
     """The layers to leave alone if some are unfit, those that transformers leaves alone among them; else None."""
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.quantizers.base import get_keys_to_not_convert
 
     from engine import bnb
 
     with quiet(), torch.device("meta"):
-        model = (loader or AutoModelForCausalLM).from_config(config, trust_remote_code=False)
+        model = loader.from_config(config, trust_remote_code=False)
     unfit = bnb.unfit(model, quantization, place)
     return [*unfit, *get_keys_to_not_convert(model)] if unfit else None
 
@@ -299,7 +344,7 @@ def _tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
             raise ModelError(
-                f"The tokenizer of {name} cannot be loaded: {_first_line(error)}.",
+                f"The tokenizer of {name} cannot be loaded: {first_line(error)}.",
                 "The folder must also hold the tokenizer (tokenizer.json, tokenizer_config.json); copy it there.",
             ) from error
     if tokenizer.pad_token is None:
@@ -329,12 +374,12 @@ def _align_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> No
 
 def _unloadable(name: str, error: Exception) -> ModelError:
     return ModelError(
-        f"{name} cannot be loaded as a causal language model: {_first_line(error)}.",
+        f"{name} cannot be loaded as a causal language model: {first_line(error)}.",
         "Choose a causal language model that this version of transformers knows.",
     )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rstrip(".:")[:300]
 
