@@ -11,7 +11,8 @@ from torch import nn
 from engine import prompts
 from engine.adapters.base import CONV1D, AdapterConfig, Switchboard, layer_kind
 from engine.errors import ConfigError, TargetError
-from engine.inject import HEADS, AdapterLayer, SavedModule, Wrapper, base_modules, module_at, unwrapped, wrap
+from engine.inject import HEADS, base_modules, module_at, unwrapped, wrap
+from engine.layers import AdapterLayer, SavedModule, Wrapper
 from engine.model_state import ModelState, spec_of
 
 

@@ -34,7 +34,8 @@ from engine.adapters.base import (
 )
 from engine.adapters.virtual import EMBEDDINGS, VirtualTokens
 from engine.errors import CheckpointError, ConfigError, EngineError, UnsafeFileError
-from engine.inject import AdapterLayer, SavedModule, Wrapper, base_modules, unwrapped
+from engine.inject import base_modules, unwrapped
+from engine.layers import AdapterLayer, SavedModule, Wrapper
 from engine.resized import embeddings_in, resized_embeddings
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from engine.adapters.base import AdapterConfig, AdapterWeights
-from engine.errors import ConfigError
-from engine.inject import AdapterLayer, SavedModule, Wrapper
+from engine.adapters.base import AdapterConfig
+from engine.errors import ConfigError, UnsafeFileError
+from engine.layers import AdapterLayer, SavedModule, Wrapper
 from engine.merging import Merging
 
 LOADING = frozenset(
@@ -163,11 +163,36 @@ class PeftCalls(Merging):
             devices={name: sorted({str(p.device) for p in parameters}) for name, parameters in owned.items()},
         )
 
-    def adapter_parameters(self, adapter: str = "default") -> dict[str, nn.Parameter]:
-        raise NotImplementedError  # PeftModel's
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write the adapters in PEFT's format: `default` into the folder, any other into a folder of its name.
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        raise NotImplementedError  # PeftModel's
+        Args:
+            safe_serialization: False would be a pickle, which is refused.
+            selected_adapters: their names; all when left out.
+            is_main_process: False writes nothing, for the other processes of one job.
+            state_dict: PEFT's; what the model holds is written in any case.
+        """
+        from engine.checkpoint import save_adapter
+
+        if not safe_serialization:
+            raise UnsafeFileError(
+                "safe_serialization is False, which asks for a pickle; adapters are written as safetensors only.",
+                "Leave the argument out.",
+            )
+        if not is_main_process:
+            return
+        model: Any = self
+        for name in selected_adapters if selected_adapters is not None else list(self.peft_config):
+            self._known(name)
+            folder = Path(save_directory)
+            save_adapter(model, folder if name == "default" else folder / name, name)
 
     def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool | None = None, **kwargs: Any) -> str:
         """Upload the adapters (never the base) to the hub; returns the commit's address.
@@ -294,15 +319,3 @@ def get_model_status(model: Any) -> TunerModelStatus:
     """As `model.get_model_status()`."""
     found: TunerModelStatus = model.get_model_status()
     return found
-
-
-def by_adapter(layer: AdapterLayer, name: str) -> dict[str, Any] | None:
-    """What PEFT's layers hold by adapter under this name (`lora_A`, `scaling`, `r`, ...); None where nothing does."""
-    attribute = {"scaling": "scale"}.get(name, name)
-    found = {}
-    for adapter, weights in layer.adapters.items():
-        assert isinstance(weights, AdapterWeights)
-        value = getattr(weights, attribute, None)
-        if value is not None:
-            found[adapter] = value
-    return found or None

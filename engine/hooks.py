@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.adapters import ADAPTERS
 from engine.adapters.base import AdapterConfig, Attached
-from engine.inject import AdapterLayer
+from engine.layers import AdapterLayer
 
 if TYPE_CHECKING:
     from engine.model import PeftModel

@@ -10,7 +10,7 @@ from engine.adapters import ADAPTERS
 from engine.adapters.base import AdapterConfig, TaskType
 from engine.checkpoint import exported_tensors
 from engine.errors import ConfigError
-from engine.inject import AdapterLayer
+from engine.layers import AdapterLayer
 from engine.model import get_peft_model
 
 

@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from engine.errors import ConfigError, TargetError
-from engine.inject import AdapterLayer, base_modules, replace_module, unwrapped
+from engine.inject import base_modules, replace_module, unwrapped
+from engine.layers import AdapterLayer
 from engine.model_state import ModelState, spec_of
 
 logger = logging.getLogger("engine.merging")

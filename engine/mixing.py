@@ -30,7 +30,8 @@ from engine.adapters.ia3 import IA3Input
 from engine.adapters.lora import LoraConfig
 from engine.adapters.lowrank import LowRankWeights
 from engine.errors import ConfigError
-from engine.inject import AdapterLayer, base_modules, matches
+from engine.inject import base_modules, matches
+from engine.layers import AdapterLayer
 from engine.task_vectors import DRIVERS, Pair, Recipe, core, cut, dense_svd
 
 if TYPE_CHECKING:

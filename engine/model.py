@@ -16,11 +16,12 @@ from typing import Any
 from torch import nn
 
 from engine import bnb, hooks, prompts, rows
-from engine.adapters.base import AdapterConfig, AdapterWeights, Switchboard, TaskType
+from engine.adapters.base import AdapterConfig, Switchboard, TaskType
 from engine.attaching import check_weights, oriented, own_biases, refuse_both, saved_names
 from engine.compat import BaseSignature, PeftCalls, check_loading, subfolder_of
-from engine.errors import ConfigError, EngineError, UnsafeFileError
-from engine.inject import AdapterLayer, Wrapper, find_targets, module_at, unwrapped, wrap, wrap_saved, wrappers
+from engine.errors import ConfigError, EngineError
+from engine.inject import find_targets, module_at, unwrapped, wrap, wrap_saved, wrappers
+from engine.layers import AdapterLayer, Wrapper
 from engine.model_state import BaseModel
 from engine.model_state import spec_of as spec_of
 
@@ -208,26 +209,6 @@ class PeftModel(PeftCalls):
         for parameter in self.adapter_parameters(adapter).values():
             parameter.requires_grad_(flag)
 
-    def adapter_parameters(self, adapter: str = "default") -> dict[str, nn.Parameter]:
-        """What an adapter trains, by name: `<module>.lora_A.weight`, `<module>.bias`, `<saved module>.weight`."""
-        found: dict[str, nn.Parameter] = {}
-        for layer in self._layers[adapter]:
-            if isinstance(layer, AdapterLayer):
-                if adapter in layer.adapters:
-                    weights = layer.adapters[adapter]
-                    assert isinstance(weights, AdapterWeights)
-                    for name, parameter in weights.named_parameters():
-                        if name not in weights.frozen:
-                            found[f"{layer.module_name}.{name}"] = parameter
-                if adapter in layer.biases:
-                    found[f"{layer.module_name}.bias"] = layer.biases[adapter]
-            else:
-                for name, parameter in layer.copies[adapter].named_parameters():
-                    found[f"{layer.module_name}.{name}"] = parameter
-        if adapter in self.prompts:
-            found |= {f"prompt_encoder.{name}": p for name, p in self.prompts[adapter].named_parameters()}
-        return found
-
     # --- running ----------------------------------------------------------------------------------------------
 
     @BaseSignature
@@ -268,36 +249,6 @@ class PeftModel(PeftCalls):
         return rows.mixed(self.switchboard, self.get_base_model(), chosen)
 
     # --- files ------------------------------------------------------------------------------------------------
-
-    def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: str | Path,
-        safe_serialization: bool = True,
-        selected_adapters: Sequence[str] | None = None,
-        is_main_process: bool = True,
-        state_dict: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Write the adapters in PEFT's format: `default` into the folder, any other into a folder of its name.
-
-        Args:
-            safe_serialization: False would be a pickle, which is refused.
-            selected_adapters: their names; all when left out.
-            is_main_process: False writes nothing, for the other processes of one job.
-            state_dict: PEFT's; what the model holds is written in any case.
-        """
-        from engine.checkpoint import save_adapter
-
-        if not safe_serialization:
-            raise UnsafeFileError(
-                "safe_serialization is False, which asks for a pickle; adapters are written as safetensors only.",
-                "Leave the argument out.",
-            )
-        if not is_main_process:
-            return
-        for name in selected_adapters if selected_adapters is not None else list(self.peft_config):
-            self._known(name)
-            folder = Path(save_directory)
-            save_adapter(self, folder if name == "default" else folder / name, name)
 
     def load_adapter(
         self,

@@ -10,9 +10,10 @@ from torch import nn
 
 from engine import bnb, hooks
 from engine.adapters import ADAPTERS
-from engine.adapters.base import AdapterConfig, AdapterSpec, Switchboard
+from engine.adapters.base import AdapterConfig, AdapterSpec, AdapterWeights, Switchboard
 from engine.errors import ConfigError
-from engine.inject import AdapterLayer, Wrapper, wrappers
+from engine.inject import wrappers
+from engine.layers import AdapterLayer, Wrapper
 
 
 def spec_of(config: AdapterConfig) -> AdapterSpec:
@@ -146,6 +147,26 @@ class ModelState(nn.Module):
 
     def wrappers(self) -> Iterator[tuple[str, Wrapper]]:
         return wrappers(self.get_base_model())
+
+    def adapter_parameters(self, adapter: str = "default") -> dict[str, nn.Parameter]:
+        """What an adapter trains, by name: `<module>.lora_A.weight`, `<module>.bias`, `<saved module>.weight`."""
+        found: dict[str, nn.Parameter] = {}
+        for layer in self._layers[adapter]:
+            if isinstance(layer, AdapterLayer):
+                if adapter in layer.adapters:
+                    weights = layer.adapters[adapter]
+                    assert isinstance(weights, AdapterWeights)
+                    for name, parameter in weights.named_parameters():
+                        if name not in weights.frozen:
+                            found[f"{layer.module_name}.{name}"] = parameter
+                if adapter in layer.biases:
+                    found[f"{layer.module_name}.bias"] = layer.biases[adapter]
+            else:
+                for name, parameter in layer.copies[adapter].named_parameters():
+                    found[f"{layer.module_name}.{name}"] = parameter
+        if adapter in self.prompts:
+            found |= {f"prompt_encoder.{name}": p for name, p in self.prompts[adapter].named_parameters()}
+        return found
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters; a packed 4-bit weight counts for the values it stands for.

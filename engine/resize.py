@@ -14,7 +14,8 @@ from engine.adapters import ADAPTERS
 from engine.adapters.lora import LoraConfig
 from engine.adapters.lowrank import LowRankWeights
 from engine.errors import ConfigError
-from engine.inject import AdapterLayer, find_targets
+from engine.inject import find_targets
+from engine.layers import AdapterLayer
 from engine.mixing import exact, write_matrices
 from engine.model import PeftModel, spec_of
 from engine.task_vectors import core, cut

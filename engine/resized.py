@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from engine.errors import CheckpointError
-from engine.inject import AdapterLayer, SavedModule, base_modules, unwrapped
+from engine.inject import base_modules, unwrapped
+from engine.layers import AdapterLayer, SavedModule
 
 if TYPE_CHECKING:
     from engine.model import PeftModel

@@ -27,7 +27,7 @@ from engine import (
     get_peft_model,
 )
 from engine.errors import CheckpointError, ConfigError, EngineError, TargetError, UnsafeFileError
-from engine.inject import AdapterLayer
+from engine.layers import AdapterLayer
 from tests import tiny
 
 

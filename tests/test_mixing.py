@@ -15,7 +15,7 @@ from torch import nn
 import engine
 from engine import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, MoRAConfig, VeraConfig, get_peft_model
 from engine.errors import ConfigError, EngineError, TargetError
-from engine.inject import AdapterLayer
+from engine.layers import AdapterLayer
 from engine.mixing import COMBINATIONS
 from tests import tiny
 from tests.differential import peft

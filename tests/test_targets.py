@@ -18,7 +18,7 @@ from torch import nn
 
 from engine import LoraConfig, get_peft_model
 from engine.adapters import ADAPTERS
-from engine.inject import AdapterLayer
+from engine.layers import AdapterLayer
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -14,7 +14,7 @@ import torch
 from engine import LoraConfig, PeftModel, get_peft_model
 from engine.adapters import ADAPTERS
 from engine.errors import CheckpointError, ConfigError, EngineError
-from engine.inject import AdapterLayer
+from engine.layers import AdapterLayer
 from tests import tiny
 from tests.test_contract import config
 

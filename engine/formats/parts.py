@@ -23,7 +23,7 @@ from engine.adapters.lowrank import LowRankConfig
 from engine.adapters.lycoris import LycorisConfig
 from engine.checkpoint import CONFIG, PREFIX, WEIGHTS, write_safetensors, write_text
 from engine.errors import CheckpointError, ConfigError, UnsafeFileError
-from engine.inject import AdapterLayer
+from engine.layers import AdapterLayer
 from engine.model import PeftModel
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")

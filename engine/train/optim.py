@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from engine.adapters.base import AdapterWeights, master
 from engine.adapters.lowrank import LowRankConv2d, LowRankLinear
 from engine.errors import ConfigError
-from engine.inject import AdapterLayer
+from engine.layers import AdapterLayer
 from engine.model import PeftModel
 from engine.train.job import TrainingSpec
 

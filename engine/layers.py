@@ -1,0 +1,344 @@
+"""The wrappers around a base's modules: a layer with its adapters, and a module that adapters train in full.
+
+A target is wrapped once, by whichever adapter comes first; later adapters join the same wrapper. The wrapper asks the
+model's one `Switchboard` which adapters contribute, so switching and mixing touch no tensor and visit no layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine import bnb
+from engine.adapters.base import CONV2D, AdapterWeights, Switchboard, layer_kind, master
+from engine.errors import EngineError, TargetError
+
+PEFT_NAMES = {"scaling": "scale", "lora_dropout": "dropout"} | {
+    name: name
+    for name in (
+        "r", "lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "ia3_l",
+        "vera_lambda_b", "vera_lambda_d", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "lokr_w1", "lokr_w2",
+    )
+}  # fmt: skip
+"""What PEFT's layers hold by adapter -> the attribute of one adapter's weights here."""
+
+
+class AdapterLayer(nn.Module):
+    """A base layer and the adapters on it.
+
+    Attributes:
+        base_layer: the layer as the model had it; never changed except by `merge`.
+        adapters: adapter name -> its weights here.
+        biases: adapter name -> its own copy of the base bias, where the adapter trains biases.
+        merged: adapter name -> the weight it was merged with.
+        merge_error: what the last merge into a quantised weight cost; None otherwise.
+        shifting: the adapters that also change the base layer's input.
+    """
+
+    def __init__(self, base: nn.Module, switchboard: Switchboard, name: str) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.adapters = nn.ModuleDict()
+        self.biases = nn.ParameterDict()
+        self.switchboard = switchboard
+        self.module_name = name
+        self.merged: dict[str, float] = {}
+        self.shifting: set[str] = set()
+        self.merge_error: bnb.MergeError | None = None
+        self._before: dict[str, Tensor] = {}
+        self._codes_before: tuple[Tensor, Any] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever the model's own code reads off the layer (`weight`, `in_features`, ...) is the base layer's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+        if name in PEFT_NAMES:
+            found = {adapter: getattr(w, PEFT_NAMES[name], None) for adapter, w in self.adapters.items()}
+            held = {adapter: value for adapter, value in found.items() if value is not None}
+            if held:
+                return held
+        return getattr(self.base_layer, name)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active adapters that are here."""
+        return [adapter for adapter in self.switchboard.weights if self.holds(adapter)]
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        return list(self.merged)
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self.switchboard.disabled
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The change of the base's weight (its shape) that an adapter amounts to, in float32."""
+        weights = self.adapters[adapter]
+        assert isinstance(weights, AdapterWeights)
+        return weights.delta_weight(bnb.dense(self.base_layer) if bnb.is_packed(self.base_layer) else self.base_layer)
+
+    def holds(self, adapter: str) -> bool:
+        return adapter in self.adapters or adapter in self.biases
+
+    def attach(self, adapter: str, weights: AdapterWeights) -> None:
+        self.adapters[adapter] = weights
+        if weights.shifts_input:
+            self.shifting.add(adapter)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        board = self.switchboard
+        if board.disabled:
+            return self.base_layer(x, *args, **kwargs)
+        y = self.base_layer(self._shifted(x) if self.shifting else x, *args, **kwargs)
+        if board.rows is not None:
+            return self._rows(x, y, board.rows)
+        out = y
+        if self.shifting and self._reads_output():
+            y = self.base_layer(x, *args, **kwargs)
+        for adapter, weight in board.weights.items():
+            if weight and adapter not in self.merged:
+                change = self._change(adapter, x, y, weight)
+                if change is not None:
+                    out = out + change.to(y.dtype)
+        return out
+
+    def _shifted(self, x: Tensor) -> Tensor:
+        """The base layer's input with what adapters add to it."""
+        board, y = self.switchboard, x
+        if board.rows is not None:
+            for adapter, index in self._row_index(x, board.rows):
+                if adapter in self.shifting:
+                    y = y.index_add(0, index, self._shift_of(adapter, x.index_select(0, index), 1.0))
+            return y
+        for adapter, weight in board.weights.items():
+            if weight and adapter in self.shifting and adapter not in self.merged:
+                y = y + self._shift_of(adapter, x, weight)
+        return y
+
+    def _reads_output(self) -> bool:
+        """Whether an input is shifted beside an adapter that reads the output for the input as it came."""
+        active = [name for name, weight in self.switchboard.weights.items() if weight and name in self.adapters]
+        weights = [self._weights(name) for name in active if name not in self.merged]
+        return any(w.shifts_input for w in weights) and any(w.reads_base and not w.shifts_input for w in weights)
+
+    def _weights(self, adapter: str) -> AdapterWeights:
+        weights = self.adapters[adapter]
+        assert isinstance(weights, AdapterWeights)
+        if self.merged and weights.reads_base:
+            raise EngineError(
+                f"{adapter!r} builds on the base weight of {self.module_name}, which now holds "
+                f"{', '.join(map(repr, self.merged))}.",
+                "Merge both (merge_adapter), or unmerge_adapter() first.",
+            )
+        return weights
+
+    def _shift_of(self, adapter: str, x: Tensor, weight: float) -> Tensor:
+        return self._weights(adapter).shift_input(x, weight).to(x.dtype)
+
+    def _change(self, adapter: str, x: Tensor, y: Tensor, weight: float) -> Tensor | None:
+        change: Tensor | None = None
+        if adapter in self.adapters:
+            change = self._weights(adapter).delta(x, y, self.base_layer, weight)
+        if adapter in self.biases:
+            shift = self._shift(adapter) * weight
+            if layer_kind(self.base_layer) == CONV2D:
+                shift = shift[None, :, None, None]
+            change = shift.to(y.dtype) if change is None else change + shift.to(change.dtype)
+        return change
+
+    def _shift(self, adapter: str) -> Tensor:
+        # What the bias was before any merge: the difference to a merged one would count other adapters twice.
+        base_bias = self._before.get("bias", self.base_layer.bias)
+        assert isinstance(base_bias, Tensor)
+        own: Tensor = self.biases[adapter]
+        return own.float() - base_bias.float().to(own.device)
+
+    def _row_index(self, x: Tensor, rows: list[str | None]) -> Iterator[tuple[str, Tensor]]:
+        """(adapter, its batch rows); a batch that is n times as long holds n beams a row, in order."""
+        if self.merged:
+            raise EngineError(
+                f"A mixed batch needs unmerged adapters; {', '.join(self.merged)} is merged.",
+                "Call unmerge_adapter() first.",
+            )
+        if x.shape[0] % len(rows):
+            raise EngineError(
+                f"adapter_names has {len(rows)} names and the batch {x.shape[0]} rows; needed: one name a row."
+            )
+        times = x.shape[0] // len(rows)
+        for adapter in dict.fromkeys(rows):
+            if adapter is not None and self.holds(adapter):
+                index = [i * times + k for i, name in enumerate(rows) if name == adapter for k in range(times)]
+                yield adapter, torch.tensor(index, device=x.device)
+
+    def _rows(self, x: Tensor, y: Tensor, rows: list[str | None]) -> Tensor:
+        """Each batch row through its own adapter."""
+        for adapter, index in self._row_index(x, rows):
+            change = self._change(adapter, x.index_select(0, index), y.index_select(0, index), 1.0)
+            if change is not None:
+                y = y.index_add(0, index, change.to(y.dtype).expand(len(index), *y.shape[1:]))
+        return y
+
+    @torch.no_grad()
+    def merge(self, weights: Mapping[str, float], keep: bool = True) -> None:
+        """W += sum of weight * dW over adapters (name -> weight); those already merged stay so, with their weights.
+
+        Each dW is of the base's own weight, so all are taken before any is added. `keep` stores the former tensors on
+        the CPU, so that `unmerge` is exact to the bit. A quantised weight is dequantised, changed and rounded to its
+        codes again; `merge_error` then says what that cost.
+        """
+        new = {name: weight for name, weight in weights.items() if name not in self.merged and self.holds(name)}
+        if not new:
+            return
+        former, every = dict(self.merged), {**self.merged, **new}
+        self.unmerge()
+        try:
+            base, changes, merged = self._planned(every)
+        except BaseException:
+            self.merge(former)
+            raise
+        for name, tensor in merged.items():
+            if bnb.is_packed(self.base_layer) and name == "weight":
+                self._requantize(tensor, changes[name], keep)
+                continue
+            target = getattr(base, name)
+            if keep:
+                self._before[name] = target.detach().to("cpu", copy=True)
+            target.copy_(tensor)
+        self.merged = every
+
+    @torch.no_grad()
+    def check_merge(self, weights: Mapping[str, float]) -> None:
+        """Raises what `merge` would, and changes nothing."""
+        former = dict(self.merged)
+        self.unmerge()
+        try:
+            self._planned({**{name: weight for name, weight in weights.items() if self.holds(name)}, **former})
+        finally:
+            self.merge(former)
+
+    def _planned(self, weights: Mapping[str, float]) -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor]]:
+        """The base layer, dequantised if it is packed; by name, what merging adds to its tensors and what they become.
+
+        Raises:
+            TargetError: the base cannot take a change up.
+            EngineError: the result is not finite.
+        """
+        base = bnb.dense(self.base_layer) if bnb.is_packed(self.base_layer) else self.base_layer
+        changes: dict[str, Tensor] = {}
+        for adapter, weight in weights.items():
+            for name, change in self._weight_changes(adapter, base).items():
+                if getattr(base, name) is None:
+                    if not change.any():
+                        continue
+                    raise TargetError(
+                        f"{self.module_name} has no bias to merge {adapter!r}'s bias into.",
+                        "Keep the adapter unmerged.",
+                    )
+                change = change * weight
+                changes[name] = changes[name] + change if name in changes else change
+        merged: dict[str, Tensor] = {}
+        for name, change in changes.items():
+            tensor = getattr(base, name)
+            merged[name] = (master(tensor) + change.to(tensor.device)).to(tensor.dtype)
+            if not torch.isfinite(merged[name]).all():
+                raise EngineError(
+                    f"Merging {' and '.join(map(repr, weights))} into {self.module_name} gives values that are not "
+                    "finite; nothing is merged.",
+                    "The adapter is damaged or diverged; train it again or use an earlier checkpoint.",
+                )
+        return base, changes, merged
+
+    def _requantize(self, weight: Tensor, change: Tensor, keep: bool) -> None:
+        if keep:
+            self._codes_before = bnb.snapshot(self.base_layer)
+        bnb.requantize(self.base_layer, weight)
+        self.merge_error = bnb.merge_error(weight, bnb.dequantized(self.base_layer), change.to(weight.device))
+
+    def _weight_changes(self, adapter: str, base: nn.Module) -> dict[str, Tensor]:
+        """Name of a tensor of the base -> what the adapter adds to it at weight 1; `base` is not packed."""
+        changes: dict[str, Tensor] = {}
+        if adapter in self.adapters:
+            weights = self.adapters[adapter]
+            assert isinstance(weights, AdapterWeights)
+            changes = weights.merge_changes(base, self.module_name)
+        if adapter in self.biases:
+            changes["bias"] = changes.get("bias", 0) + self._shift(adapter)
+        return changes
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Puts the former tensors back."""
+        for name, tensor in self._before.items():
+            getattr(self.base_layer, name).copy_(tensor)
+        self._before.clear()
+        if self._codes_before is not None:
+            bnb.restore(self.base_layer, self._codes_before)
+            self._codes_before = None
+        self.merge_error = None
+        self.merged.clear()
+
+    def drop(self, adapter: str) -> None:
+        for holder in (self.adapters, self.biases):
+            if adapter in holder:
+                del holder[adapter]
+        self.shifting.discard(adapter)
+
+
+class SavedModule(nn.Module):
+    """A module that adapters train in full (`modules_to_save`): the original, and a copy for each adapter.
+
+    With several active adapters the copy of the one with the largest weight answers; outputs of heads do not add up.
+    """
+
+    def __init__(self, original: nn.Module, switchboard: Switchboard, name: str) -> None:
+        super().__init__()
+        self.original_module = original
+        self.copies = nn.ModuleDict()
+        self.switchboard = switchboard
+        self.module_name = name
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("original_module", "copies"):
+                raise
+            return getattr(self.current(), name)
+
+    def holds(self, adapter: str) -> bool:
+        return adapter in self.copies
+
+    def current(self) -> nn.Module:
+        board = self.switchboard
+        here = {name: weight for name, weight in board.weights.items() if name in self.copies and weight}
+        if board.disabled or not here:
+            return self.original_module
+        return self.copies[max(here, key=lambda name: abs(here[name]))]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        rows = self.switchboard.rows
+        if rows is None or self.switchboard.disabled:
+            return self.current()(x, *args, **kwargs)
+        times = x.shape[0] // len(rows)
+        parts, order = [], []
+        for adapter in dict.fromkeys(rows):
+            index = [i * times + k for i, name in enumerate(rows) if name == adapter for k in range(times)]
+            copied = adapter is not None and adapter in self.copies
+            module = self.copies[str(adapter)] if copied else self.original_module
+            parts.append(module(x[index], *args, **kwargs))
+            order += index
+        return torch.cat(parts)[torch.argsort(torch.tensor(order, device=x.device))]
+
+    def drop(self, adapter: str) -> None:
+        if adapter in self.copies:
+            del self.copies[adapter]
+
+
+Wrapper = AdapterLayer | SavedModule
