@@ -50,7 +50,7 @@ def test_merged_weights(family: str, fields: dict[str, Any], tmp_path: Path) -> 
     differential.same_merged_weights("IA3Config", family, fields, tmp_path)
 
 
-@each_generator
+@pytest.mark.parametrize("family", list(tiny.FAMILIES))
 def test_twenty_steps_from_the_same_weights(family: str, tmp_path: Path) -> None:
     differential.same_training("IA3Config", family, {"target_modules": "all-linear"}, tmp_path, rate=2e-2)
 

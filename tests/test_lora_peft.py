@@ -91,7 +91,7 @@ def test_gaussian_start() -> None:
 EVERYWHERE = {"r": 4, "target_modules": "all-linear"}
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("family", list(tiny.FAMILIES))
 def test_thirty_steps_from_the_same_weights(family: str, tmp_path: Path) -> None:
     differential.same_training("LoraConfig", family, EVERYWHERE, tmp_path, 30)
 

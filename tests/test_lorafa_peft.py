@@ -18,7 +18,7 @@ from tests.differential import load, make, peft, save, train_steps
 FIELDS: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear"}
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("family", list(tiny.FAMILIES))
 def test_trains_as_a_lora_whose_a_is_frozen_by_hand(family: str, tmp_path: Path) -> None:
     ours = make(engine, "LoRAFAConfig", family, FIELDS)
     save(ours, tmp_path / "start")

@@ -59,7 +59,7 @@ def test_merged_weights(family: str, extra: dict[str, Any], tmp_path: Path) -> N
     differential.same_merged_weights("VeraConfig", family, {"r": 6, **extra}, tmp_path)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("family", list(tiny.FAMILIES))
 def test_twenty_steps_from_the_same_weights(family: str, tmp_path: Path) -> None:
     differential.same_training("VeraConfig", family, EVERYWHERE, tmp_path)
 
