@@ -74,10 +74,7 @@ def evaluate_job(
             f"The job holds no rows back (data.eval_split is {spec.data.eval_split}), so there is nothing to score on.",
             "Set data.eval_split to 0.1, for example, and train again: rows that were trained on prove nothing.",
         )
-    mark = "config.json" if spec.full else "adapter_config.json"
-    if not (adapter / mark).is_file():
-        what = "model" if spec.full else "adapter"
-        raise CheckpointError(f"{adapter} is no {what} folder.", f"Give the folder `{what}` of a run of this job.")
+    _check_result(spec, adapter)
     if isinstance(task, Fitting):
         task = task.restored(adapter)
     device = torch.device(default_device())
@@ -104,6 +101,12 @@ def evaluate_job(
     for number, (line, prompt, wanted) in enumerate(asked[:shown]):
         both = {who: side.answers[number] for who, side in sides.items()}
         yield {"type": "row", "row": line, "prompt": prompt, "wanted": wanted, **both}
+
+
+def _check_result(spec: JobSpec, folder: Path) -> None:
+    what, mark = ("model", "config.json") if spec.full else ("adapter", "adapter_config.json")
+    if not (folder / mark).is_file():
+        raise CheckpointError(f"{folder} is no {what} folder.", f"Give the folder `{what}` of a run of this job.")
 
 
 def score_side(

@@ -104,8 +104,13 @@ class Task:
     options: tuple[Field, ...] = ()
 
 
+# libyaml's reader is as safe and ten times as quick, which a start of the server feels.
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+@functools.cache
 def _read(path: Path) -> dict[str, Any]:
-    raw: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    raw: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER)
     return raw
 
 
