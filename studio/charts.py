@@ -130,6 +130,7 @@ def chart(
     legend = "".join(
         f'<span class="key {c.style}"><i style="--c:{esc(c.colour)}"></i>{esc(c.label)}</span>' for c in drawn
     )
+    legend = legend if len(drawn) > 1 else ""
     head = f'<figcaption><strong>{esc(title)}</strong><span class="keys">{legend}</span></figcaption>'
     if not any(c.points for c in drawn):
         empty = f'<div class="plot" style="height:{height}px"><p class="waiting">{esc(waiting)}</p></div>'

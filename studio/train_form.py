@@ -35,6 +35,9 @@ class Parts:
 
     Attributes:
         widgets: key of a field (see `recipes.Owned`) -> its widget.
+        presets: task -> the choice among its presets, one of which is in view. Each has choices of its own that never
+            change: a widget refuses a value that was sent before its choices changed.
+        preset: the name of the one that is chosen.
         rows: whose fields a row holds (a method's name, a task's name) and the row.
         before: what training settings were before the method changed them.
     """
@@ -43,7 +46,8 @@ class Parts:
     dataset: gr.Dropdown
     task: gr.Dropdown
     base: gr.Dropdown
-    preset: gr.Radio
+    presets: dict[str, gr.Radio]
+    preset: gr.State
     method: gr.Dropdown
     about: gr.HTML
     meaning: gr.HTML
@@ -93,19 +97,27 @@ def build(page: Page) -> Parts:
     widgets: dict[tuple[str, str, str], Component] = {}
     rows: list[tuple[str, str, gr.Row]] = []
 
-    def add(group: str) -> None:
-        """The fields of a group: those of methods and tasks, of which one's show at a time, then the training's."""
-        for method, of_task in dict.fromkeys((owned.method, owned.task) for owned in fields):
-            own = [owned for owned in fields if (owned.method, owned.task) == (method, of_task)]
-            own = [owned for owned in own if owned.field.group == group]
-            if own and (method or of_task):
-                with gr.Row(elem_classes="fields", visible=own[0].shows(task, METHOD)) as row:
-                    for owned in own:
-                        widgets[owned.key] = forms.widget(owned.field, method or of_task)
-                rows.append((method, of_task, row))
-            elif own:
+    def own_row(method: str, of_task: str, group: str) -> None:
+        """A method's or a task's fields of a group, in a row that shows with it."""
+        own = [o for o in fields if (o.method, o.task, o.field.group) == (method, of_task, group)]
+        if own:
+            with gr.Row(elem_classes="fields", visible=own[0].shows(task, METHOD)) as row:
                 for owned in own:
-                    widgets[owned.key] = forms.widget(owned.field)
+                    widgets[owned.key] = forms.widget(owned.field, method or of_task)
+            rows.append((method, of_task, row))
+
+    def add_options(group: str) -> None:
+        """Every task's own fields of a group."""
+        for item in recipes.tasks():
+            own_row("", item.name, group)
+
+    def add(group: str) -> None:
+        """Every method's fields of a group, then the training's."""
+        for item in recipes.methods():
+            own_row(item.name, "", group)
+        for owned in fields:
+            if not owned.method and not owned.task and owned.field.group == group:
+                widgets[owned.key] = forms.widget(owned.field)
 
     with gr.Column() as form:
         gr.HTML('<h2 class="page-title">What should learn, and how?</h2>')
@@ -131,7 +143,16 @@ def build(page: Page) -> Parts:
                 info="Choose one, or type a hub id (owner/name) or a local folder.",
                 elem_id="train-base",
             )
-        preset = gr.Radio(preset_choices(task), value=START_PRESET, label="Preset", elem_id="train-preset")
+        radios = {
+            item.name: gr.Radio(
+                [(preset.title, preset.name) for preset in item.presets.values()],
+                value=START_PRESET if item is task else None,
+                label="Preset",
+                elem_id=f"train-preset-{item.name}",
+                visible=item is task,
+            )
+            for item in recipes.tasks()
+        }
         meaning = gr.HTML(elem_classes="st-hint")
         method = gr.Dropdown(
             [(item.title, item.name) for item in recipes.methods()],
@@ -141,12 +162,14 @@ def build(page: Page) -> Parts:
             elem_id="train-method",
         )
         explained = gr.HTML(about(recipes.method_of(METHOD)), elem_id="train-about")
+        add_options("main")
         with gr.Row(elem_id="main-fields"):
             add("main")
         count = gr.HTML('<div class="st-count">&nbsp;</div>', elem_id="train-count")
         with gr.Accordion("Advanced", open=False):
             for group, title in GROUPS.items():
                 gr.HTML(f"<h3>{title}</h3>")
+                add_options(group)
                 with gr.Row(elem_classes="fields"):
                     add(group)
                     if group == "memory":
@@ -179,7 +202,8 @@ def build(page: Page) -> Parts:
         dataset=dataset,
         task=task_field,
         base=base,
-        preset=preset,
+        presets=radios,
+        preset=gr.State(START_PRESET),
         method=method,
         about=explained,
         meaning=meaning,
@@ -196,11 +220,6 @@ def build(page: Page) -> Parts:
         to_data=to_data,
         live=live.build(),
     )
-
-
-def preset_choices(task: presets.Task) -> list[tuple[str, str]]:
-    """A task's presets as (what is shown, name)."""
-    return [(item.title, item.name) for item in task.presets.values()]
 
 
 def filled(parts: Parts, recipe: Mapping[str, Any]) -> dict[Any, Any]:
@@ -229,3 +248,12 @@ def shown(parts: Parts, task: presets.Task, method: presets.Method) -> dict[Any,
             found[parts.widgets[owned.key]] = gr.update(visible=False)
     found[parts.about] = about(method)
     return found
+
+
+def preset_shown(parts: Parts, task: presets.Task, name: str | None) -> dict[Any, Any]:
+    """The choice among a task's presets in view, with this one chosen."""
+    radios = {
+        radio: gr.Radio(visible=True, value=name) if of_task == task.name else gr.Radio(visible=False)
+        for of_task, radio in parts.presets.items()
+    }
+    return {**radios, parts.preset: name}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,7 +15,7 @@ from studio import forms, live, presets, recipes, train_form
 from studio.datasets import train_rows
 from studio.markup import error, esc, size
 from studio.page import DATA, HIDDEN, TRAIN, Page, go
-from studio.train_form import METHOD, Parts, filled, preset_choices, shown
+from studio.train_form import METHOD, Parts, filled, preset_shown, shown
 
 ID = TRAIN
 TITLE = "Train"
@@ -93,24 +94,24 @@ def wire(page: Page) -> None:
             parts.to_data: gr.Button(visible=not ready),
         }
 
+    def takes(task: presets.Task, dataset_id: str | None) -> bool:
+        """Whether a task can learn from the data set; any can where none is chosen."""
+        return dataset_id is None or page.studio.store.dataset(dataset_id)["format"] in task.formats
+
     def fit(dataset_id: str | None, task: str | None) -> dict[Any, Any]:
-        """The tasks that can learn from the data set; another one, with its first preset, where the one that is
-        chosen cannot."""
-        ready = dataset_id in {key for _, key in known()}
-        format = page.studio.store.dataset(str(dataset_id))["format"] if ready else None
-        able = recipes.tasks_for(format)
-        choices = [(item.title, item.name) for item in able]
-        if task in {item.name for item in able}:
-            return {parts.task: gr.Dropdown(choices)}
-        return {parts.task: gr.Dropdown(choices, value=able[0].name), **begin(able[0])}
+        """The first task that can learn from the data set, where the one that is chosen cannot."""
+        if dataset_id not in {key for _, key in known()} or takes(recipes.task_of(task), dataset_id):
+            return {}
+        able = recipes.tasks_for(page.studio.store.dataset(str(dataset_id))["format"])[0]
+        return {parts.task: able.name, **begin(able)}
 
     def begin(task: presets.Task) -> dict[Any, Any]:
         """A task's bases and presets, and its first preset in the form."""
         first = next(iter(task.presets.values()))
         return {
             parts.base: gr.Dropdown(recipes.bases(task), value=task.base),
-            parts.preset: gr.Radio(preset_choices(task), value=first.name),
             parts.meaning: esc(first.meaning),
+            **preset_shown(parts, task, first.name),
             **filled(parts, recipes.of_preset(task, first)),
         }
 
@@ -137,17 +138,22 @@ def wire(page: Page) -> None:
             **fit(dataset_id, task),
         }
 
-    def choose(name: str | None, task: str | None) -> dict[Any, Any]:
+    def choose(task: str | None, name: str | None) -> dict[Any, Any]:
         """Fill the form from a preset."""
         form = recipes.task_of(task)
         preset = form.presets.get(name or "")
         if preset is None:
             return {parts.meaning: ""}
-        return {parts.meaning: esc(preset.meaning), **filled(parts, recipes.of_preset(form, preset))}
+        filling = filled(parts, recipes.of_preset(form, preset))
+        return {parts.meaning: esc(preset.meaning), parts.preset: preset.name, **filling}
 
-    def turn(task: str | None) -> dict[Any, Any]:
-        """Another task."""
-        return begin(recipes.task_of(task))
+    def turn(name: str | None, dataset_id: str | None, eval_split: float | None) -> dict[Any, Any]:
+        """Another task, and the newest data set that it can learn from where the chosen one is for another."""
+        task = recipes.task_of(name)
+        if takes(task, dataset_id):
+            return begin(task)
+        able = next((key for _, key in known() if takes(task, key)), None)
+        return {parts.dataset: able, **offer(able, eval_split), **begin(task)}
 
     def switch(name: str, task: str, before: Mapping[str, Any] | None, *now: Any) -> dict[Any, Any]:
         """Another method: its fields, and the training settings that it usually needs. With a method that needs none,
@@ -175,9 +181,9 @@ def wire(page: Page) -> None:
         asked = recipes.of_spec(spec)
         task = recipes.task_of(asked["task"])
         return {
-            parts.task: gr.Dropdown([(item.title, item.name) for item in recipes.tasks()], value=task.name),
+            parts.task: task.name,
             parts.base: gr.Dropdown(recipes.bases(task), value=spec["model"]),
-            parts.preset: gr.Radio(preset_choices(task), value=None),
+            **preset_shown(parts, task, None),
             parts.meaning: esc(recipe.get("meaning", "Settings of an earlier run; change what you like.")),
             parts.name: spec.get("name", ""),
             parts.dataset: gr.Dropdown(choices, value=dataset_id),
@@ -218,6 +224,7 @@ def wire(page: Page) -> None:
 
     everything = [
         *form,
+        *parts.presets.values(),
         *(row for *_, row in parts.rows),
         parts.before,
         parts.about,
@@ -229,19 +236,20 @@ def wire(page: Page) -> None:
     adapter_fields = [owned for owned in recipes.fields() if owned.method]
     adapter_widgets = [parts.widgets[owned.key] for owned in adapter_fields]
     split = [parts.dataset, parts.task, parts.eval_split]
-    page.blocks.load(enter, split, everything, **HIDDEN).then(choose, [parts.preset, parts.task], everything, **HIDDEN)
+    page.blocks.load(enter, split, everything, **HIDDEN).then(choose, [parts.task, parts.preset], everything, **HIDDEN)
     page.tab[ID].select(enter, split, everything, **HIDDEN)
     page.dataset.change(use, [page.dataset, parts.task, parts.eval_split], everything, **HIDDEN)
     page.recipe.change(fill, page.recipe, everything, **HIDDEN)
-    parts.preset.input(choose, [parts.preset, parts.task], everything, **HIDDEN)
-    parts.task.input(turn, parts.task, everything, **HIDDEN)
+    for task, radio in parts.presets.items():
+        radio.input(functools.partial(choose, task), radio, everything, **HIDDEN)
+    parts.task.input(turn, [parts.task, parts.dataset, parts.eval_split], everything, **HIDDEN)
     parts.dataset.input(fit, [parts.dataset, parts.task], everything, **HIDDEN)
     own_settings = [parts.widgets[owned.key] for owned in usual]
     parts.method.input(switch, [parts.method, parts.task, parts.before, *own_settings], everything, **HIDDEN)
     # Not left to `change` alone: a widget that was filled before it was first shown does not tell.
     offered = [parts.start, parts.to_data]
     gr.on([parts.dataset.change, parts.eval_split.change], offer, [parts.dataset, parts.eval_split], offered, **HIDDEN)
-    changed = [widget.change for widget in form]  # type: ignore[attr-defined]
+    changed = [widget.change for widget in form if widget is not parts.preset]  # type: ignore[attr-defined]
     gr.on(changed, describe, form, parts.same, trigger_mode="always_last", **HIDDEN)
     counting = [parts.task, parts.base, parts.method]
     gr.on(
