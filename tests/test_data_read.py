@@ -238,10 +238,10 @@ def test_bad_files_are_refused_by_name(tmp_path: Path, name: str, content: str |
 
 def test_folders_and_missing_files(tmp_path: Path) -> None:
     (tmp_path / "folder.csv").mkdir()
-    for name in ("folder.csv", "missing.csv"):
+    for name, code in (("folder.csv", "data-empty"), ("missing.csv", "data-file")):
         with pytest.raises(DataError) as caught:
             read(tmp_path / name)
-        assert caught.value.code == "data-file"
+        assert caught.value.code == code
     with pytest.raises(DataError):
         fingerprint(tmp_path / "missing.csv")
 

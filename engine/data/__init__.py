@@ -9,6 +9,7 @@ Nothing here imports torch or transformers, so the page uses it in its own proce
 """
 
 from engine.data.errors import (
+    ArchiveError,
     ClassesError,
     ColumnError,
     DelimiterError,
@@ -21,9 +22,11 @@ from engine.data.errors import (
     NothingLeftError,
     NotTakenError,
     ParquetError,
+    PictureError,
     TooLargeError,
 )
 from engine.data.formats import FORMATS, Format, FormatInfo, recognise
+from engine.data.images import open_picture
 from engine.data.ingest import KINDS, fingerprint, read
 from engine.data.prepare import Prepared, load, prepare
 from engine.data.split import split
@@ -33,6 +36,7 @@ from engine.data.table import Limits, Problem, Row, Table
 __all__ = [
     "FORMATS",
     "KINDS",
+    "ArchiveError",
     "ClassesError",
     "ColumnError",
     "DelimiterError",
@@ -48,6 +52,7 @@ __all__ = [
     "NotTakenError",
     "NothingLeftError",
     "ParquetError",
+    "PictureError",
     "Prepared",
     "Problem",
     "Row",
@@ -55,6 +60,7 @@ __all__ = [
     "TooLargeError",
     "fingerprint",
     "load",
+    "open_picture",
     "prepare",
     "profile",
     "read",

@@ -53,6 +53,23 @@ class ParquetError(DataError):
     code = "data-not-parquet"
 
 
+class ArchiveError(DataError):
+    """A zip that cannot be read, is encrypted, or holds names that lead out of it."""
+
+    code = "data-zip"
+
+
+class PictureError(DataError):
+    """A picture that is not there, damaged, or too large to open."""
+
+    code = "picture"
+
+    def __init__(self, message: str, hint: str = "", code: str | None = None) -> None:
+        super().__init__(message, hint)
+        if code:
+            self.code = code
+
+
 class FormatError(DataError):
     """No known format fits the columns, or the format asked for does not exist."""
 

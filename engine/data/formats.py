@@ -13,6 +13,8 @@ from engine.data.roles import COLUMN_NAMES, SPEAKER_KEYS, WORDS_KEYS, normal
 from engine.data.table import Table
 
 _SAMPLE = 200
+OF_PICTURES = ("images", "pictures")
+"""The formats that a folder or zip of pictures has, and no other table."""
 _FEW = 20
 """Rows below which labels need not come again to be labels."""
 _BY_NAME = 0.8
@@ -54,6 +56,8 @@ FORMATS: dict[str, FormatInfo] = {
         FormatInfo("labels", ("text", "label"), (), "a text and its class, or its classes"),
         FormatInfo("preferences", ("chosen", "rejected"), ("prompt",), "a prompt with a better and a worse answer"),
         FormatInfo("text", ("text",), (), "plain text to continue"),
+        FormatInfo("images", ("image", "text"), (), "pictures and what is said of each"),
+        FormatInfo("pictures", ("image",), (), "pictures of one thing, of which nothing is said"),
     )
 }
 
@@ -108,7 +112,8 @@ def recognise(table: Table, formats: Sequence[str] | None = None) -> Format:
         return Format(best.name, best.columns, best.reason, best.confidence, tuple(found[1:]))
     names = ", ".join(table.columns[:20]) + (", ..." if len(table.columns) > 20 else "")
     guesses = tuple(guess for guess in _guesses(table) if not formats or guess.name in formats)
-    wanted = [info for info in FORMATS.values() if info.name != "oasst" and (not formats or info.name in formats)]
+    unnamed = ("oasst", *OF_PICTURES)
+    wanted = [info for info in FORMATS.values() if info.name not in unnamed and (not formats or info.name in formats)]
     known = "; ".join(f"{', '.join(info.required)} ({info.about})" for info in wanted)
     return Format(
         None,
@@ -156,6 +161,13 @@ def columns_for(
         hint = f"Did you mean {close[0]!r}? " if close else ""
         raise FormatError(f"There is no format {name!r}.", f"{hint}Known: {', '.join(FORMATS)}.")
     _refuse_others(table, name, f"Asked for as {name}.", formats)
+    if (name in OF_PICTURES) != (table.kind == "pictures"):
+        found = recognise(table)
+        raise FormatError(
+            f"{table.name or 'The data'} cannot be read as {name}: that is for "
+            f"{'a folder or a zip of pictures' if name in OF_PICTURES else 'tables of texts'}.",
+            f"Read it as {found.name}." if found.name else "Give other data.",
+        )
     info = FORMATS[name]
     unknown = [role for role in asked if role not in info.roles]
     if unknown:
@@ -308,6 +320,12 @@ def _looks_like_labels(table: Table, column: str) -> bool:
 
 def _candidates(table: Table) -> Iterable[Format | None]:
     """Every reading that the names and the content allow, in the order in which equals are preferred."""
+    if table.kind == "pictures":
+        sure = 0.5 if "text" in table.columns else 1.0
+        if "text" in table.columns:
+            yield Format("images", {"image": "image", "text": "text"}, "Pictures, each with its words.", 1.0)
+        yield Format("pictures", {"image": "image"}, "Pictures; nothing is said of them.", sure)
+        return
     pairs, sure = _match(table, "preferences", {})
     if pairs is not None and _fits(table, "preferences", pairs):
         named = ", ".join(f"{part} = {column!r}" for part, column in pairs.items())

@@ -14,6 +14,7 @@ from engine.data.columnar import read_parquet
 from engine.data.delimited import read_csv
 from engine.data.encoding import decode
 from engine.data.errors import EmptyError, FileError, JsonError, KindError, TooLargeError
+from engine.data.images import read_pictures
 from engine.data.table import Limits, ProblemLog, Row, Scrubber, Table
 
 KINDS: dict[str, str] = {
@@ -25,10 +26,11 @@ KINDS: dict[str, str] = {
     ".ndjson": "jsonl",
     ".parquet": "parquet",
     ".txt": "txt",
+    ".zip": "pictures",
 }
 """File name ending -> kind."""
 
-_ACCEPTED = "csv, tsv, json, jsonl, parquet or txt"
+_ACCEPTED = "csv, tsv, json, jsonl, parquet, txt or (with pictures) zip"
 
 _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"PAR1", "a Parquet file"),
@@ -54,7 +56,7 @@ _MAGIC: tuple[tuple[bytes, str], ...] = (
 
 
 def read(path: str | Path, *, limits: Limits | None = None) -> Table:
-    """Read a csv, tsv, json, jsonl, parquet or txt file.
+    """Read a csv, tsv, json, jsonl, parquet or txt file, or a folder or zip of pictures (`engine.data.images`).
 
     The name's ending decides the kind; the content is checked against it. Rows that cannot be read are skipped
     and reported with their place; a file that cannot be used at all raises.
@@ -64,13 +66,17 @@ def read(path: str | Path, *, limits: Limits | None = None) -> Table:
     """
     limits = limits or Limits()
     path = Path(path)
+    if path.is_dir():
+        return read_pictures(path, limits)
     kind = _check_file(path, limits)
+    if kind == "pictures":
+        return read_pictures(path, limits)
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise FileError(f"{path.name} cannot be opened: {error.strerror or error}.", "Check its rights.") from error
     if len(raw) > limits.max_bytes:
-        raise _too_many_bytes(path.name, len(raw), limits)
+        raise _too_many_bytes(path.name, len(raw), limits.max_bytes)
     if not raw.strip():
         raise EmptyError(f"{path.name} is empty.", "Give a file with at least one row.")
     if kind == "parquet":
@@ -88,9 +94,16 @@ def read(path: str | Path, *, limits: Limits | None = None) -> Table:
 
 
 def fingerprint(source: str | Path | bytes) -> str:
-    """The content's SHA-256, first 16 hex digits: equal for equal content, whatever the name."""
+    """The content's SHA-256, first 16 hex digits: equal for equal content, whatever the name.
+
+    Of a folder: of its files' names and contents.
+    """
     if isinstance(source, bytes):
         return hashlib.sha256(source).hexdigest()[:16]
+    if Path(source).is_dir():
+        files = sorted(path for path in Path(source).rglob("*") if path.is_file())
+        parts = [f"{path.relative_to(source).as_posix()}\0{fingerprint(path)}" for path in files]
+        return fingerprint("\0".join(parts).encode())
     try:
         with open(source, "rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
@@ -100,8 +113,6 @@ def fingerprint(source: str | Path | bytes) -> str:
 
 def _check_file(path: Path, limits: Limits) -> str:
     """The kind by name, after the checks that need no content."""
-    if path.is_dir():
-        raise FileError(f"{path.name} is a folder, and a file is needed.", f"Name one {_ACCEPTED} file in it.")
     if not path.is_file():
         raise FileError(f"There is no file {str(path)!r}.", "Check the name and the folder.")
     size = path.stat().st_size
@@ -113,17 +124,17 @@ def _check_file(path: Path, limits: Limits) -> str:
         hint = f"Give a {_ACCEPTED} file."
         if path.suffix.lower() in (".xlsx", ".xls", ".ods"):
             hint = "In the spreadsheet program choose Save as, and then CSV UTF-8."
-        elif path.suffix.lower() in (".zip", ".gz", ".bz2", ".xz", ".zst"):
+        elif path.suffix.lower() in (".gz", ".bz2", ".xz", ".zst"):
             hint = f"Unpack it, and give the {_ACCEPTED} file inside."
         raise KindError(f"{path.name} has {ending!r} as its ending, which is not read.", hint)
-    if size > limits.max_bytes:
-        raise _too_many_bytes(path.name, size, limits)
+    if size > (limits.max_zip_bytes if kind == "pictures" else limits.max_bytes):
+        raise _too_many_bytes(path.name, size, limits.max_zip_bytes if kind == "pictures" else limits.max_bytes)
     return kind
 
 
-def _too_many_bytes(name: str, size: int, limits: Limits) -> TooLargeError:
+def _too_many_bytes(name: str, size: int, most: int) -> TooLargeError:
     return TooLargeError(
-        f"{name} is {size / 2**20:,.1f} MiB; at most {limits.max_bytes / 2**20:,.0f} MiB are read.",
+        f"{name} is {size / 2**20:,.1f} MiB; at most {most / 2**20:,.0f} MiB are read.",
         "Split the file, or keep the columns that hold the text.",
     )
 

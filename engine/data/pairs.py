@@ -1,4 +1,4 @@
-"""Rows with two texts: a source and its target, or a better and a worse answer to one prompt."""
+"""Rows with two parts: a source and its target, a better and a worse answer, a picture and its caption."""
 
 from __future__ import annotations
 
@@ -20,6 +20,14 @@ def parallel_of(cells: Cells, columns: Mapping[str, str]) -> tuple[dict[str, Any
         RowFault: one of them is missing or empty.
     """
     return {role: text_of(cells, columns[role]) for role in ("source", "target")}, []
+
+
+def image_of(cells: Cells, columns: Mapping[str, str]) -> tuple[dict[str, Any], Fixes]:
+    """`{"image", "text"}`: a picture's reference and what is said of it."""
+    return {
+        "image": str(cells[columns["image"]]),
+        "text": text_of(cells, columns["text"]) if "text" in columns else "",
+    }, []
 
 
 def preference_of(cells: Cells, columns: Mapping[str, str]) -> tuple[dict[str, Any], Fixes]:

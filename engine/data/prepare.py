@@ -13,7 +13,7 @@ from engine.data.errors import NothingLeftError
 from engine.data.formats import columns_for
 from engine.data.ingest import read
 from engine.data.labels import check_classes, labels_of
-from engine.data.pairs import parallel_of, preference_of
+from engine.data.pairs import image_of, parallel_of, preference_of
 from engine.data.table import Cells, Limits, Problem, ProblemLog, Row, Table
 
 Example = dict[str, Any]
@@ -21,6 +21,8 @@ _OF_ROW: dict[str, Callable[[Cells, Mapping[str, str]], tuple[Example, Fixes]]] 
     "parallel": parallel_of,
     "labels": labels_of,
     "preferences": preference_of,
+    "images": image_of,
+    "pictures": image_of,
 }
 
 
@@ -36,14 +38,15 @@ class Prepared:
         columns: role -> column, as used.
         examples: in the order of the file, each with its `line`: `{"messages": [{"role", "content"}, ...]}`,
             `{"prompt", "completion"}`, `{"text"}`, `{"source", "target"}`, `{"text", "labels": [class, ...]}` or
-            `{"prompt": [{"role", "content"}, ...], "chosen", "rejected"}`.
+            `{"prompt": [{"role", "content"}, ...], "chosen", "rejected"}` or `{"image": reference, "text"}` (the text
+            is "" where nothing is said of any picture).
         problems: the first of each code, in the order of the file.
         counts: problem code -> how many.
         total: rows in the file.
         skipped: rows left out.
         fixed: changes made to rows that were kept.
         duplicates: examples that repeat an earlier one word for word; they are kept.
-        unit: what `line` counts: `line` or `row`.
+        unit: what `line` counts: `line`, `row` or `picture`.
     """
 
     format: str

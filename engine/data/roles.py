@@ -34,6 +34,7 @@ COLUMN_NAMES: dict[str, tuple[str, ...]] = {
     ),
     "chosen": ("accepted", "preferred", "better", "chosen_response", "response_chosen", "선택", "선호", "좋은_답변"),
     "rejected": ("dispreferred", "worse", "rejected_response", "response_rejected", "거절", "거부", "나쁜_답변"),
+    "image": (),
     "system": ("system_prompt", "system_message", "시스템"),
     "message_id": (),
     "parent_id": (),

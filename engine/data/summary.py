@@ -45,6 +45,8 @@ def _length(example: dict[str, Any]) -> int:
     """Characters of the words, whoever says them; labels do not count."""
     total = 0
     for name, value in example.items():
+        if name == "image":
+            continue
         if name in ("messages", "prompt") and isinstance(value, list):
             total += sum(len(message["content"]) for message in value)
         elif isinstance(value, str):

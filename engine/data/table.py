@@ -21,6 +21,11 @@ class Limits:
         max_unpacked: bytes of a Parquet file once decompressed and decoded.
         max_nested: opening brackets in a JSON file; each becomes a list or mapping in memory.
         max_depth: lists and mappings inside each other in one cell.
+        max_pictures: pictures in a folder or zip.
+        max_pixels: of one picture.
+        max_picture_bytes: of one picture's file.
+        max_zip_bytes: size of a zip on disk.
+        max_unpacked_zip: bytes of all its files together.
     """
 
     max_bytes: int = 100 * 2**20
@@ -30,6 +35,11 @@ class Limits:
     max_unpacked: int = 512 * 2**20
     max_nested: int = 10_000_000
     max_depth: int = 64
+    max_pictures: int = 100_000
+    max_pixels: int = 50_000_000
+    max_picture_bytes: int = 64 * 2**20
+    max_zip_bytes: int = 4 * 2**30
+    max_unpacked_zip: int = 8 * 2**30
 
 
 class Row(NamedTuple):
@@ -55,7 +65,7 @@ class Problem:
         message: one sentence for a person, without the line number.
         severity: `skip` (the row is left out), `fix` (something was changed and the row is kept) or `note`
             (the row is kept as it is).
-        unit: what `line` counts: `line` or `row`.
+        unit: what `line` counts: `line`, `row` or `picture`.
     """
 
     line: int
@@ -127,7 +137,7 @@ class Table:
     """A file as columns and rows.
 
     Attributes:
-        kind: `csv`, `json`, `jsonl`, `parquet` or `txt`, by content.
+        kind: `csv`, `json`, `jsonl`, `parquet` or `txt`, by content; `pictures` for a folder or zip of them.
         columns: names in the order of the file.
         rows: the rows that could be read.
         log: what was skipped or changed while reading.
@@ -145,7 +155,7 @@ class Table:
 
     @property
     def unit(self) -> str:
-        """What a row's `line` counts: `line` or `row`."""
+        """What a row's `line` counts: `line`, `row` or `picture`."""
         return self.log.unit
 
     @property
