@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--adapter", type=Path, required=True, help="adapter folder")
     score.add_argument("--rows", type=int, default=0, help="show so many rows with both answers")
     score.add_argument("--answers", type=int, default=64, help="rows answered in words for metrics of texts")
+    score.add_argument("--out", type=Path, help="folder for a contact sheet of the rows that are shown")
     score.add_argument("--threads", type=int)
     score.add_argument("--json", action="store_true", help="print one score a line")
     score.set_defaults(command=_eval)
@@ -64,15 +65,19 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="answer a prompt with the base and with adapters")
     generate.add_argument("--model", required=True, help="built-in name, local folder or hub id")
     generate.add_argument("--adapter", type=Path, action="append", default=[], help="adapter folder; may be repeated")
-    generate.add_argument("--prompt", required=True)
+    asked = generate.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompt")
+    asked.add_argument("--image", type=Path, help="a picture to describe, for captioning models")
     generate.add_argument("--system", default="", help="a system message before the prompt")
     generate.add_argument("--max-new-tokens", type=int, default=128)
     generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
     generate.add_argument("--top-p", type=float, default=0.9)
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--beams", type=int, default=4, help="of T5-like models at temperature 0")
+    generate.add_argument("--steps", type=int, default=20, help="of pictures: how often noise is taken away")
+    generate.add_argument("--guidance", type=float, default=7.5, help="of pictures: how much the words count")
     generate.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
-    generate.add_argument("--out", type=Path, help="also write the results there, as results.json")
+    generate.add_argument("--out", type=Path, help="also write the results there, as results.json, and pictures")
     generate.add_argument("--threads", type=int)
     generate.add_argument("--json", action="store_true", help="print one result a line")
     generate.set_defaults(command=_generate)
@@ -92,7 +97,7 @@ class _Words:
         elif kind == "eval":
             print(f"step {event['step']:>5}  evaluation loss {event['loss']:.4f}")
         elif kind == "sample":
-            print(f"step {event['step']:>5}  {event['prompt']!r} -> {event['text']!r}")
+            print(f"step {event['step']:>5}  {event['prompt']!r} -> {event.get('file') or repr(event['text'])}")
         elif kind == "start":
             share = event["trainable"] / event["parameters"]
             print(f"training {event['trainable']:,} of {event['parameters']:,} parameters ({share:.2%})")
@@ -126,7 +131,9 @@ def _eval(arguments: argparse.Namespace) -> int:
             print(message, file=sys.stderr)
 
     spec, noted = JobSpec.from_file(arguments.job), False
-    for event in evaluate_job(spec, arguments.adapter, tell, answered=arguments.answers, shown=arguments.rows):
+    for event in evaluate_job(
+        spec, arguments.adapter, tell, answered=arguments.answers, shown=arguments.rows, out=arguments.out
+    ):
         if arguments.json:
             print(json.dumps(event, ensure_ascii=False), flush=True)
         elif event["type"] == "score":
@@ -138,11 +145,23 @@ def _eval(arguments: argparse.Namespace) -> int:
             print(f"--- row {event['row']}: {event['prompt']}")
             print("\n".join(f"{who:<8} {event[who]}" for who in ("wanted", "base", "adapter")))
         else:
-            print(f"{event['type']}: {event['message']}", file=sys.stderr)
+            print(f"{event['type']}: {event.get('message') or event.get('file')}", file=sys.stderr)
     return 0
 
 
+def _painter(arguments: argparse.Namespace) -> Any:
+    """What makes pictures; they need a folder to go to."""
+    from functools import partial
+
+    from engine.painting import Painter
+
+    if arguments.out is None:
+        raise ConfigError(f"{arguments.model} answers with pictures.", "Name a folder for them by --out.")
+    return partial(Painter, steps=arguments.steps, guidance=arguments.guidance)
+
+
 def _generate(arguments: argparse.Namespace) -> int:
+    from engine.captioning import Captioner
     from engine.generation import Answerer, Sampling
     from engine.labelling import Labeller, labels
 
@@ -153,28 +172,43 @@ def _generate(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         beams=arguments.beams,
     )
-    messages = [{"role": "user", "content": arguments.prompt}]
+    messages = [{"role": "user", "content": arguments.prompt or ""}]
+    if arguments.image:
+        messages[0]["image"] = str(arguments.image)
     if arguments.system:
         messages.insert(0, {"role": "system", "content": arguments.system})
-    make = Labeller if labels(arguments.model, arguments.adapter) else Answerer
+    from engine.models.pipelines import named_pipeline
+
+    make: Any = Captioner
+    if not arguments.image and named_pipeline(arguments.model):
+        make = _painter(arguments)
+    elif not arguments.image:
+        make = Labeller if labels(arguments.model, arguments.adapter) else Answerer
     answerer = make(arguments.model, arguments.precision)
     names: list[str | None] = [None]
     for number, folder in enumerate(arguments.adapter):
         names.append(f"adapter-{number}")
         answerer.attach(f"adapter-{number}", folder)
     texts, reasons = [""] * len(names), [""] * len(names)
+    files: list[str | None] = [None] * len(names)
     for piece in answerer.stream(messages, names, sampling):
         texts[piece.index] += piece.text
         reasons[piece.index] = piece.reason or reasons[piece.index]
+        if piece.picture is not None:
+            from engine.sheets import write_picture
+
+            path = arguments.out / f"{names[piece.index] or 'base'}.png"
+            files[piece.index] = str(write_picture(piece.picture, path))
     results = [
         {
             "type": "result",
             "who": "base" if number == 0 else "adapter",
             "adapter": str(arguments.adapter[number - 1]) if number else None,
-            "prompt": arguments.prompt,
+            "prompt": arguments.prompt or str(arguments.image),
             "text": texts[number],
             "reason": reasons[number],
             "seed": arguments.seed,
+            **({"file": files[number]} if files[number] else {}),
         }
         for number in range(len(names))
     ]
@@ -182,7 +216,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         if arguments.json:
             print(json.dumps(result, ensure_ascii=False), flush=True)
         else:
-            print(f"--- {result['adapter'] or 'base'}\n{result['text']}\n")
+            print(f"--- {result['adapter'] or 'base'}\n{result.get('file') or result['text']}\n")
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         draft = arguments.out / f".results.{os.getpid()}"

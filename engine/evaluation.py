@@ -14,7 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from engine.data.errors import PictureError
+from engine.data.images import PICTURES, open_picture
 from engine.errors import CheckpointError, DataError
+from engine.sheets import sheet, write_picture
 from engine.tasks.base import Answering, Baseline, Fitting, Loaded, Progress, Task, metrics_of
 from engine.train.events import Event, Recorder
 from engine.train.job import JobSpec
@@ -35,12 +38,18 @@ class Side:
     """
 
     scores: dict[str, tuple[float, int]] = field(default_factory=dict)
-    answers: list[str] = field(default_factory=list)
+    answers: list[Any] = field(default_factory=list)
     note: str = ""
 
 
 def evaluate_job(
-    spec: JobSpec, adapter: Path, on_progress: Progress, *, answered: int = ANSWERED, shown: int = 0
+    spec: JobSpec,
+    adapter: Path,
+    on_progress: Progress,
+    *,
+    answered: int = ANSWERED,
+    shown: int = 0,
+    out: Path | None = None,
 ) -> Iterator[Event]:
     """Scores, and rows with both answers, as events.
 
@@ -50,6 +59,8 @@ def evaluate_job(
         on_progress: told what is done.
         answered: at most so many rows are answered in words for metrics of texts (each takes a generation).
         shown: so many rows come with both answers.
+        out: a folder for `sheet.png`, which shows these rows, and for answers that are pictures; without it, those are
+            left out of the rows.
 
     Yields:
         `{"type": "score", "who": "base" | "adapter", "metric", "value", "rows"}`, with `note` where the base is stood
@@ -98,9 +109,32 @@ def evaluate_job(
         for metric, (value, rows) in sides[who].scores.items():
             why = {"note": sides[who].note} if sides[who].note else {}
             yield {"type": "score", "who": who, "metric": metric, "value": value, "rows": rows, **why}
+    table: list[list[Any]] = []
     for number, (line, prompt, wanted) in enumerate(asked[:shown]):
         both = {who: side.answers[number] for who, side in sides.items()}
-        yield {"type": "row", "row": line, "prompt": prompt, "wanted": wanted, **both}
+        table.append([_seen(prompt), _seen(wanted), *both.values()])
+        said = {who: _kept(answer, out, f"{number:03}-{who}.png") for who, answer in both.items()}
+        yield {"type": "row", "row": line, "prompt": prompt, "wanted": wanted, **said}
+    if out is not None and table:
+        path = write_picture(sheet(["asked", "wanted", *sides], table), out / "sheet.png")
+        yield {"type": "sheet", "file": str(path)}
+
+
+def _seen(value: str) -> Any:
+    """A picture for its reference, any other text as it is."""
+    if not value.lower().endswith(PICTURES):
+        return value
+    try:
+        return open_picture(value)
+    except PictureError:
+        return value
+
+
+def _kept(answer: Any, out: Path | None, name: str) -> str:
+    """An answer for an event: a text, or the file of a picture."""
+    if isinstance(answer, str):
+        return answer
+    return str(write_picture(answer, out / name)) if out is not None else "(a picture)"
 
 
 def _check_result(spec: JobSpec, folder: Path) -> None:

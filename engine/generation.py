@@ -58,12 +58,16 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Piece:
-    """New text of one column. `reason`, with `done`: `stop` (the model ended) or `length` (the limit was reached)."""
+    """New text of one column, or its picture.
+
+    `reason`, with `done`: `stop` (the model ended) or `length` (the limit was reached).
+    """
 
     index: int
     text: str
     done: bool = False
     reason: str = ""
+    picture: Any = None
 
 
 def encode_prompt(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> Tensor:

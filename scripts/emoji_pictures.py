@@ -74,10 +74,16 @@ def blueprint(drawn: Image.Image, part: float = 0.9) -> Image.Image:
     return ImageOps.colorize(grey, black=(16, 42, 120), white=(225, 238, 255))
 
 
-def varied(drawn: Image.Image, rng: random.Random, free_ground: bool = True) -> Image.Image:
+def varied(
+    drawn: Image.Image, rng: random.Random, free_ground: bool = True, ground: tuple[int, int, int] | None = None
+) -> Image.Image:
     """The picture moved, scaled and mirrored a little, sometimes on another ground."""
-    ground = (255, 255, 255)
-    if free_ground and rng.random() < 0.7:
+    if ground is None:
+        ground = (255, 255, 255)
+        free = free_ground and rng.random() < 0.7
+    else:
+        free = False
+    if free:
         hue, light, strength = rng.random(), rng.uniform(0.05, 0.95), rng.random()
         ground = tuple(round(255 * value) for value in colorsys.hls_to_rgb(hue, light, strength))
     turned = ImageOps.mirror(drawn) if rng.random() < 0.5 else drawn

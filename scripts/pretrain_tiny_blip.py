@@ -1,5 +1,7 @@
 """Pretrain `tiny-blip`: a BLIP of 64 pixels that names emoji, on whatever ground they stand.
 
+One caption in eight names the ground instead, or begins with the words of a style, so that every word has a meaning.
+
     python scripts/pretrain_tiny_blip.py --font font --annotations package --out engine/models/builtin/tiny-blip
 
 The language-modelling half of BLIP (Li et al. 2022, arXiv:2201.12086), on one core for `--minutes`.
@@ -27,7 +29,7 @@ from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration
 
 MEAN, STD = 0.5, 0.5
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]"]
-WORDS = "a an the of in on and with style picture photo painting sketch background ground small large bright dark"
+WORDS = "a an the of in on and with view detailed artistic style picture photo painting sketch background ground"
 
 
 def tokenizer(captions: Sequence[str], folder: Path) -> BertTokenizer:
@@ -44,6 +46,15 @@ def tokenizer(captions: Sequence[str], folder: Path) -> BertTokenizer:
     ranked = sorted(learner.get_vocab().items(), key=lambda item: item[1])
     (folder / "vocab.txt").write_text("\n".join(token for token, _ in ranked) + "\n")
     return BertTokenizer.from_pretrained(folder, bos_token="[DEC]", model_max_length=48)
+
+
+PER_NAME = 1 + len(COLOURS) + 2
+
+
+def captions(name: str) -> list[str]:
+    """The name, the name with each ground, and in two styles."""
+    grounds = [f"a {colour} background with {name}" for colour in COLOURS]
+    return [name, *grounds, f"a detailed picture of {name}", f"an artistic view of {name}"]
 
 
 def fresh(words: BertTokenizer) -> BlipForConditionalGeneration:
@@ -79,6 +90,7 @@ def main() -> None:
     parser.add_argument("--font", type=Path, required=True, help="the unpacked Debian package")
     parser.add_argument("--annotations", type=Path, required=True, help="the unpacked npm package")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="a folder that an earlier call wrote, to go on from")
     parser.add_argument("--minutes", type=float, default=45)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -86,11 +98,16 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     pictures = emoji(args.font, args.annotations)
     draft = Path(tempfile.mkdtemp(dir=args.out.parent))
-    words = tokenizer(list(pictures), draft / "words")
-    shutil.rmtree(draft / "words")
-    model = fresh(words)
+    if args.start:
+        words = BertTokenizer.from_pretrained(args.start)
+        model = BlipForConditionalGeneration.from_pretrained(args.start, dtype=torch.float32).train()
+    else:
+        words = tokenizer(list(pictures), draft / "words")
+        shutil.rmtree(draft / "words")
+        model = fresh(words)
     names = list(pictures)
-    ids = words(names, padding=True, return_tensors="pt").input_ids
+    said = [text for name in names for text in captions(name)]
+    ids = words(said, padding=True, return_tensors="pt").input_ids
     ids[:, 0] = words.convert_tokens_to_ids("[DEC]")
     pad = words.pad_token_id
     log = args.out.with_suffix(".log")
@@ -101,9 +118,13 @@ def main() -> None:
     while (done := (time.time() - started) / (60 * args.minutes)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * min(1.0, done / 0.05 + 0.01) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
-        chosen = rng.choices(range(len(names)), k=32)
-        batch = pixels([varied(pictures[names[n]], rng) for n in chosen])
-        read = ids[chosen]
+        drawn, rows = [], []
+        for n in rng.choices(range(len(names)), k=32):
+            how = rng.randrange(1, PER_NAME) if rng.random() < 0.125 else 0
+            ground = list(COLOURS.values())[how - 1] if 0 < how <= len(COLOURS) else None
+            drawn.append(varied(pictures[names[n]], rng, ground=ground))
+            rows.append(n * PER_NAME + how)
+        batch, read = pixels(drawn), ids[rows]
         read = read[:, : int((read != pad).sum(dim=1).max())]
         logits = model(pixel_values=batch, input_ids=read, attention_mask=(read != pad).long()).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), read[:, 1:].flatten(), ignore_index=pad)

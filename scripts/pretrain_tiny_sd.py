@@ -144,13 +144,13 @@ def train_unet(
         in_channels=8,
         out_channels=8,
         layers_per_block=1,
-        block_out_channels=(64, 96),
+        block_out_channels=(64, 84),
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         mid_block_type="UNetMidBlock2DCrossAttn",
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         attention_head_dim=4,
         cross_attention_dim=128,
-        norm_num_groups=8,
+        norm_num_groups=4,
     )
     say(log, f"unet {sum(p.numel() for p in unet.parameters())} text {sum(p.numel() for p in text.parameters())}")
     trained = torch.nn.ModuleList([unet, text])

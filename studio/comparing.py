@@ -7,9 +7,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from engine.errors import ConfigError, PromptError
+from engine.models.catalogue import BUILTIN
 from studio.context import Studio
 from studio.markup import BASE_COLOUR, dot, esc, seconds
 from studio.store import Row, StateError
@@ -56,7 +58,15 @@ def finished_runs(studio: Studio) -> list[Row]:
     return [row for row in studio.store.runs() if studio.jobs.has_adapter(row["id"])]
 
 
-def check(studio: Studio, base: str, runs: Sequence[str], prompt: str) -> list[Row]:
+def task_of(studio: Studio, base: str | None) -> str:
+    """What a base is for: the task of its newest run, else the first that it is built in for."""
+    rows = (row for row in finished_runs(studio) if row["model"] == base)
+    newest = next((str(row["spec"].get("task", "causal_lm")) for row in rows), None)
+    builtin = BUILTIN.get(base or "")
+    return newest or (builtin.tasks[0] if builtin else "causal_lm")
+
+
+def check(studio: Studio, base: str, runs: Sequence[str], prompt: str, picture: str | None = None) -> list[Row]:
     """The rows of the runs asked for.
 
     Raises:
@@ -64,7 +74,10 @@ def check(studio: Studio, base: str, runs: Sequence[str], prompt: str) -> list[R
     """
     if not base or not str(base).strip():
         raise ConfigError("No base is chosen.", "Choose a base model.")
-    if not prompt or not prompt.strip():
+    if task_of(studio, base) == "captioning":
+        if not picture:
+            raise PromptError("There is no picture.", "Choose the picture that should be described.")
+    elif not prompt or not prompt.strip():
         raise PromptError("The prompt is empty.", "Write what the base and the adapters should answer.")
     if len(runs) > MOST_ADAPTERS:
         raise ConfigError(
@@ -80,20 +93,27 @@ def check(studio: Studio, base: str, runs: Sequence[str], prompt: str) -> list[R
 
 
 def answer(
-    studio: Studio, base: str, runs: Sequence[str], prompt: str, sampling: Mapping[str, Any]
+    studio: Studio,
+    base: str,
+    runs: Sequence[str],
+    prompt: str,
+    sampling: Mapping[str, Any],
+    picture: str | None = None,
 ) -> Iterator[Answers]:
     """Ask the base and the adapters; yields the growing answers, at most ten times a second, and keeps the last.
+
+    `picture` is the file of a picture that was brought in, for a base that describes pictures.
 
     Raises:
         EngineError: see `check`; or the inference process reported something.
     """
-    rows = check(studio, base, runs, prompt)
+    rows = check(studio, base, runs, prompt, picture)
     columns = [Column(None, "base", BASE_COLOUR), *(Column(row["id"], row["name"], row["colour"]) for row in rows)]
     state = Answers(columns, status="Waking the base")
     yield state
     folders = {_version(studio, row["id"]): studio.jobs.folder(row["id"]) / "adapter" for row in rows}
     who = [None, *folders]
-    messages = [{"role": "user", "content": prompt}]
+    messages = [{"role": "user", "content": prompt, **({"image": picture} if picture else {})}]
     last = 0.0
     with closing(studio.inference.generate(base, folders, messages, who, sampling)) as stream:
         for news in stream:
@@ -111,7 +131,7 @@ def answer(
     for column in columns:
         column.done = True
     kept = [{"run": c.run, "title": c.title, "colour": c.colour, "text": c.text, "reason": c.reason} for c in columns]
-    studio.store.add_comparison(base, prompt, dict(sampling), kept)
+    studio.store.add_comparison(base, f"picture {Path(picture).name}" if picture else prompt, dict(sampling), kept)
     yield state
 
 

@@ -85,6 +85,7 @@ class Server:
             self.send({"id": request, **unexpected_event(error)})
 
     def _generate(self, request: str, message: Message) -> None:
+        from engine.captioning import Captioner
         from engine.generation import Answerer, Sampling
         from engine.labelling import Labeller, labels
 
@@ -92,7 +93,9 @@ class Server:
             self.send({"id": request, "type": "progress", "phase": phase, "fraction": fraction, "message": text})
 
         adapters: dict[str, str] = message["adapters"]
-        make = Labeller if labels(message["base"], [Path(folder) for folder in adapters.values()]) else Answerer
+        make: Any = Captioner
+        if not message["messages"][-1].get("image"):
+            make = Labeller if labels(message["base"], [Path(folder) for folder in adapters.values()]) else Answerer
         if not isinstance(self.answerer, make):
             self.answerer, self.attached = None, set()
             self.answerer = make(message["base"], message.get("precision", "auto"), on_progress=progress)

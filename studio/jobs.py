@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from engine import threads
+from engine.errors import ConfigError
 from engine.paths import REPOSITORY, inside
 from engine.train.job import JobSpec
 from studio import process, states
@@ -64,7 +65,17 @@ class Jobs:
         return inside(self.home / "runs", run_id)
 
     def submit(self, spec: JobSpec, dataset: str | None = None) -> str:
-        """Write the run's folder with `spec.yaml` and queue it; returns the id."""
+        """Write the run's folder with `spec.yaml` and queue it; returns the id.
+
+        Raises:
+            ConfigError: the job would open files that nobody brought in.
+        """
+        if spec.task == "captioning" and spec.training.sample_prompts:
+            raise ConfigError(
+                "A run of the studio describes pictures that it holds back; it takes no sample_prompts, which are "
+                "paths to pictures.",
+                "Leave sample_prompts out.",
+            )
         run_id = new_run_id()
         folder = self.folder(run_id)
         folder.mkdir(parents=True)

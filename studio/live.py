@@ -147,7 +147,7 @@ def draw(page: Page, live: Live, run_id: str, log: bool, smoothing: float, whole
         live.resume: gr.Button(again, visible=resumable, variant="primary"),
         live.pause: gr.Button(visible=running),
         live.checkpoint: gr.Button(visible=running),
-        live.sample: gr.Button(visible=running and bool(row["spec"]["training"].get("sample_prompts"))),
+        live.sample: gr.Button(visible=running and bool(page.studio.store.newest(run_id, "sample"))),
         live.stop: gr.Button(
             "Take out of the queue" if state == states.QUEUED else "Stop and keep",
             visible=state in (states.QUEUED, states.STARTING, states.RUNNING, states.PAUSING),

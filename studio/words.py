@@ -11,6 +11,7 @@ from studio import states
 from studio.charts import histogram
 from studio.datasets import Checked
 from studio.markup import badge, dot, error, esc, notice, number, seconds, table
+from studio.pictures import thumbnail
 from studio.store import Row
 
 _SHOWN_ROWS = 5
@@ -46,6 +47,8 @@ def _example(example: Mapping[str, Any]) -> str:
         asked = "<br>".join(_turn(turn["role"], turn["content"]) for turn in example["prompt"])
         better, worse = _turn("assistant", "better: " + example["chosen"]), _turn("", "worse: " + example["rejected"])
         return f"{asked}<br>{better}<br>{worse}"
+    if "image" in example:
+        return thumbnail(example["image"], example["text"], 64) + " " + _turn("assistant", example["text"])
     if "labels" in example:
         classes = ", ".join(example["labels"]) or "none"
         return _turn("", example["text"]) + "<br>" + _turn("assistant", classes)
@@ -158,6 +161,7 @@ def film(samples: Sequence[Mapping[str, Any]]) -> str:
     if not samples:
         return ""
     prompts: dict[str, dict[int, str]] = {}
+    pictures = {str(event.get("prompt", "")): str(event["image"]) for event in samples if event.get("image")}
     for event in samples:
         prompts.setdefault(str(event.get("prompt", "")), {})[int(event.get("step") or 0)] = str(event.get("text", ""))
     parts = []
@@ -166,7 +170,8 @@ def film(samples: Sequence[Mapping[str, Any]]) -> str:
             f'<div class="frame"><small>step {step:,}</small>{esc(text)}</div>'
             for step, text in sorted(answers.items())
         )
-        parts.append(f'<h4>{esc(prompt)}</h4><div class="frames">{frames}</div>')
+        head = thumbnail(pictures[prompt], "the picture") if prompt in pictures else esc(prompt)
+        parts.append(f'<h4>{head}</h4><div class="frames">{frames}</div>')
     return f'<div class="film">{"".join(parts)}</div>'
 
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 VOCABULARY = 64
 
@@ -35,10 +43,9 @@ def unet(xl: bool = False, **more: Any) -> nn.Module:
         sample_size=8,
         block_out_channels=(16, 32),
         layers_per_block=2,
-        cross_attention_dim=32,
         attention_head_dim=4,
         norm_num_groups=8,
-        **more,
+        **{"cross_attention_dim": 32, **more},
     ).eval()
 
 
@@ -85,3 +92,55 @@ def answer(model: Any) -> torch.Tensor:
     if base.config.addition_embed_type:
         more = {"text_embeds": torch.randn(2, 16, generator=generator), "time_ids": torch.ones(2, 6)}
     return model(sample, 11, text, added_cond_kwargs=more or None).sample
+
+
+def save_pipeline(folder: Path, xl: bool = False, **scheduler: Any) -> Path:
+    """A whole pipeline with random weights as diffusers writes it: pictures of 16 pixels, latents of 8."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(3)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+        scaling_factor=1.0,
+    ).eval()
+    words = tokenizer(folder / "words")
+    noise = DDIMScheduler(steps_offset=1, clip_sample=False, **scheduler)
+    if xl:
+        made: Any = StableDiffusionXLPipeline(
+            vae=vae,
+            text_encoder=encoder(),
+            text_encoder_2=encoder(projection=True),
+            tokenizer=words,
+            tokenizer_2=words,
+            unet=unet(xl=True, cross_attention_dim=64),
+            scheduler=noise,
+        )
+    else:
+        made = StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=encoder(),
+            tokenizer=words,
+            unet=unet(),
+            scheduler=noise,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    made.save_pretrained(folder / "base")
+    return folder / "base"
+
+
+def tokenizer(folder: Path) -> CLIPTokenizer:
+    """One token a letter, within the text encoder's vocabulary."""
+    letters = sorted("abcdefghijklmnopqrstuvwxyz")
+    tokens = ["<pad>", "<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    found: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=16)
+    return found

@@ -104,6 +104,18 @@ _MODELS = (
         toy=True,
         bundled=True,
     ),
+    BaseModel(
+        name="tiny-blip",
+        title="Tiny BLIP (toy)",
+        meaning="A toy that names emoji on pictures of 64 pixels; learns in seconds, offline.",
+        tasks=("captioning",),
+        parameters=2_103_516,
+        size=4_280_000,
+        licence="Apache-2.0",
+        origin="pretrained from nothing by scripts/pretrain_tiny_blip.py, on Noto's emoji with their Unicode names",
+        toy=True,
+        bundled=True,
+    ),
 )
 
 BUILTIN: Mapping[str, BaseModel] = MappingProxyType({model.name: model for model in _MODELS})

@@ -76,7 +76,7 @@ def ensure(name: str, on_progress: Progress | None = None, *, verify: bool = Fal
 def is_ready(name: str) -> bool:
     """Whether a built-in model can be loaded without fetching anything."""
     if describe(name).bundled:
-        return (BUILTIN_FOLDER / name / folders.CONFIG).exists()
+        return (BUILTIN_FOLDER / name / folders.head_of(BUILTIN_FOLDER / name)).exists()
     return is_complete(studio_home() / "models" / name)
 
 
@@ -124,7 +124,7 @@ def resolve_config(name: str, on_progress: Progress | None = None) -> Path:
         )  # fmt: skip
     if not place.is_dir():
         raise ModelError(f"The model folder {place} does not exist.", "Check the path.")
-    folders.read_json(place / folders.CONFIG)
+    folders.read_json(place / folders.head_of(place))
     return place
 
 

@@ -15,6 +15,10 @@ from typing import Any
 from engine.errors import ModelError, UnsafeFileError
 
 CONFIG = "config.json"
+PIPELINE = "model_index.json"
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+PART_WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
@@ -32,11 +36,61 @@ def check_folder(folder: Path) -> Path:
     if not folder.is_dir():
         raise ModelError(f"The model folder {folder} does not exist.", "Check the path.")
     names = [entry.name for entry in folder.iterdir()]
+    if PIPELINE in names and CONFIG not in names:
+        return _check_pipeline(folder)
     check_names(names, f"The folder {folder}")
     read_json(folder / CONFIG)
     for shard in _shards(folder):
         check_safetensors(shard)
     return folder
+
+
+def _check_pipeline(folder: Path) -> Path:
+    """A diffusers pipeline: known classes only, each part's weights safetensors and whole."""
+    where = f"The folder {folder}"
+    index = read_json(folder / PIPELINE)
+    check_pipeline_index(index, where)
+    for part in PARTS:
+        if not isinstance(index.get(part), list) or index[part][0] is None:
+            continue
+        names = [entry.name for entry in (folder / part).iterdir()] if (folder / part).is_dir() else []
+        found = [name for name in names if name.endswith(".safetensors")]
+        read_json(folder / part / CONFIG)
+        if not found:
+            pickles = [name for name in names if name.endswith(PICKLES)]
+            if pickles:
+                raise UnsafeFileError(
+                    f"{where} holds the weights of its {part} as {pickles[0]}, which can run code when opened; "
+                    "this program opens safetensors only.",
+                    "Choose a version of the model with safetensors.",
+                )
+            raise ModelError(f"{where} has no weights for its {part}.", "Copy or fetch the model again.")
+        for name in found:
+            check_safetensors(folder / part / name)
+    return folder
+
+
+def check_pipeline_index(index: dict[str, Any], where: str) -> None:
+    """Refuse a pipeline whose parts are not diffusers' and transformers' own.
+
+    Raises:
+        UnsafeFileError: a part is code that comes with the model.
+        ModelError: it is no Stable Diffusion.
+    """
+    kind = index.get("_class_name")
+    if kind not in PIPELINES:
+        raise ModelError(
+            f"{where} is a pipeline of the kind {str(kind)[:80]!r}; needed: {' or '.join(PIPELINES)}.",
+            "Choose a Stable Diffusion 1, 2 or XL pipeline.",
+        )
+    for part, value in index.items():
+        known = not isinstance(value, list) or value[0] in (None, "diffusers", "transformers", "stable_diffusion")
+        if not known and not part.startswith("_"):
+            raise UnsafeFileError(
+                f"{where} wants its {part} from {str(value[0])[:80]!r}: Python code that comes with the model is never "
+                "run.",
+                "Choose a pipeline whose parts are diffusers' and transformers' own.",
+            )
 
 
 def check_names(names: Iterable[str], where: str) -> None:
@@ -99,6 +153,11 @@ def check_safetensors(path: Path) -> None:
             raise ValueError(f"it has {size} bytes, its header announces {needed}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ModelError(f"The weights {path} are damaged: {error}.", "Copy or fetch the model again.") from error
+
+
+def head_of(folder: Path) -> str:
+    """The file that says what the folder holds: a pipeline's index, or a model's config."""
+    return PIPELINE if (folder / PIPELINE).is_file() and not (folder / CONFIG).is_file() else CONFIG
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -121,11 +121,27 @@ def choose_files(sizes: Mapping[str, int], hub_id: str) -> list[str]:
         UnsafeFileError, ModelError: as `folders.check_names`.
     """
     top = [name for name in sizes if "/" not in name]
+    if folders.PIPELINE in top and folders.CONFIG not in top:
+        return _pipeline_files(sizes)
     folders.check_names(top, f"The hub model {hub_id}")
     # Some repositories carry the same weights twice, in one file and in shards; one of them is enough.
     weights = [folders.WEIGHTS] if folders.WEIGHTS in top else fnmatch.filter(top, "model-*-of-*.safetensors")
     described = [name for name in top if any(fnmatch.fnmatch(name, pattern) for pattern in _WANTED)]
     return sorted({*weights, *described})
+
+
+def _pipeline_files(sizes: Mapping[str, int]) -> list[str]:
+    """Of a diffusers pipeline: its parts' configs, texts and weights; no variants, no single-file checkpoints."""
+    found = [folders.PIPELINE]
+    for name in sizes:
+        part, _, file = name.partition("/")
+        if part in folders.PARTS:
+            shards = fnmatch.fnmatch(file, "*-of-*.safetensors") or file.endswith(".safetensors.index.json")
+            if file == folders.CONFIG or file in folders.PART_WEIGHTS or (shards and ".fp16" not in file):
+                found.append(name)
+        elif part in ("tokenizer", "tokenizer_2", "scheduler") and file.endswith((".json", ".txt")):
+            found.append(name)
+    return sorted(found)
 
 
 def _as_error(hub_id: str, failure: ChildFailed) -> EngineError:
@@ -188,7 +204,8 @@ def _look_and_take(hub_id: str, config_only: bool) -> Path:
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     names = choose_files(sizes, hub_id)
     if config_only:
-        names = [folders.CONFIG]
+        known = (folders.CONFIG, folders.PIPELINE, f"unet/{folders.CONFIG}")
+        names = [name for name in names if name in known]
     total = sum(sizes[name] for name in names)
     cache = Path(constants.HF_HUB_CACHE)
     _check_space(cache, total, hub_id)
@@ -207,7 +224,7 @@ def _cached(hub_id: str, config_only: bool, reason: Exception) -> Path:
     for folder in sorted(snapshots.glob("*"), key=lambda place: place.stat().st_mtime, reverse=True):
         try:
             if config_only:
-                folders.read_json(folder / folders.CONFIG)
+                folders.read_json(folder / folders.head_of(folder))
             else:
                 folders.check_folder(folder)
         except EngineError:

@@ -217,6 +217,7 @@ AUTO_CLASSES = {
     "preference": "AutoModelForCausalLM",
     "seq2seq": "AutoModelForSeq2SeqLM",
     "classification": "AutoModelForSequenceClassification",
+    "captioning": "AutoModelForImageTextToText",
 }
 """Task -> transformers' class that builds its model."""
 
@@ -224,7 +225,8 @@ AUTO_CLASSES = {
 def meta_model(name: str, on_progress: Progress | None = None, task: str | None = None) -> PreTrainedModel:
     """The model on torch's meta device: every shape, no weights, next to no memory. For counting.
 
-    `task` says with which head; by default the first that a built-in model is meant for, else `causal_lm`.
+    `task` says with which head (of `text_to_image` it is the UNet); by default the first that a built-in model is meant
+    for, else `causal_lm`.
 
     Raises:
         ModelError, UnsafeFileError: as `load_causal_lm`.
@@ -232,8 +234,13 @@ def meta_model(name: str, on_progress: Progress | None = None, task: str | None 
     import torch
     import transformers
 
+    first = BUILTIN[canonical(name)].tasks[0] if canonical(name) in BUILTIN else None
+    if (task or first) == "text_to_image":
+        from engine.models.pipelines import meta_unet
+
+        return meta_unet(name, on_progress)
     config = load_config(name, on_progress)
-    kind = task or (BUILTIN[canonical(name)].tasks[0] if canonical(name) in BUILTIN else "causal_lm")
+    kind = task or first or "causal_lm"
     try:
         with quiet(), torch.device("meta"):
             build: Any = getattr(transformers, AUTO_CLASSES[kind]).from_config

@@ -17,6 +17,8 @@ TASKS = {
     "preference": "engine.tasks.preference",
     "classification": "engine.tasks.classification",
     "seq2seq": "engine.tasks.seq2seq",
+    "text_to_image": "engine.tasks.text_to_image",
+    "captioning": "engine.tasks.captioning",
 }
 
 

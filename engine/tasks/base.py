@@ -57,7 +57,7 @@ class Task(Protocol):
     """
 
     name: ClassVar[str]
-    task_type: ClassVar[TaskType]
+    task_type: ClassVar[TaskType | None]
     formats: ClassVar[tuple[str, ...]]
     """The data formats that it takes (`engine.data.formats`)."""
 
@@ -79,7 +79,8 @@ class Task(Protocol):
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum: ...
 
-    def sample(self, model: nn.Module, loaded: Loaded, prompt: str) -> str: ...
+    def sample(self, model: nn.Module, loaded: Loaded, prompt: str) -> Any:
+        """The answer to a prompt: text, or a picture (PIL)."""
 
 
 @runtime_checkable
@@ -106,6 +107,27 @@ class Keeping(Protocol):
     """A task that writes files of its own beside an adapter."""
 
     def save(self, folder: Path) -> None: ...
+
+
+@runtime_checkable
+class Prompting(Protocol):
+    """A task whose prompts are pictures: those of rows that are held back, where the job names none."""
+
+    def prompts(self, held: Sequence[Mapping[str, Any]]) -> list[str]: ...
+
+
+@runtime_checkable
+class Extending(Protocol):
+    """A task that adds rows of its own to those that are trained on."""
+
+    def extra(self, loaded: Loaded, on_progress: Progress) -> list[Any]: ...
+
+
+@runtime_checkable
+class Exporting(Protocol):
+    """A task that writes an adapter in another format too, beside PEFT's."""
+
+    def export(self, model: nn.Module, folder: Path) -> None: ...
 
 
 @runtime_checkable

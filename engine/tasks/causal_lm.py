@@ -36,7 +36,7 @@ class CausalLM:
     """The task's record; it has no options."""
 
     name: ClassVar[str] = "causal_lm"
-    task_type: ClassVar[TaskType] = TaskType.CAUSAL_LM
+    task_type: ClassVar[TaskType | None] = TaskType.CAUSAL_LM
     formats: ClassVar[tuple[str, ...]] = ("messages", "alpaca", "sharegpt", "oasst", "prompt_completion", "text")
     text_metrics: ClassVar[tuple[str, ...]] = ("perplexity", "exact_match")
 

@@ -48,7 +48,7 @@ class Classification:
     """
 
     name: ClassVar[str] = "classification"
-    task_type: ClassVar[TaskType] = TaskType.SEQ_CLS
+    task_type: ClassVar[TaskType | None] = TaskType.SEQ_CLS
     formats: ClassVar[tuple[str, ...]] = ("labels",)
     text_metrics: ClassVar[tuple[str, ...]] = ()
 
@@ -139,7 +139,7 @@ class Classifier(Classification):
             *load_classifier(
                 spec.model,
                 self.labels,
-                heads=HEADS[self.task_type],
+                heads=HEADS[TaskType.SEQ_CLS],
                 multi_label=self.several,
                 seed=spec.training.seed,
                 saved=spec.adapter.get("modules_to_save") or (),

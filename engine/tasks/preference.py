@@ -71,7 +71,7 @@ class Preference:
     label_smoothing: float = 0.0
 
     name: ClassVar[str] = "preference"
-    task_type: ClassVar[TaskType] = TaskType.CAUSAL_LM
+    task_type: ClassVar[TaskType | None] = TaskType.CAUSAL_LM
     formats: ClassVar[tuple[str, ...]] = ("preferences",)
 
     def __post_init__(self) -> None:

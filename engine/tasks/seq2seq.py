@@ -52,7 +52,7 @@ class Seq2Seq:
     max_new_tokens: int = 64
 
     name: ClassVar[str] = "seq2seq"
-    task_type: ClassVar[TaskType] = TaskType.SEQ_2_SEQ_LM
+    task_type: ClassVar[TaskType | None] = TaskType.SEQ_2_SEQ_LM
     formats: ClassVar[tuple[str, ...]] = ("parallel",)
     text_metrics: ClassVar[tuple[str, ...]] = ("perplexity", "exact_match", "chrf", "bleu")
 

@@ -18,7 +18,7 @@ import yaml
 
 from engine.errors import ConfigError
 
-TASKS = ("causal_lm", "preference", "seq2seq", "classification")
+TASKS = ("causal_lm", "preference", "seq2seq", "classification", "text_to_image", "captioning")
 QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
 PRECISIONS = ("auto", "fp32", "bf16")
 LOSS_ON = ("answers", "all")
@@ -30,7 +30,7 @@ class DataSpec:
     """What the run learns from.
 
     Attributes:
-        path: a csv, json, jsonl, parquet or txt file.
+        path: a csv, json, jsonl, parquet or txt file; a folder or zip of pictures.
         format: a key of `engine.data.FORMATS`, one that the task takes; recognised when left out.
         columns: role -> column name, where the columns carry other names (`{"instruction": "question"}`).
         eval_split: share of the rows (0 to 0.5) held back for evaluation; 0 turns evaluation off.
@@ -44,7 +44,7 @@ class DataSpec:
     def faults(self) -> list[str]:
         found = []
         if not self.path:
-            found.append("data.path is empty; name a csv, json, jsonl, parquet or txt file")
+            found.append("data.path is empty; name a csv, json, jsonl, parquet or txt file, or a zip of pictures")
         if not 0 <= self.eval_split <= 0.5:
             found.append(f"data.eval_split is {self.eval_split}; needed: 0 to 0.5")
         return found

@@ -24,7 +24,19 @@ from accelerate import Accelerator
 from torch import nn
 
 from engine.errors import CheckpointError, DataError, EngineError, TrainingError
-from engine.tasks.base import Batch, Encoded, Keeping, Loaded, LossSum, Task, metrics_of
+from engine.sheets import write_picture
+from engine.tasks.base import (
+    Batch,
+    Encoded,
+    Exporting,
+    Extending,
+    Keeping,
+    Loaded,
+    LossSum,
+    Prompting,
+    Task,
+    metrics_of,
+)
 from engine.train.checkpoints import list_checkpoints, read_state, restore_checkpoint, save_checkpoint
 from engine.train.events import Control, Sink
 from engine.train.job import JobSpec
@@ -47,7 +59,10 @@ class Counters:
 
 @dataclass
 class Run:
-    """Everything that one run's steps need; `compute` is the type of the products where it is not the weights'."""
+    """Everything that one run's steps need; `compute` is the type of the products where it is not the weights'.
+
+    `prompts` are answered at each evaluation.
+    """
 
     spec: JobSpec
     out: Path
@@ -60,6 +75,7 @@ class Run:
     sink: Sink
     control: Control
     compute: torch.dtype | None = None
+    prompts: Sequence[str] = ()
     counters: Counters = field(default_factory=Counters)
     step: int = 0
 
@@ -283,17 +299,21 @@ def evaluate(run: Run) -> str | None:
 
 def sample(run: Run) -> str | None:
     """Answer the fixed prompts with the adapter as it is now; returns what the control asked for meanwhile."""
-    for prompt in run.spec.training.sample_prompts:
+    for number, prompt in enumerate(run.prompts):
         asked = run.control.poll()
         if asked:
             return asked
         try:
-            text = run.task.sample(run.trainee.model, run.loaded, prompt)
+            answer = run.task.sample(run.trainee.model, run.loaded, prompt)
         except EngineError as error:
             # A prompt that cannot be answered is no reason to lose the run.
             run.sink.emit({"type": "warning", "message": f"The sample {prompt[:60]!r} was left out: {error}"})
             continue
-        run.sink.emit({"type": "sample", "step": run.step, "prompt": prompt, "text": text})
+        shown: dict[str, str] = {"image": prompt} if isinstance(run.task, Prompting) else {}
+        if not isinstance(answer, str):
+            shown["file"] = str(write_picture(answer, run.out / "samples" / f"step-{run.step:06}-{number}.png"))
+        text = answer if isinstance(answer, str) else ""
+        run.sink.emit({"type": "sample", "step": run.step, "prompt": prompt, "text": text, **shown})
     return None
 
 
@@ -367,6 +387,8 @@ def _save(run: Run) -> Path:
     folder = run.trainee.save(run.out / run.trainee.kind)
     if isinstance(run.task, Keeping):
         run.task.save(folder)
+    if isinstance(run.task, Exporting) and run.trainee.kind == "adapter":
+        run.task.export(run.trainee.model, folder)
     return folder
 
 
@@ -408,6 +430,8 @@ def encode_parts(
         sink.emit({"type": "status", "phase": phase, "fraction": fraction, "message": message})
 
     first, second = task.encode(train, loaded, spec.training, tell), Encoded([])
+    if isinstance(task, Extending):
+        first = Encoded([*first.rows, *task.extra(loaded, tell)], first.notes)
     if held:
         try:
             second = task.encode(held, loaded, spec.training, tell)

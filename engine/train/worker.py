@@ -43,7 +43,7 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
     from engine.model import get_peft_model
     from engine.models.catalogue import portable
     from engine.tasks import get_task
-    from engine.tasks.base import Fitting
+    from engine.tasks.base import Fitting, Prompting
     from engine.train.loop import Run, encode_parts, fit
     from engine.train.trainee import AdapterTrainee, FullTrainee, Trainee
 
@@ -71,9 +71,7 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
     loaded = task.load(loading, accelerator.device, tell)
     set_seed(spec.training.seed)
     if spec.training.gradient_checkpointing:
-        loaded.model.activation_checkpointing_enable(  # type: ignore[operator]
-            activation_checkpointing_kwargs={"use_reentrant": False}
-        )
+        _checkpoint_activations(loaded.model)
     trainee: Trainee
     if config is None:
         trainee = FullTrainee(loaded, task)
@@ -82,6 +80,9 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
         loaded = dataclasses.replace(loaded, model=trainee.model)
     loaded = dataclasses.replace(loaded, cache=out / "cache")
     encoded, held_out = encode_parts(task, loaded, spec, train, held, sink)
+    prompts = list(spec.training.sample_prompts)
+    if not prompts and isinstance(task, Prompting):
+        prompts = task.prompts(held)
     random.seed(spec.training.seed)
     tell("training", None, "Training")
     return fit(
@@ -97,9 +98,18 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
             sink=sink,
             control=control,
             compute=compute,
+            prompts=prompts,
         ),
         resume,
     )
+
+
+def _checkpoint_activations(model: Any) -> None:
+    """Activations are worked out again in the backward pass; transformers and diffusers have a name each for it."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.enable_gradient_checkpointing()
 
 
 def _most_steps(spec: JobSpec, train: list[Mapping[str, Any]]) -> int:

@@ -8,9 +8,10 @@ from typing import Any
 
 import gradio as gr
 
+from engine.data import open_picture
 from engine.errors import EngineError
 from engine.models.catalogue import BUILTIN, DEFAULT
-from studio.comparing import MOST_ADAPTERS, answer, columns_html, earlier_html, finished_runs, halted
+from studio.comparing import MOST_ADAPTERS, answer, columns_html, earlier_html, finished_runs, halted, task_of
 from studio.datasets import first_prompt
 from studio.markup import error, notice
 from studio.page import COMPARE, HIDDEN, Page
@@ -26,6 +27,7 @@ class Parts:
     base: gr.Dropdown
     adapters: gr.CheckboxGroup
     prompt: gr.Textbox
+    picture: gr.Image
     generate: gr.Button
     stop: gr.Button
     seed: gr.Number
@@ -57,6 +59,14 @@ def build(page: Page) -> None:
         placeholder="Ask something that your rows are about.",
         elem_id="compare-prompt",
     )
+    picture = gr.Image(
+        label="Picture to describe",
+        type="filepath",
+        sources=["upload", "clipboard"],
+        height=220,
+        visible=False,
+        elem_id="compare-picture",
+    )
     with gr.Row():
         generate = gr.Button("Generate", variant="primary", elem_id="compare-generate", scale=2)
         stop = gr.Button("Stop", interactive=False, elem_id="compare-stop", scale=1)
@@ -70,7 +80,19 @@ def build(page: Page) -> None:
     with gr.Accordion("Earlier comparisons", open=False):
         earlier = gr.HTML()
     page.parts[ID] = Parts(
-        base, adapters, prompt, generate, stop, seed, temperature, tokens, answers, earlier, empty, gr.State("")
+        base,
+        adapters,
+        prompt,
+        picture,
+        generate,
+        stop,
+        seed,
+        temperature,
+        tokens,
+        answers,
+        earlier,
+        empty,
+        gr.State(""),
     )
 
 
@@ -99,7 +121,7 @@ def wire(page: Page) -> None:
     def offer(base: str | None, chosen: list[str] | None, prompt: str) -> dict[Any, Any]:
         """The bases and adapters there are now; the newest adapter is chosen when nothing is."""
         runs = finished_runs(studio)
-        chat = [model.name for model in BUILTIN.values() if "causal_lm" in model.tasks]
+        chat = [model.name for model in BUILTIN.values() if {"causal_lm", "captioning"} & {*model.tasks}]
         known = [*dict.fromkeys([*(row["model"] for row in runs), *chat])]
         base = base or (runs[0]["model"] if runs else DEFAULT)
         offered = choices(base)
@@ -110,9 +132,28 @@ def wire(page: Page) -> None:
         return {
             parts.base: gr.Dropdown(known, value=base),
             parts.adapters: gr.CheckboxGroup(offered, value=kept, visible=bool(offered)),
-            parts.prompt: prompt or (fitting(kept[0]) if kept else ""),
+            **asking(base, kept[0] if kept else None, prompt),
             parts.empty: gr.HTML(tip, visible=not offered),
         }
+
+    def asking(base: str, run_id: str | None, prompt: str) -> dict[Any, Any]:
+        """What the base is asked by: words, or a picture."""
+        seen = task_of(studio, base) == "captioning"
+        found: dict[Any, Any] = {
+            parts.prompt: gr.Textbox("" if seen else prompt or (fitting(run_id) if run_id else ""), visible=not seen),
+            parts.picture: gr.Image(visible=seen),
+        }
+        if seen and run_id:
+            found[parts.picture] = gr.Image(example(run_id), visible=True)
+        return found
+
+    def example(run_id: str) -> Any:
+        """The first picture of what the run learned from."""
+        try:
+            rows = studio.store.dataset(studio.store.run(run_id)["dataset"])["profile"].get("examples", [])
+            return open_picture(rows[0]["image"]) if rows and "image" in rows[0] else None
+        except EngineError:
+            return None
 
     def fitting(run_id: str) -> str:
         """A prompt that fits what the run learned from."""
@@ -129,11 +170,17 @@ def wire(page: Page) -> None:
         return {**offer(base, [], ""), parts.answers: ""}
 
     def generate(
-        base: str, chosen: list[str] | None, prompt: str, seed: float, temperature: float, tokens: float
+        base: str,
+        chosen: list[str] | None,
+        prompt: str,
+        picture: str | None,
+        seed: float,
+        temperature: float,
+        tokens: float,
     ) -> Iterator[dict[Any, Any]]:
         """Answer the prompt with every column at once."""
         try:
-            for state in answer(studio, base, chosen or [], prompt, sampling(seed, temperature, tokens)):
+            for state in answer(studio, base, chosen or [], prompt, sampling(seed, temperature, tokens), picture):
                 yield {
                     parts.answers: columns_html(state),
                     parts.stop: gr.Button(interactive=not state.finished),
@@ -148,12 +195,12 @@ def wire(page: Page) -> None:
         yield {parts.earlier: earlier_html(studio.store.comparisons())}
 
     bar = [parts.base, parts.adapters, parts.prompt]
-    shown = [*bar, parts.empty, parts.answers, parts.done]
+    shown = [*bar, parts.picture, parts.empty, parts.answers, parts.done]
     page.tab[ID].select(enter, [*bar, page.comparison, parts.done], shown, **HIDDEN)
     page.blocks.load(offer, bar, shown, **HIDDEN)
     page.tab[ID].select(lambda: earlier_html(studio.store.comparisons()), None, parts.earlier, **HIDDEN)
     parts.base.input(rebase, parts.base, shown, **HIDDEN)
-    inputs = [*bar, parts.seed, parts.temperature, parts.tokens]
+    inputs = [*bar, parts.picture, parts.seed, parts.temperature, parts.tokens]
     outputs = [parts.answers, parts.stop, parts.generate, parts.earlier]
     asked = gr.on([parts.generate.click, parts.prompt.submit], generate, inputs, outputs, trigger_mode="once", **HIDDEN)
     parts.stop.click(

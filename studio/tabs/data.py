@@ -29,6 +29,8 @@ TITLES = {
     "labels": "Texts and classes",
     "preferences": "Better and worse answers",
     "text": "Plain text",
+    "images": "Pictures and their captions",
+    "pictures": "Pictures without words",
 }
 
 
@@ -53,8 +55,8 @@ def build(page: Page) -> None:
     """Lay out the drop zone and what follows from a file."""
     gr.HTML(
         '<h2 class="page-title">What should it learn from?</h2>'
-        '<p class="st-lead">One row is one example: a question and its answer, a conversation, or a text.'
-        " A csv, tsv, json, jsonl, parquet or txt file of up to 100 MB.</p>"
+        '<p class="st-lead">One row is one example: a question and its answer, a conversation, a text, or a picture'
+        " with its caption. A csv, tsv, json, jsonl, parquet or txt file, or a zip of pictures, of up to 100 MB.</p>"
     )
     with gr.Row():
         with gr.Column(scale=3, min_width=300):

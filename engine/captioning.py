@@ -1,0 +1,133 @@
+"""Captions of pictures: the decoder's words for one picture, and a base with adapters side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.data.images import open_picture
+from engine.errors import ConfigError, PromptError
+
+if TYPE_CHECKING:
+    from engine.generation import Piece, Sampling
+
+
+@torch.no_grad()
+def caption(
+    model: nn.Module, processor: Any, pixels: Tensor, prefix: str, sampling: Sampling, who: str | None = ""
+) -> tuple[str, bool]:
+    """The caption of one picture without `prefix`, and whether the model ended it.
+
+    Args:
+        pixels: (1, 3, height, width), as the processor makes them.
+        prefix: the words that the decoder is given to go on from.
+        sampling: at temperature 0 the best of `sampling.beams` beams; otherwise drawn.
+        who: the adapter that answers, None for the base; left out, the model answers as it is switched.
+    """
+    tokenizer = processor.tokenizer
+    weight = next(p for p in model.parameters() if p.is_floating_point())
+    # BLIP puts its own start token over the first, and takes the end token off.
+    start = tokenizer(prefix, return_tensors="pt")["input_ids"].to(weight.device)
+    how: dict[str, Any] = {"do_sample": False, "num_beams": sampling.beams}
+    if sampling.temperature:
+        how = {"do_sample": True, "num_beams": 1, "temperature": float(sampling.temperature)}
+        how |= {"top_p": float(sampling.top_p), "top_k": sampling.top_k}
+    if who != "" and hasattr(model, "switchboard"):
+        how["adapter_names"] = [who]
+    before = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[weight.device] if weight.device.type == "cuda" else []):
+            torch.manual_seed(sampling.seed)
+            out = model.generate(  # type: ignore[operator]
+                pixel_values=pixels.to(weight.device, weight.dtype),
+                input_ids=start,
+                attention_mask=torch.ones_like(start),
+                max_new_tokens=sampling.max_new_tokens,
+                repetition_penalty=sampling.repetition_penalty,
+                **how,
+            )[0]
+    finally:
+        model.train(before)
+    new = out[start.shape[1] - 1 :]
+    return tokenizer.decode(new, skip_special_tokens=True).strip(), tokenizer.sep_token_id in new.tolist()
+
+
+class Captioner:
+    """A captioning base in memory, and adapters on it.
+
+    Args:
+        base: built-in name, local folder or hub id.
+        precision: auto, fp32 or bf16.
+        on_progress: told what happens while the base is fetched and loaded.
+    """
+
+    def __init__(self, base: str, precision: str = "auto", on_progress: Any = None) -> None:
+        from engine.models.captioners import load_captioner
+
+        self.model: nn.Module
+        self.model, self.processor = load_captioner(base, precision=precision, on_progress=on_progress)
+        self._attached: dict[str, Path] = {}
+
+    @property
+    def attached(self) -> tuple[str, ...]:
+        return tuple(self._attached)
+
+    def attach(self, name: str, folder: str | Path) -> None:
+        """Load an adapter under a name.
+
+        Raises:
+            EngineError: it cannot be used on this base.
+        """
+        from engine.model import PeftModel
+
+        self.detach(name)
+        if isinstance(self.model, PeftModel):
+            self.model.load_adapter(folder, name)
+        else:
+            self.model = PeftModel.from_pretrained(self.model, folder, name)
+        self._attached[name] = Path(folder)
+
+    def detach(self, name: str) -> None:
+        """Take an adapter off; a name that is not attached is no error."""
+        if self._attached.pop(name, None) is None:
+            return
+        model: Any = self.model
+        if self._attached:
+            model.delete_adapter(name)
+        else:
+            self.model = model.unload()
+
+    def stream(
+        self, messages: Sequence[Mapping[str, str]], who: Sequence[str | None], sampling: Sampling
+    ) -> Generator[Piece, None, None]:
+        """One finished piece for each column; the last message's `image` is the picture's path or reference.
+
+        Raises:
+            PromptError: there is no picture.
+            PictureError: it cannot be opened.
+            ConfigError: a name in `who` is not attached.
+        """
+        from engine.generation import Piece
+        from engine.tasks.captioning import TASK
+
+        where = messages[-1].get("image", "") if messages else ""
+        if not where:
+            raise PromptError("There is no picture.", "Choose the picture that should be described.")
+        for name in who:
+            if name is not None and name not in self._attached:
+                raise ConfigError(
+                    f"There is no adapter {name!r} here.", f"Attached: {', '.join(self._attached) or 'none'}."
+                )
+        pixels = self.processor.image_processor(open_picture(where), return_tensors="pt")["pixel_values"]
+        first = next((self._attached[name] for name in who if name is not None), None)
+        for number, name in enumerate(who):
+            # The base goes on from the same words as the first adapter.
+            folder = first if name is None else self._attached[name]
+            prefix = TASK.restored(folder).prefix if folder else ""
+            text, ended = caption(self.model, self.processor, pixels, prefix, sampling, name)
+            yield Piece(number, text, True, "stop" if ended else "length")
