@@ -149,17 +149,6 @@ def _eval(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _painter(arguments: argparse.Namespace) -> Any:
-    """What makes pictures; they need a folder to go to."""
-    from functools import partial
-
-    from engine.painting import Painter
-
-    if arguments.out is None:
-        raise ConfigError(f"{arguments.model} answers with pictures.", "Name a folder for them by --out.")
-    return partial(Painter, steps=arguments.steps, guidance=arguments.guidance)
-
-
 def _generate(arguments: argparse.Namespace) -> int:
     from engine.captioning import Captioner
     from engine.generation import Answerer, Sampling
@@ -171,6 +160,8 @@ def _generate(arguments: argparse.Namespace) -> int:
         top_p=arguments.top_p,
         seed=arguments.seed,
         beams=arguments.beams,
+        steps=arguments.steps,
+        guidance=arguments.guidance,
     )
     messages = [{"role": "user", "content": arguments.prompt or ""}]
     if arguments.image:
@@ -181,7 +172,11 @@ def _generate(arguments: argparse.Namespace) -> int:
 
     make: Any = Captioner
     if not arguments.image and named_pipeline(arguments.model):
-        make = _painter(arguments)
+        if arguments.out is None:
+            raise ConfigError(f"{arguments.model} answers with pictures.", "Name a folder for them by --out.")
+        from engine.painting import Painter
+
+        make = Painter
     elif not arguments.image:
         make = Labeller if labels(arguments.model, arguments.adapter) else Answerer
     answerer = make(arguments.model, arguments.precision)

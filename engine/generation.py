@@ -31,6 +31,8 @@ class Sampling:
         repetition_penalty: above 1 makes tokens that were used already less likely.
         seed: of each column's random generator.
         beams: of an encoder-decoder model's search at temperature 0; other models answer word by word, without.
+        steps: of a picture: how often noise is taken away.
+        guidance: of a picture: how much the words count.
     """
 
     max_new_tokens: int = 128
@@ -40,6 +42,8 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int = 0
     beams: int = 4
+    steps: int = 20
+    guidance: float = 7.5
 
     def __post_init__(self) -> None:
         rules = (
@@ -50,6 +54,8 @@ class Sampling:
             ("repetition_penalty", 0.1 <= self.repetition_penalty <= 5, "0.1 to 5"),
             ("seed", 0 <= self.seed < 2**63, "0 or more, below 2^63"),
             ("beams", 1 <= self.beams <= 32, "1 to 32"),
+            ("steps", 1 <= self.steps <= 1000, "1 to 1000"),
+            ("guidance", 0 <= self.guidance <= 100, "0 to 100"),
         )
         found = [f"{name} is {getattr(self, name)}; needed: {need}" for name, good, need in rules if not good]
         if found:

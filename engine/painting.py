@@ -72,20 +72,10 @@ class Painter:
         base: built-in name, local folder or hub id.
         precision: auto, fp32 or bf16.
         on_progress: told what happens while the base is fetched and loaded.
-        steps, guidance: as `paint`.
     """
 
-    def __init__(
-        self,
-        base: str,
-        precision: str = "auto",
-        on_progress: Any = None,
-        *,
-        steps: int = STEPS,
-        guidance: float = GUIDANCE,
-    ) -> None:
+    def __init__(self, base: str, precision: str = "auto", on_progress: Any = None) -> None:
         self.pipeline = load_pipeline(base, precision=precision, on_progress=on_progress)
-        self.steps, self.guidance = steps, guidance
         self.model: Any = None
         self._attached: dict[str, Path] = {}
 
@@ -143,5 +133,7 @@ class Painter:
             if name is not None:
                 self.model.set_adapter(name, inference_mode=True)
             with self.model.disable_adapter() if name is None and self.model is not None else nullcontext():
-                made = paint(self.pipeline, prompt, seed=sampling.seed, steps=self.steps, guidance=self.guidance)
+                made = paint(
+                    self.pipeline, prompt, seed=sampling.seed, steps=sampling.steps, guidance=sampling.guidance
+                )
             yield Piece(number, "", True, "stop", made[0])

@@ -21,6 +21,7 @@ from studio.comparing import Answers, answer
 from studio.context import Studio
 from studio.datasets import Datasets
 from studio.faults import is_memory, memory_event, unexpected_event
+from studio.pictures import inlined
 from studio.store import StateError
 
 logger = logging.getLogger("studio.api")
@@ -223,7 +224,15 @@ def _sampling(seed: Any, temperature: Any, max_new_tokens: Any) -> Answer:
 
 def _plain(state: Answers) -> Answer:
     columns = [
-        {"run": c.run, "title": c.title, "text": c.text, "done": c.done, "reason": c.reason} for c in state.columns
+        {
+            "run": c.run,
+            "title": c.title,
+            "text": c.text,
+            "done": c.done,
+            "reason": c.reason,
+            "picture": inlined(c.picture),
+        }
+        for c in state.columns
     ]
     return {"columns": columns, "finished": state.finished, "status": state.status}
 

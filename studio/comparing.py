@@ -14,6 +14,7 @@ from engine.errors import ConfigError, PromptError
 from engine.models.catalogue import BUILTIN
 from studio.context import Studio
 from studio.markup import BASE_COLOUR, dot, esc, seconds
+from studio.pictures import thumbnail
 from studio.store import Row, StateError
 
 MOST_ADAPTERS = 6
@@ -31,6 +32,7 @@ class Column:
         text: so far.
         done: whether it is complete.
         reason: `stop` or `length`, when done.
+        picture: the file of the answer, where it is a picture.
     """
 
     run: str | None
@@ -39,6 +41,7 @@ class Column:
     text: str = ""
     done: bool = False
     reason: str = ""
+    picture: str = ""
 
 
 @dataclass
@@ -107,7 +110,7 @@ def answer(
     Raises:
         EngineError: see `check`; or the inference process reported something.
     """
-    rows = check(studio, base, runs, prompt, picture)
+    rows, task = check(studio, base, runs, prompt, picture), task_of(studio, base)
     columns = [Column(None, "base", BASE_COLOUR), *(Column(row["id"], row["name"], row["colour"]) for row in rows)]
     state = Answers(columns, status="Waking the base")
     yield state
@@ -115,13 +118,14 @@ def answer(
     who = [None, *folders]
     messages = [{"role": "user", "content": prompt, **({"image": picture} if picture else {})}]
     last = 0.0
-    with closing(studio.inference.generate(base, folders, messages, who, sampling)) as stream:
+    with closing(studio.inference.generate(base, folders, messages, who, sampling, task)) as stream:
         for news in stream:
             if news["type"] == "progress":
                 state.status, state.fraction = news["message"], news.get("fraction")
             else:
                 column = columns[news["index"]]
                 column.text += news["text"]
+                column.picture = news.get("picture", "")
                 column.done, column.reason = news["done"], news.get("reason") or ""
                 state.status, state.fraction = "", None
             if time.monotonic() - last >= _EVERY:
@@ -130,7 +134,8 @@ def answer(
     state.finished, state.took, state.status = True, time.monotonic() - state.began, ""
     for column in columns:
         column.done = True
-    kept = [{"run": c.run, "title": c.title, "colour": c.colour, "text": c.text, "reason": c.reason} for c in columns]
+    names = ("run", "title", "colour", "text", "reason", "picture")
+    kept = [{name: getattr(column, name) for name in names} for column in columns]
     studio.store.add_comparison(base, f"picture {Path(picture).name}" if picture else prompt, dict(sampling), kept)
     yield state
 
@@ -156,8 +161,8 @@ def columns_html(state: Answers) -> str:
 
 
 def _column(column: Column, state: Answers) -> str:
-    text = esc(column.text)
-    if not column.text and not column.done:
+    text = thumbnail(column.picture, column.title, 240) if column.picture else esc(column.text)
+    if not text and not column.done:
         text = '<span class="skeleton" style="width:92%"></span><span class="skeleton" style="width:64%"></span>'
     elif not column.done and not state.finished:
         text += '<span class="caret"></span>'
@@ -178,10 +183,7 @@ def earlier_html(rows: Sequence[Row]) -> str:
     """Comparisons that were kept, closed."""
     parts = []
     for row in rows:
-        columns = [
-            Column(item["run"], item["title"], item["colour"], item["text"], True, item.get("reason", ""))
-            for item in row["results"]
-        ]
+        columns = [Column(**{"reason": "", "picture": "", **item, "done": True}) for item in row["results"]]
         body = (
             '<div class="st-columns">'
             + "".join(_column(c, Answers(columns, finished=True)) for c in columns)

@@ -92,6 +92,7 @@ class Inference:
         messages: Sequence[Mapping[str, str]],
         who: Sequence[str | None],
         sampling: Mapping[str, Any],
+        task: str = "causal_lm",
     ) -> Generator[Message, None, None]:
         """`progress` and `piece` messages until all columns are done. Closing the iterator cancels the request.
 
@@ -101,6 +102,7 @@ class Inference:
             messages: the conversation to answer.
             who: the columns: None for the base, or a name of `adapters`.
             sampling: fields of `engine.generation.Sampling`.
+            task: what the base is for; of `text_to_image` the pieces have a `picture`, the path of a PNG.
 
         Raises:
             InferenceError: the process reported an error or ended.
@@ -113,6 +115,7 @@ class Inference:
             "messages": list(messages),
             "who": list(who),
             "sampling": dict(sampling),
+            "task": task,
         }
         yield from self._ask(request, base)
 

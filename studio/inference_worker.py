@@ -12,12 +12,14 @@ import os
 import queue
 import sys
 import threading
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 from engine.errors import EngineError
+from engine.paths import studio_home
 from studio.faults import is_memory, memory_event, unexpected_event
 
 logger = logging.getLogger("studio.inference_worker")
@@ -88,13 +90,17 @@ class Server:
         from engine.captioning import Captioner
         from engine.generation import Answerer, Sampling
         from engine.labelling import Labeller, labels
+        from engine.painting import Painter
+        from engine.sheets import write_picture
 
         def progress(phase: str, fraction: float | None, text: str) -> None:
             self.send({"id": request, "type": "progress", "phase": phase, "fraction": fraction, "message": text})
 
         adapters: dict[str, str] = message["adapters"]
         make: Any = Captioner
-        if not message["messages"][-1].get("image"):
+        if message.get("task") == "text_to_image":
+            make = Painter
+        elif not message["messages"][-1].get("image"):
             make = Labeller if labels(message["base"], [Path(folder) for folder in adapters.values()]) else Answerer
         if not isinstance(self.answerer, make):
             self.answerer, self.attached = None, set()
@@ -113,6 +119,10 @@ class Server:
                 stream.close()
                 self.cancelled.discard(request)
                 break
+            drawn = {}
+            if piece.picture is not None:
+                name = f"{time.strftime('%Y%m%d-%H%M%S')}-{request}-{piece.index}.png"
+                drawn = {"picture": str(write_picture(piece.picture, studio_home() / "pictures" / name))}
             self.send(
                 {
                     "id": request,
@@ -121,6 +131,7 @@ class Server:
                     "text": piece.text,
                     "done": piece.done,
                     "reason": piece.reason,
+                    **drawn,
                 }
             )
         self.send({"id": request, "type": "done"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.models.catalogue import BUILTIN
 from engine.paths import REPOSITORY
 from engine.train.job import JobSpec
 
@@ -33,6 +34,12 @@ class Sample:
         """The sample's job, its rows by absolute path."""
         return JobSpec.from_file(FOLDER / self.job)
 
+    @property
+    def toy(self) -> bool:
+        """Whether its base is one of those that are for trying only."""
+        base = BUILTIN.get(self.spec().model)
+        return base is not None and base.toy
+
     def rows(self) -> Path:
         """The file it learns from."""
         return Path(self.spec().data.path).resolve()
@@ -55,6 +62,20 @@ SAMPLES = {
             "Try the toy model",
             "A toy that comes with the studio: no download, about a minute. Its answers are poor, its change is plain.",
             "first_lora_tiny.yaml",
+        ),
+        Sample(
+            "old-english",
+            "Text into other text",
+            "Teach old English",
+            "A toy T5 that turns old English into modern learns the way back. About half a minute.",
+            "translate_tiny.yaml",
+        ),
+        Sample(
+            "captions",
+            "What a picture shows",
+            "Teach longer captions",
+            "A toy BLIP that names emoji learns to say on what ground they stand. About a quarter of a minute.",
+            "captions_tiny.yaml",
         ),
     )
 }

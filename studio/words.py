@@ -161,13 +161,15 @@ def film(samples: Sequence[Mapping[str, Any]]) -> str:
     if not samples:
         return ""
     prompts: dict[str, dict[int, str]] = {}
+    drawn = {(str(e.get("prompt", "")), int(e.get("step") or 0)): str(e["file"]) for e in samples if e.get("file")}
     pictures = {str(event.get("prompt", "")): str(event["image"]) for event in samples if event.get("image")}
     for event in samples:
         prompts.setdefault(str(event.get("prompt", "")), {})[int(event.get("step") or 0)] = str(event.get("text", ""))
     parts = []
     for prompt, answers in prompts.items():
         frames = "".join(
-            f'<div class="frame"><small>step {step:,}</small>{esc(text)}</div>'
+            f'<div class="frame"><small>step {step:,}</small>'
+            f"{thumbnail(drawn[prompt, step], prompt, 160) if (prompt, step) in drawn else esc(text)}</div>"
             for step, text in sorted(answers.items())
         )
         head = thumbnail(pictures[prompt], "the picture") if prompt in pictures else esc(prompt)

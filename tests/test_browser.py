@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from studio_server import serving
 
 from engine.paths import REPOSITORY
@@ -322,3 +323,53 @@ def test_each_data_set_brings_its_task_and_a_task_finds_its_data_set(page: Any, 
     assert page.locator("#train-preset-preference").is_hidden()
     page.locator("#train-count b").wait_for(timeout=120_000)
     shoot(page, "train-seq2seq")
+
+
+def test_captions_of_pictures_from_the_first_page_to_a_picture_of_ones_own(
+    page: Any, server: str, tmp_path: Path
+) -> None:
+    page.goto(server)
+    page.click("#start-captions")
+    page.locator("#train-count b").wait_for(timeout=120_000)
+    sync_api.expect(page.locator("#train-task input")).to_have_value("Captions of pictures")
+    page.locator("#train-start").click()
+    head(page, "done").wait_for(timeout=240_000)
+    frames = page.locator("#live-film")
+    assert frames.locator("h4 img").count() == 4 and frames.locator(".frame").count() == 12
+    sync_api.expect(frames.locator(".frame").nth(2)).to_contain_text("background")
+    shoot(page, "live-captions")
+    page.click("#live-compare")
+    page.locator("#compare-picture img").wait_for()
+    assert page.locator("#compare-prompt").is_hidden()
+    answers = page.locator("#compare-answers .answer")
+    page.click("#compare-generate")
+    page.locator("#compare-answers", has_text="Answered in").wait_for(timeout=120_000)
+    assert answers.count() == 2 and re.search(r"on a \w+ background", answers.nth(1).inner_text())
+    shoot(page, "compare-captions")
+    own = tmp_path / "own.png"
+    Image.new("RGB", (300, 200), (52, 103, 205)).save(own)
+    page.locator("#compare-picture button[aria-label*=lear], #compare-picture button[aria-label*=emove]").first.click()
+    page.set_input_files("#compare-picture input[type=file]", str(own))
+    page.locator("#compare-picture img").wait_for()
+    page.click("#compare-generate")
+    sync_api.expect(answers.nth(1)).to_contain_text("blue background", timeout=60_000)
+
+
+def test_a_zip_of_pictures_is_seen_with_what_cannot_be_used(page: Any, server: str, tmp_path: Path) -> None:
+    path = tmp_path / "pictures.zip"
+    drawn = io.BytesIO()
+    Image.new("RGB", (40, 40), "orange").save(drawn, "PNG")
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("one", "two", "silent"):
+            archive.writestr(f"{name}.png", drawn.getvalue())
+        archive.writestr("broken.png", b"\x89PNG nothing")
+        for name in ("one", "two", "broken"):
+            archive.writestr(f"{name}.txt", f"{name} orange square")
+    page.goto(f"{server}/?tab=data")
+    page.set_input_files("#data-file input[type=file]", str(path))
+    page.locator("#data-use", has_text="Use these 2 rows").wait_for()
+    assert page.locator("img.st-thumb").count() == 2
+    problems = page.locator("#data-problems")
+    sync_api.expect(problems).to_contain_text("2 kept + 2 skipped = 4 rows")
+    sync_api.expect(problems).to_contain_text("Nothing is said of silent.png")
+    shoot(page, "data-pictures")

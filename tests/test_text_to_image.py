@@ -113,9 +113,9 @@ def test_an_adapter_learns_and_plain_diffusers_draws_the_same_with_it(
     assert np.abs(array(Image.open(samples[0]["file"])) - array(Image.open(samples[-1]["file"]))).max() > 8
 
     folder = tmp_path / "run" / "adapter"
-    painter = Painter(str(base), "fp32", steps=4, guidance=3)
+    painter, few = Painter(str(base), "fp32"), Sampling(steps=4, guidance=3)
     painter.attach("one", folder)
-    plain, ours = (piece.picture for piece in painter.stream([{"content": "a red square"}], [None, "one"], Sampling()))
+    plain, ours = (piece.picture for piece in painter.stream([{"content": "a red square"}], [None, "one"], few))
     assert np.abs(array(plain) - array(ours)).max() > 8, "the adapter must be seen"
     theirs = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
     theirs.load_lora_weights(folder)
@@ -125,12 +125,12 @@ def test_an_adapter_learns_and_plain_diffusers_draws_the_same_with_it(
     assert np.abs(array(made.images[0]) - array(ours)).max() <= 1
 
     kohya = write_kohya({"unet": painter.model}, tmp_path / "kohya.safetensors", "one")
-    again = Painter(str(base), "fp32", steps=4, guidance=3)
+    again = Painter(str(base), "fp32")
     again.attach("file", kohya)
-    third = next(iter(again.stream([{"content": "a red square"}], ["file"], Sampling()))).picture
+    third = next(iter(again.stream([{"content": "a red square"}], ["file"], few))).picture
     assert np.abs(array(third) - array(ours)).max() <= 1
     painter.detach("one")
-    alone = next(iter(painter.stream([{"content": "a red square"}], [None], Sampling()))).picture
+    alone = next(iter(painter.stream([{"content": "a red square"}], [None], few))).picture
     assert np.abs(array(alone) - array(plain)).max() == 0
     with pytest.raises(ConfigError, match="no adapter 'one'"):
         next(painter.stream([{"content": "a"}], ["one"], Sampling()))

@@ -18,6 +18,8 @@ from studio.page import COMPARE, HIDDEN, Page
 
 ID = COMPARE
 TITLE = "Compare"
+ABLE = {"causal_lm", "seq2seq", "captioning", "text_to_image"}
+"""The tasks whose bases answer by themselves."""
 
 
 @dataclass
@@ -33,6 +35,10 @@ class Parts:
     seed: gr.Number
     temperature: gr.Slider
     tokens: gr.Slider
+    steps: gr.Slider
+    guidance: gr.Slider
+    words: gr.Row
+    drawing: gr.Row
     answers: gr.HTML
     earlier: gr.HTML
     empty: gr.HTML
@@ -70,12 +76,16 @@ def build(page: Page) -> None:
     with gr.Row():
         generate = gr.Button("Generate", variant="primary", elem_id="compare-generate", scale=2)
         stop = gr.Button("Stop", interactive=False, elem_id="compare-stop", scale=1)
-    with gr.Accordion("Seed, temperature, length", open=False), gr.Row():
+    with gr.Accordion("Seed and sampling", open=False):
         seed = gr.Number(0, precision=0, label="Seed", info="The same for every column.")
-        temperature = gr.Slider(
-            0, 2, value=0.3, step=0.05, label="Temperature", info="0 always takes the likeliest word."
-        )
-        tokens = gr.Slider(8, 512, value=80, step=8, label="Most tokens", info="Length of an answer.")
+        with gr.Row() as words:
+            temperature = gr.Slider(
+                0, 2, value=0.3, step=0.05, label="Temperature", info="0 always takes the likeliest word."
+            )
+            tokens = gr.Slider(8, 512, value=80, step=8, label="Most tokens", info="Length of an answer.")
+        with gr.Row(visible=False) as drawing:
+            steps = gr.Slider(1, 100, value=20, step=1, label="Steps", info="How often noise is taken away.")
+            guidance = gr.Slider(0, 20, value=4, step=0.5, label="Guidance", info="How much the words count.")
     answers = gr.HTML(elem_id="compare-answers")
     with gr.Accordion("Earlier comparisons", open=False):
         earlier = gr.HTML()
@@ -89,6 +99,10 @@ def build(page: Page) -> None:
         seed,
         temperature,
         tokens,
+        steps,
+        guidance,
+        words,
+        drawing,
         answers,
         earlier,
         empty,
@@ -96,9 +110,15 @@ def build(page: Page) -> None:
     )
 
 
-def sampling(seed: float | None, temperature: float, tokens: float) -> dict[str, Any]:
+def sampling(seed: float | None, temperature: float, tokens: float, steps: float, guidance: float) -> dict[str, Any]:
     """The widgets' values as `engine.generation.Sampling` takes them."""
-    return {"seed": abs(int(seed or 0)) % 2**31, "temperature": float(temperature), "max_new_tokens": int(tokens)}
+    return {
+        "seed": abs(int(seed or 0)) % 2**31,
+        "temperature": float(temperature),
+        "max_new_tokens": int(tokens),
+        "steps": int(steps),
+        "guidance": float(guidance),
+    }
 
 
 def wire(page: Page) -> None:
@@ -121,8 +141,9 @@ def wire(page: Page) -> None:
     def offer(base: str | None, chosen: list[str] | None, prompt: str) -> dict[Any, Any]:
         """The bases and adapters there are now; the newest adapter is chosen when nothing is."""
         runs = finished_runs(studio)
-        chat = [model.name for model in BUILTIN.values() if {"causal_lm", "captioning"} & {*model.tasks}]
-        known = [*dict.fromkeys([*(row["model"] for row in runs), *chat])]
+        # The others cannot answer before they are trained, or are known by their runs.
+        able = [model.name for model in BUILTIN.values() if ABLE & {*model.tasks}]
+        known = [*dict.fromkeys([*(row["model"] for row in runs), *able])]
         base = base or (runs[0]["model"] if runs else DEFAULT)
         offered = choices(base)
         kept = [run_id for run_id in chosen or [] if run_id in {key: label for label, key in offered}]
@@ -138,10 +159,13 @@ def wire(page: Page) -> None:
 
     def asking(base: str, run_id: str | None, prompt: str) -> dict[Any, Any]:
         """What the base is asked by: words, or a picture."""
-        seen = task_of(studio, base) == "captioning"
+        task = task_of(studio, base)
+        seen = task == "captioning"
         found: dict[Any, Any] = {
             parts.prompt: gr.Textbox("" if seen else prompt or (fitting(run_id) if run_id else ""), visible=not seen),
             parts.picture: gr.Image(visible=seen),
+            parts.words: gr.Row(visible=task != "text_to_image"),
+            parts.drawing: gr.Row(visible=task == "text_to_image"),
         }
         if seen and run_id:
             found[parts.picture] = gr.Image(example(run_id), visible=True)
@@ -177,10 +201,13 @@ def wire(page: Page) -> None:
         seed: float,
         temperature: float,
         tokens: float,
+        steps: float,
+        guidance: float,
     ) -> Iterator[dict[Any, Any]]:
         """Answer the prompt with every column at once."""
         try:
-            for state in answer(studio, base, chosen or [], prompt, sampling(seed, temperature, tokens), picture):
+            how = sampling(seed, temperature, tokens, steps, guidance)
+            for state in answer(studio, base, chosen or [], prompt, how, picture):
                 yield {
                     parts.answers: columns_html(state),
                     parts.stop: gr.Button(interactive=not state.finished),
@@ -195,12 +222,12 @@ def wire(page: Page) -> None:
         yield {parts.earlier: earlier_html(studio.store.comparisons())}
 
     bar = [parts.base, parts.adapters, parts.prompt]
-    shown = [*bar, parts.picture, parts.empty, parts.answers, parts.done]
+    shown = [*bar, parts.picture, parts.words, parts.drawing, parts.empty, parts.answers, parts.done]
     page.tab[ID].select(enter, [*bar, page.comparison, parts.done], shown, **HIDDEN)
     page.blocks.load(offer, bar, shown, **HIDDEN)
     page.tab[ID].select(lambda: earlier_html(studio.store.comparisons()), None, parts.earlier, **HIDDEN)
     parts.base.input(rebase, parts.base, shown, **HIDDEN)
-    inputs = [*bar, parts.picture, parts.seed, parts.temperature, parts.tokens]
+    inputs = [*bar, parts.picture, parts.seed, parts.temperature, parts.tokens, parts.steps, parts.guidance]
     outputs = [parts.answers, parts.stop, parts.generate, parts.earlier]
     asked = gr.on([parts.generate.click, parts.prompt.submit], generate, inputs, outputs, trigger_mode="once", **HIDDEN)
     parts.stop.click(

@@ -1,4 +1,4 @@
-"""Start: two samples that lead through the whole road, and the last run."""
+"""Start: samples that lead through the whole road, one for each family of models, and the last run."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ def build(page: Page) -> None:
     with gr.Row(equal_height=True):
         for index, sample in enumerate(SAMPLES.values()):
             with gr.Column(elem_classes="st-card", min_width=280):
-                toy = ' <span class="st-badge">toy</span>' if sample.name == "toy" else ""
+                toy = ' <span class="st-badge">toy</span>' if sample.toy else ""
                 gr.HTML(f"<h3>{esc(sample.title)}{toy}</h3><p>{esc(sample.meaning)}</p>")
                 buttons[sample.name] = gr.Button(
                     sample.button, variant="secondary" if index else "primary", elem_id=f"start-{sample.name}"
                 )
         with gr.Column(elem_classes="st-card", min_width=280):
             gr.HTML(
-                "<h3>Use your own rows</h3><p>A table of questions and answers, conversations or plain text:"
-                " csv, json, jsonl, parquet or txt.</p>"
+                "<h3>Use your own rows</h3><p>A table of questions and answers, conversations, plain text"
+                " (csv, json, jsonl, parquet, txt), or a zip of pictures with captions.</p>"
             )
             own = gr.Button("Choose a file", elem_id="start-own")
     fault = gr.HTML(visible=False)

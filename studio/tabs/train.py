@@ -115,12 +115,17 @@ def wire(page: Page) -> None:
             **filled(parts, recipes.of_preset(task, first)),
         }
 
-    def enter(dataset_id: str | None, task: str | None, eval_split: float | None) -> dict[Any, Any]:
+    def enter(
+        dataset_id: str | None, task: str | None, eval_split: float | None, recipe: Mapping[str, Any] | None = None
+    ) -> dict[Any, Any]:
         """The data sets there are now; the newest is chosen when none is. A choice that stands is not touched:
-        the form may be being filled at this moment."""
+        the form may be being filled at this moment, from `recipe`, which says the task too."""
         choices = known()
         if dataset_id in {key for _, key in choices}:
             return {parts.dataset: gr.Dropdown(choices)}
+        coming = (recipe or {}).get("dataset")
+        if coming in {key for _, key in choices}:
+            return {parts.dataset: gr.Dropdown(choices, value=coming)}
         chosen = choices[0][1] if choices else None
         return {
             parts.dataset: gr.Dropdown(choices, value=chosen),
@@ -237,7 +242,7 @@ def wire(page: Page) -> None:
     adapter_widgets = [parts.widgets[owned.key] for owned in adapter_fields]
     split = [parts.dataset, parts.task, parts.eval_split]
     page.blocks.load(enter, split, everything, **HIDDEN).then(choose, [parts.task, parts.preset], everything, **HIDDEN)
-    page.tab[ID].select(enter, split, everything, **HIDDEN)
+    page.tab[ID].select(enter, [*split, page.recipe], everything, **HIDDEN)
     page.dataset.change(use, [page.dataset, parts.task, parts.eval_split], everything, **HIDDEN)
     page.recipe.change(fill, page.recipe, everything, **HIDDEN)
     for task, radio in parts.presets.items():
