@@ -38,6 +38,8 @@ def caption(
         how |= {"top_p": float(sampling.top_p), "top_k": sampling.top_k}
     if who != "" and hasattr(model, "switchboard"):
         how["adapter_names"] = [who]
+    find: Any = getattr(model, "get_base_model", None)
+    room = (find() if find else model).config.text_config.max_position_embeddings - start.shape[1]
     before = model.training
     model.eval()
     try:
@@ -47,7 +49,7 @@ def caption(
                 pixel_values=pixels.to(weight.device, weight.dtype),
                 input_ids=start,
                 attention_mask=torch.ones_like(start),
-                max_new_tokens=sampling.max_new_tokens,
+                max_new_tokens=min(sampling.max_new_tokens, room),
                 repetition_penalty=sampling.repetition_penalty,
                 **how,
             )[0]

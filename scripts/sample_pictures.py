@@ -46,7 +46,9 @@ def main() -> None:
     grounds = []
     for name in rng.sample(plain, GROUNDS):
         colour = rng.choice(list(COLOURS))
-        grounds.append((on_ground(pictures[name], COLOURS[colour], 0.85), f"{name} on a {colour} background"))
+        article = "an" if colour == "orange" else "a"
+        picture = on_ground(pictures[name], COLOURS[colour], 0.85)
+        grounds.append((picture, f"{name} on {article} {colour} background"))
     write(args.out / "emoji_grounds.zip", grounds)
     drawn = rng.sample(plain, BLUEPRINTS)
     write(args.out / "emoji_blueprints.zip", [(blueprint(pictures[name]), f"{name} blueprint") for name in drawn])

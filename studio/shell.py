@@ -18,7 +18,7 @@ def create_app(studio: Studio) -> gr.Blocks:
     # One day: a file that was uploaded but never used is no longer needed then. What is used is copied.
     with gr.Blocks(title="Adapter Studio", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
         gr.HTML(
-            '<div class="brand"><b>Adapter Studio</b><span>teach a language model something small, and see what it'
+            '<div class="brand"><b>Adapter Studio</b><span>teach a model something small, and see what it'
             " changed</span></div>"
         )
         # First, so that no callback of the page takes one of their names.

@@ -48,7 +48,8 @@ def _example(example: Mapping[str, Any]) -> str:
         better, worse = _turn("assistant", "better: " + example["chosen"]), _turn("", "worse: " + example["rejected"])
         return f"{asked}<br>{better}<br>{worse}"
     if "image" in example:
-        return thumbnail(example["image"], example["text"], 64) + " " + _turn("assistant", example["text"])
+        shown = thumbnail(example["image"], example["text"], 64)
+        return f'<span class="st-pictured">{shown} {_turn("assistant", example["text"])}</span>'
     if "labels" in example:
         classes = ", ".join(example["labels"]) or "none"
         return _turn("", example["text"]) + "<br>" + _turn("assistant", classes)

@@ -17,12 +17,14 @@ from studio import presets
 from tests import small_bert
 
 EXAMPLES = REPOSITORY / "examples"
-BASES = {"causal_lm": "tiny-llama", "preference": "tiny-llama", "seq2seq": "tiny-t5"}
+BASES = {"causal_lm": "tiny-llama", "preference": "tiny-llama", "seq2seq": "tiny-t5", "captioning": "tiny-blip"}
 ROWS = {
     "causal_lm": "lighthouse.jsonl",
     "preference": "captain_preferences.jsonl",
     "seq2seq": "old_english.csv",
     "classification": "question_topics.csv",
+    "captioning": "emoji_grounds.zip",
+    "text_to_image": "emoji_blueprints.zip",
 }
 
 
@@ -47,6 +49,13 @@ CASES = {
     ("seq2seq", "quick-look"): Case(0.25, {"max_steps": 12}),
     ("seq2seq", "translate"): Case(0.25, {"max_steps": 16, "learning_rate": 0.003}),
     ("seq2seq", "summarise"): Case(0.2, {"max_steps": 16, "learning_rate": 0.003}),
+    ("captioning", "quick-look"): Case(3.0, {"max_steps": 20}),
+    ("captioning", "plain"): Case(2.0, {"max_steps": 12, "learning_rate": 0.005}),
+    ("captioning", "detailed"): Case(2.0, {"max_steps": 12, "learning_rate": 0.005}),
+    ("captioning", "artistic"): Case(2.0, {"max_steps": 12, "learning_rate": 0.005}),
+    ("text_to_image", "quick-look"): Case(0.01, {"max_steps": 30}),
+    ("text_to_image", "captioned"): Case(0.01, {"max_steps": 30, "learning_rate": 0.002}),
+    ("text_to_image", "dreambooth"): Case(0.01, {"max_steps": 30, "learning_rate": 0.002}),
     ("classification", "quick-look"): Case(0.15),
     ("classification", "classify"): Case(0.1),
     ("classification", "every-layer"): Case(0.35),

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from engine.data.encoding import decode
 from engine.data.errors import ArchiveError, EmptyError, FileError, PictureError, TooLargeError
@@ -199,8 +199,10 @@ def _decoded(name: str, raw: bytes, max_pixels: int) -> tuple[Image.Image, list[
         ) from error
     # Pillow's decoders raise many kinds for a damaged file, SyntaxError and struct.error among them.
     except Exception as error:
+        # Pillow's words for an unknown kind name an object in memory.
+        why = "its bytes are of no kind that is known" if isinstance(error, UnidentifiedImageError) else str(error)
         raise PictureError(
-            f"The picture {name} is damaged or no picture: {error}.", "Save it again as PNG or JPEG."
+            f"The picture {name} is damaged or no picture: {why}.", "Save it again as PNG or JPEG."
         ) from error
 
 
