@@ -210,10 +210,13 @@ def _pixels(loaded: Loaded, where: str) -> torch.Tensor:
 
 
 def test_a_caption_ends_where_the_decoders_positions_do(loaded: Loaded, examples: list[dict[str, Any]]) -> None:
-    # Drawn, so that it goes on and on.
-    wild = Sampling(max_new_tokens=500, temperature=5, top_p=1)
-    text, ended = caption(loaded.model, loaded.processor, _pixels(loaded, examples[0]["image"]), "a", wild)
-    assert text and not ended
+    # Drawn wildly, so that most go on and on.
+    where = _pixels(loaded, examples[0]["image"])
+    found = []
+    for seed in range(6):
+        wild = Sampling(max_new_tokens=500, temperature=5, top_p=1, seed=seed)
+        found.append(caption(loaded.model, loaded.processor, where, "a", wild))
+    assert any(text and not ended for text, ended in found), found
 
 
 def test_options_styles_and_models_that_do_not_fit(tmp_path: Path) -> None:
