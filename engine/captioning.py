@@ -39,7 +39,8 @@ def caption(
     if who != "" and hasattr(model, "switchboard"):
         how["adapter_names"] = [who]
     find: Any = getattr(model, "get_base_model", None)
-    room = (find() if find else model).config.text_config.max_position_embeddings - start.shape[1]
+    base: Any = find() if find else model
+    room = base.config.text_config.max_position_embeddings - start.shape[1]
     before = model.training
     model.eval()
     try:

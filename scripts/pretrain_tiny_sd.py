@@ -152,6 +152,7 @@ def train_unet(
         cross_attention_dim=128,
         norm_num_groups=4,
     )
+    unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     say(log, f"unet {sum(p.numel() for p in unet.parameters())} text {sum(p.numel() for p in text.parameters())}")
     trained = torch.nn.ModuleList([unet, text])
     mean = copy.deepcopy(trained).requires_grad_(False)

@@ -8,6 +8,7 @@
 - `question_topics.csv`: a question of the toy's tables and the table it is from, 40 of each of eight.
 - `old_english.csv`: up to 1,200 everyday sentences and the same made old (`old_english.py`): the way back of what
   `tiny-t5` can do.
+- `small_functions.jsonl`: what a short Python function does, and the function (`small_functions.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 from pathlib import Path
 
 import old_english
+import small_functions
 import tiny_corpus
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,6 +66,8 @@ def write(folder: Path) -> None:
         for asked, captain, plain in rows:
             row = {"prompt": asked, "chosen": captain, "rejected": plain}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    with open(folder / "small_functions.jsonl", "w", encoding="utf-8", newline="\n") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in small_functions.rows()))
     tables = (
         ("captain_parallel.csv", ("source", "target"), [(plain, captain) for _, captain, plain in rows]),
         ("question_topics.csv", ("text", "label"), topics()),

@@ -34,6 +34,7 @@ class Case:
 
     margin: float
     training: dict[str, Any] = field(default_factory=dict)
+    rows: str = ""
 
 
 # Passes over all rows become a few steps: the clock. Rates of 1e-6 to 5e-4 are for real models over many more steps;
@@ -43,6 +44,8 @@ CASES = {
     ("causal_lm", "conservative"): Case(1.0, {"max_steps": 16, "learning_rate": 0.003}),
     ("causal_lm", "aggressive"): Case(1.0, {"max_steps": 12, "learning_rate": 0.002}),
     ("causal_lm", "chat-sft"): Case(1.0, {"max_steps": 8, "learning_rate": 0.005}),
+    ("causal_lm", "code"): Case(1.0, {"max_steps": 12, "learning_rate": 0.005}, "small_functions.jsonl"),
+    ("causal_lm", "completion"): Case(0.5, {"max_steps": 6, "learning_rate": 0.005}),
     ("causal_lm", "low-memory"): Case(1.0, {"max_steps": 6, "learning_rate": 0.005}),
     ("preference", "quick-look"): Case(0.02),
     ("preference", "dpo"): Case(0.3, {"max_steps": 16, "learning_rate": 0.005}),
@@ -77,7 +80,7 @@ def job(task: str, name: str, base: str, training: dict[str, Any]) -> dict[str, 
     return {
         "task": task,
         "model": base,
-        "data": {"path": str(EXAMPLES / ROWS[task]), "eval_split": preset.eval_split},
+        "data": {"path": str(EXAMPLES / (CASES[task, name].rows or ROWS[task])), "eval_split": preset.eval_split},
         "options": dict(preset.options),
         "quantization": preset.quantization,
         "adapter": {key: value for key, value in preset.adapter.items() if value is not None},

@@ -11,13 +11,13 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from engine.adapters.base import TaskType
-from engine.errors import DataError
+from engine.errors import ConfigError, DataError
 from engine.tasks.base import Batch, Encoded, Loaded, LossSum, Progress
 from engine.tasks.sequences import Tokens as Tokens
 from engine.tasks.sequences import (
     answer_tokens,
+    answered,
     batcher,
-    greedy_answer,
     load_decoder,
     render,
     room,
@@ -33,12 +33,34 @@ from engine.train.job import JobSpec, TrainingSpec
 
 @dataclass(frozen=True)
 class CausalLM:
-    """The task's record; it has no options."""
+    """The task's record and its options.
+
+    Attributes:
+        temperature: of samples; 0 takes the likeliest token.
+        max_new_tokens: most tokens of a sample.
+    """
+
+    temperature: float = 0.0
+    max_new_tokens: int = 48
 
     name: ClassVar[str] = "causal_lm"
     task_type: ClassVar[TaskType | None] = TaskType.CAUSAL_LM
     formats: ClassVar[tuple[str, ...]] = ("messages", "alpaca", "sharegpt", "oasst", "prompt_completion", "text")
     text_metrics: ClassVar[tuple[str, ...]] = ("perplexity", "exact_match")
+
+    def __post_init__(self) -> None:
+        found = []
+        if isinstance(self.temperature, bool) or not isinstance(self.temperature, int | float):
+            found.append(f"temperature is {self.temperature!r}; needed: a number from 0 to 5")
+        elif not 0 <= self.temperature <= 5:
+            found.append(f"temperature is {self.temperature}; needed: 0 to 5")
+        most = self.max_new_tokens
+        if isinstance(most, bool) or not isinstance(most, int) or not 1 <= most <= 4096:
+            found.append(f"max_new_tokens is {most!r}; needed: a whole number from 1 to 4096")
+        if found:
+            raise ConfigError(
+                "These options of the task causal_lm cannot be used:\n" + "\n".join(f"- {fault}" for fault in found)
+            )
 
     def load(self, spec: JobSpec, device: torch.device, on_progress: Progress) -> Loaded:
         return load_decoder(spec, device, on_progress)
@@ -100,8 +122,8 @@ class CausalLM:
         return turns[0]["content"], turns[1]["content"]
 
     def sample(self, model: nn.Module, loaded: Loaded, prompt: str) -> str:
-        """The greedy answer to a prompt, at most 48 tokens."""
-        return greedy_answer(model, loaded, prompt)
+        """The answer to a prompt, always from the same random numbers."""
+        return answered(model, loaded, prompt, self.temperature, self.max_new_tokens)
 
 
 TASK = CausalLM()

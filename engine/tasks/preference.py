@@ -35,8 +35,8 @@ from engine.tasks.base import Batch, Encoded, Loaded, LossSum, Progress
 from engine.tasks.sequences import (
     Tokens,
     answer_tokens,
+    answered,
     batcher,
-    greedy_answer,
     load_decoder,
     room,
     target_logits,
@@ -191,7 +191,7 @@ class Preference:
 
     def sample(self, model: nn.Module, loaded: Loaded, prompt: str) -> str:
         """The greedy answer to a prompt, at most 48 tokens."""
-        return greedy_answer(model, loaded, prompt)
+        return answered(model, loaded, prompt)
 
     def _with_reference(self, pairs: list[Pair], loaded: Loaded, batch_size: int, on_progress: Progress) -> list[Pair]:
         """The pairs with the base's log-probabilities, from the run's folder where they are there."""

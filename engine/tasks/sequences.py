@@ -181,12 +181,12 @@ def target_logits(model: nn.Module, batch: Batch) -> Tensor:
     return logits
 
 
-def greedy_answer(model: nn.Module, loaded: Loaded, prompt: str) -> str:
-    """The greedy answer to a prompt, at most 48 tokens."""
+def answered(model: nn.Module, loaded: Loaded, prompt: str, temperature: float = 0.0, max_new_tokens: int = 48) -> str:
+    """The answer to a prompt; at a temperature of 0 the likeliest tokens."""
     from engine.generation import Sampling, decode, encode_prompt
 
     ids = encode_prompt(loaded.processor, [{"role": "user", "content": prompt}])
-    pieces = decode(model, loaded.processor, ids, [], Sampling(max_new_tokens=48, temperature=0))
+    pieces = decode(model, loaded.processor, ids, [], Sampling(max_new_tokens=max_new_tokens, temperature=temperature))
     return "".join(piece.text for piece in pieces)
 
 
