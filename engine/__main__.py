@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from engine import threads
 
     try:
-        threads.apply(getattr(arguments, "threads", None))
+        count, processes = getattr(arguments, "threads", None), getattr(arguments, "processes", 1)
+        threads.apply(count or (max(1, threads.available_cores() // processes) if processes > 1 else None))
         return int(arguments.command(arguments))
     except EngineError as error:
         if arguments.json:
@@ -48,7 +49,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("job", type=Path, help="a YAML or JSON job")
     train.add_argument("--out", type=Path, required=True, help="folder of the run")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the folder")
-    train.add_argument("--threads", type=int, help="CPU threads (default: chosen for this machine)")
+    train.add_argument("--threads", type=int, help="CPU threads of each process (default: chosen for this machine)")
+    train.add_argument("--processes", type=int, default=1, help="share every step between so many processes or GPUs")
+    train.add_argument(
+        "--strategy", default="ddp", choices=("ddp", "fsdp"), help="each process holds the base, or a part of it"
+    )
     train.add_argument("--json", action="store_true", help="print one event a line")
     train.set_defaults(command=_train)
 
@@ -115,8 +120,28 @@ def _train(arguments: argparse.Namespace) -> int:
 
     spec = JobSpec.from_file(arguments.job)
     sink: Sink = JsonLines(sys.stdout) if arguments.json else _Words()
-    state = run(spec, arguments.out, sink, SignalControl(), arguments.resume)
+    others = _others(arguments, sink) if arguments.processes != 1 else None
+    try:
+        state = run(spec, arguments.out, sink, SignalControl(), arguments.resume)
+    except RuntimeError as error:
+        # A message between processes fails before it is known which of them has gone.
+        gone = others.failure(patience=5.0) if others else None
+        if gone is None:
+            raise
+        raise gone from error
+    finally:
+        if others:
+            others.finish()
     return 0 if state == "done" else 3
+
+
+def _others(arguments: argparse.Namespace, sink: Any) -> Any:
+    """Start the other processes of a run, each by this same command without `--processes`."""
+    from engine.train import parallel
+
+    command = [sys.executable, "-m", "engine", "train", str(arguments.job), "--out", str(arguments.out), "--json"]
+    command += ["--resume"] if arguments.resume else []
+    return parallel.start(arguments.processes, arguments.strategy, command, sink)
 
 
 def _eval(arguments: argparse.Namespace) -> int:

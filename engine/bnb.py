@@ -77,8 +77,8 @@ def unfit(model: nn.Module, kind: str, device: torch.device) -> list[str]:
 def grouped_values(model: nn.Module) -> list[str]:
     """The value projections that several query heads share; `model` may be on the meta device.
 
-    They are the smallest matrices and cost the most in 4 bits: on SmolLM2 3 % of the weights and a third of the loss that
-    nf4 adds (docs/models.md has the figures), so 4-bit bases keep them in full precision.
+    They are the smallest matrices and cost the most in 4 bits: on SmolLM2 3 % of the weights and a third of the loss
+    that nf4 adds (docs/models.md has the figures), so 4-bit bases keep them in full precision.
     """
     layers = {name: module for name, module in model.named_modules() if layer_kind(module) == LINEAR}
     found = []

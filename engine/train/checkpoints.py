@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from engine.checkpoint import write_safetensors, write_text
 from engine.errors import CheckpointError
+from engine.train.parallel import alike, whole
 from engine.train.trainee import Trainee
 
 _NAME = re.compile(r"step-(\d{6,})")
@@ -37,20 +38,27 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, nn.Parameter],
     counters: Mapping[str, Any],
+    writes: bool = True,
 ) -> Path:
-    """Write the checkpoint of `step` under a temporary name, rename it, and drop all but the last two."""
+    """Write the checkpoint of `step` under a temporary name, rename it, and drop all but the last two.
+
+    Of several processes one `writes`; where weights are spread over them, the others give their parts.
+    """
     final = folder / f"step-{step:06d}"
+    tensors, scalars = _optimizer_state(optimizer, parameters)
+    weights = trainee.state()
+    if not writes:
+        return final
     draft = folder / f".step-{step:06d}.{os.getpid()}"
     for left_over in folder.glob(".step-*"):
         shutil.rmtree(left_over, ignore_errors=True)
     draft.mkdir(parents=True)
-    tensors, scalars = _optimizer_state(optimizer, parameters)
     tensors["random.torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     state = {"step": step, "optimizer": scalars, "random": random.getstate(), **counters}
     try:
-        write_safetensors(draft / f"{trainee.kind}.safetensors", trainee.state())
+        write_safetensors(draft / f"{trainee.kind}.safetensors", weights)
         write_safetensors(draft / "optimizer.safetensors", tensors)
         write_text(draft / "state.json", json.dumps(state))
     except (OSError, SafetensorError) as error:
@@ -121,7 +129,7 @@ def _optimizer_state(
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"{key}:{name}"] = value.detach().to("cpu").clone().contiguous()
+                tensors[f"{key}:{name}"] = whole(value.detach()).to("cpu").clone().contiguous()
             else:
                 scalars[f"{key}:{name}"] = value
     return tensors, scalars
@@ -141,6 +149,7 @@ def _restore_optimizer(
         key, _, name = full.partition(":")
         if name not in numbers:
             raise CheckpointError(f"The checkpoint's optimizer knows {name!r}, which this job does not train.")
-        state.setdefault(numbers[name], {})[key] = value
+        spread = alike(value, parameters[name]) if isinstance(value, Tensor) else value
+        state.setdefault(numbers[name], {})[key] = spread
     plain = optimizer.state_dict()
     optimizer.load_state_dict({"state": state, "param_groups": plain["param_groups"]})

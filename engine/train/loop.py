@@ -14,7 +14,6 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ from engine.train.checkpoints import list_checkpoints, read_state, restore_check
 from engine.train.events import Control, Sink
 from engine.train.job import JobSpec
 from engine.train.optim import make_optimizer, rate_at, set_rate
+from engine.train.parallel import Group, Shared, Silent
 from engine.train.trainee import Trainee
 
 _STRETCH = 16
@@ -76,6 +76,7 @@ class Run:
     control: Control
     compute: torch.dtype | None = None
     prompts: Sequence[str] = ()
+    group: Group = field(default_factory=Group)
     counters: Counters = field(default_factory=Counters)
     step: int = 0
 
@@ -88,9 +89,23 @@ class Run:
         self.parameters = self.trainee.parameters()
         if not self.parameters:
             raise TrainingError(f"The {self.trainee.kind} has no parameters to train.", "Check target_modules.")
+        if self.group.size > 1:
+            if not self.group.speaks:
+                self.sink = Silent()
+            self.control = Shared(self.control, self.group)
+            adapter = [] if self.spec.full else [p for p in self.trainee.model.parameters() if p.requires_grad]
+            self.group.spread(self.trainee.model, adapter)
+            # Spreading replaces the parameters.
+            self.parameters = self.trainee.parameters()
         optimizer = make_optimizer(self.parameters, self.spec.training)
+        if self.group.sharded:
+            # Whole and spread weights do not go into one call of a fused step.
+            for settings in optimizer.param_groups:
+                settings["foreach"] = False
         self.wrapped: nn.Module
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.trainee.model, optimizer)
+        # Several processes average their gradients in `Group.average`, so Accelerate wraps the model in nothing.
+        self.wrapped = self.accelerator.prepare_model(self.trainee.model, evaluation_mode=self.group.size > 1)
+        self.optimizer = self.accelerator.prepare(optimizer)
         self.durations: deque[tuple[float, int]] = deque(maxlen=20)
 
     def loss(self, batch: Batch) -> LossSum:
@@ -206,19 +221,26 @@ def _step(run: Run, rows: list[Any]) -> None:
     rate = rate_at(run.step, run.total_steps, training)
     set_rate(run.optimizer, rate)
     run.wrapped.train()
-    batches = [run.collate(rows[i : i + training.batch_size]) for i in range(0, len(rows), training.batch_size)]
-    targets = sum(run.task.targets(batch) for batch in batches)
-    tokens = sum(run.task.tokens(batch) for batch in batches)
+    group, device = run.group, run.accelerator.device
+    batches = [(run.collate(part), counts) for part, counts in group.shares(rows, training.batch_size)]
+    counted = [batch for batch, counts in batches if counts]
+    targets, tokens = group.summed(
+        sum(run.task.targets(batch) for batch in counted),
+        sum(run.task.tokens(batch) for batch in counted),
+        device=device,
+    )
     total, extra = 0.0, _extra_loss(run)
-    for number, batch in enumerate(batches):
-        last = number == len(batches) - 1
-        with nullcontext() if last else run.accelerator.no_sync(run.wrapped):
-            part = run.loss(batch)
-            run.accelerator.backward(part.total / targets)
-            total += float(part.total.detach())
+    for batch, counts in batches:
+        part = run.loss(batch)
+        # Gradients are averaged over the processes, and their sum is wanted.
+        run.accelerator.backward(part.total * ((group.size if counts else 0) / targets))
+        total += float(part.total.detach()) if counts else 0.0
+    parameters = list(run.parameters.values())
+    group.average(parameters)
     limit = training.max_grad_norm or math.inf
-    norm = float(run.accelerator.clip_grad_norm_(list(run.parameters.values()), limit))
-    loss = total / targets
+    clip = group.clip if group.sharded else run.accelerator.clip_grad_norm_
+    norm = float(clip(parameters, limit))
+    loss = group.summed(total, device=device)[0] / targets
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise TrainingError(
             f"Step {run.step + 1} gave a loss of {loss} and a gradient norm of {norm}: the run diverged. "
@@ -230,8 +252,8 @@ def _step(run: Run, rows: list[Any]) -> None:
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
     seconds = time.perf_counter() - started
-    run.durations.append((seconds, tokens))
-    run.counters.tokens += tokens
+    run.durations.append((seconds, int(tokens)))
+    run.counters.tokens += int(tokens)
     run.counters.seconds += seconds
     run.counters.loss = loss
     recent = sum(s for s, _ in run.durations)
@@ -242,7 +264,7 @@ def _step(run: Run, rows: list[Any]) -> None:
             "loss": loss,
             "lr": rate,
             "grad_norm": norm,
-            "tokens": tokens,
+            "tokens": int(tokens),
             "tokens_per_s": sum(n for _, n in run.durations) / recent,
             "epoch": run.step / run.steps_per_epoch,
             "eta_s": recent / len(run.durations) * (run.total_steps - run.step),
@@ -254,15 +276,11 @@ def _step(run: Run, rows: list[Any]) -> None:
 
 
 def _extra_loss(run: Run) -> float | None:
-    """The gradient of the method's own term, once per step; its value is reported apart from the task's loss.
-
-    It comes before the batches, of which the last one shares the gradients between processes.
-    """
+    """The gradient of the method's own term, once per step; its value is reported apart from the task's loss."""
     extra = run.trainee.extra_loss()
     if extra is None:
         return None
-    with run.accelerator.no_sync(run.wrapped):
-        run.accelerator.backward(extra)
+    run.accelerator.backward(extra)
     return float(extra.detach())
 
 
@@ -277,17 +295,19 @@ def evaluate(run: Run) -> str | None:
     asked: str | None = None
     if run.eval_rows:
         run.wrapped.eval()
-        total, count, outcomes = 0.0, 0, []
-        size = run.spec.training.batch_size
-        for start in range(0, len(run.eval_rows), size):
+        scored: list[tuple[float, int, Any]] = []
+        size, group = run.spec.training.batch_size, run.group
+        batches = [run.eval_rows[start : start + size] for start in range(0, len(run.eval_rows), size)]
+        for start in range(0, len(batches), group.size):
             asked = asked or run.control.poll()
             if asked in ("stop", "pause"):
                 return asked
-            batch = run.collate(run.eval_rows[start : start + size])
-            part = run.loss(batch)
-            total, count = total + float(part.total), count + part.count
-            outcomes.append(part.outcome)
-        loss = total / count
+            # Each process takes one batch; where none is left it reads the last one again, and that is not counted.
+            part = run.loss(run.collate(batches[min(start + group.rank, len(batches) - 1)]))
+            scored += group.gathered((float(part.total), part.count, part.outcome))
+        del scored[len(batches) :]
+        count = sum(part[1] for part in scored)
+        loss, outcomes = sum(part[0] for part in scored) / count, [part[2] for part in scored]
         run.counters.eval_loss = loss
         if run.counters.first_eval_loss is None:
             run.counters.first_eval_loss = loss
@@ -303,11 +323,15 @@ def sample(run: Run) -> str | None:
         asked = run.control.poll()
         if asked:
             return asked
+        if not (run.group.speaks or run.group.sharded):
+            continue
         try:
             answer = run.task.sample(run.trainee.model, run.loaded, prompt)
         except EngineError as error:
             # A prompt that cannot be answered is no reason to lose the run.
             run.sink.emit({"type": "warning", "message": f"The sample {prompt[:60]!r} was left out: {error}"})
+            continue
+        if not run.group.speaks:
             continue
         shown: dict[str, str] = {"image": prompt} if isinstance(run.task, Prompting) else {}
         if not isinstance(answer, str):
@@ -325,7 +349,9 @@ def _checkpoint(run: Run) -> Path:
         run.optimizer.optimizer,
         run.parameters,
         {"counters": vars(run.counters), "job": _identity(run.spec)},
+        writes=run.group.speaks,
     )
+    run.group.wait()
     run.sink.emit({"type": "checkpoint", "step": run.step, "path": str(path)})
     return path
 
@@ -379,16 +405,23 @@ def _resume(run: Run) -> None:
             "Resume with the run's own spec.yaml and data, or start a new run.",
         )
     assert state is not None
+    if run.group.rank:
+        # The random state was process 0's; masks of dropout are to differ.
+        torch.manual_seed(torch.initial_seed() + 7919 * run.group.rank + int(state["step"]))
     run.step = int(state["step"])
     run.counters = Counters(**state["counters"])
 
 
 def _save(run: Run) -> Path:
-    folder = run.trainee.save(run.out / run.trainee.kind)
-    if isinstance(run.task, Keeping):
-        run.task.save(folder)
-    if isinstance(run.task, Exporting) and run.trainee.kind == "adapter":
-        run.task.export(run.trainee.model, folder)
+    folder = run.out / run.trainee.kind
+    run.group.collect()
+    if run.group.speaks:
+        run.trainee.save(folder)
+        if isinstance(run.task, Keeping):
+            run.task.save(folder)
+        if isinstance(run.task, Exporting) and run.trainee.kind == "adapter":
+            run.task.export(run.trainee.model, folder)
+    run.group.wait()
     return folder
 
 

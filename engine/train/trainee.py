@@ -15,6 +15,7 @@ from engine.checkpoint import raw_state, restore_raw_state, save_adapter
 from engine.errors import CheckpointError, TrainingError
 from engine.model import PeftModel
 from engine.tasks.base import Loaded
+from engine.train.parallel import alike, whole
 
 
 class Trainee(Protocol):
@@ -105,17 +106,16 @@ class FullTrainee:
         self.model: nn.Module = loaded.model
         self.loaded = loaded
         self.task = task
-        # A tied weight is listed once, under its first name.
-        self._trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        packed = [name for name, p in self._trained.items() if not p.is_floating_point()]
+        packed = [name for name, p in self.parameters().items() if not p.is_floating_point()]
         if packed:
             raise TrainingError(f"{packed[0]} is quantised and cannot be trained.", "Load the base unquantised.")
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        return dict(self._trained)
+        # A tied weight is listed once, under its first name.
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def counts(self) -> tuple[int, int]:
-        trained = sum(p.numel() for p in self._trained.values())
+        trained = sum(p.numel() for p in self.parameters().values())
         return trained, sum(p.numel() for p in self.model.parameters())
 
     def prepare(self, total_steps: int) -> None:
@@ -131,10 +131,10 @@ class FullTrainee:
         """What training changes: parameters, and buffers that belong to the model (running means)."""
         kept = self.model.state_dict().keys()
         buffers = {name: buffer for name, buffer in self.model.named_buffers() if name in kept}
-        return {**self._trained, **buffers}
+        return {**self.parameters(), **buffers}
 
     def state(self) -> dict[str, Tensor]:
-        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self._tensors().items()}
+        return {name: whole(t.detach()).to("cpu", copy=True).contiguous() for name, t in self._tensors().items()}
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -146,7 +146,7 @@ class FullTrainee:
                 "Resume with the job that wrote it.",
             )
         for name, tensor in own.items():
-            tensor.copy_(state[name])
+            tensor.copy_(alike(state[name], tensor))
 
     def save(self, folder: Path) -> Path:
         """A normal model folder, written beside its place and then moved there whole."""

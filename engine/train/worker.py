@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,8 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
         control: asked once a step.
         resume: go on from the last checkpoint in `out`.
 
+    Of several processes (`engine.train.parallel`) each calls this with the same job; number 0 writes and emits.
+
     Returns:
         `done`, `stopped` or `paused`.
 
@@ -45,12 +48,17 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
     from engine.tasks import get_task
     from engine.tasks.base import Fitting, Prompting
     from engine.train.loop import Run, encode_parts, fit
+    from engine.train.parallel import Group, Silent
     from engine.train.trainee import AdapterTrainee, FullTrainee, Trainee
 
-    out.mkdir(parents=True, exist_ok=True)
-    _refuse_to_overwrite(spec, out, resume)
-    if not (resume and (out / "spec.yaml").exists()):
-        spec.save(out / "spec.yaml")
+    speaks = os.environ.get("RANK", "0") == "0"
+    if speaks:
+        out.mkdir(parents=True, exist_ok=True)
+        _refuse_to_overwrite(spec, out, resume)
+        if not (resume and (out / "spec.yaml").exists()):
+            spec.save(out / "spec.yaml")
+    else:
+        sink = Silent()
     if spec.training.threads:
         torch.set_num_threads(spec.training.threads)
 
@@ -66,6 +74,7 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
     if config is not None:
         config.check_steps(_most_steps(spec, train))
     accelerator = Accelerator(mixed_precision="no")
+    group = Group.current(accelerator)
     tell("loading", None, f"Loading {spec.model}")
     loading, compute = _full_precision(spec, accelerator.device) if spec.full else (spec, None)
     loaded = task.load(loading, accelerator.device, tell)
@@ -84,6 +93,9 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
     if not prompts and isinstance(task, Prompting):
         prompts = task.prompts(held)
     random.seed(spec.training.seed)
+    if group.rank:
+        # Equal adapters to begin with, and different masks of dropout.
+        torch.manual_seed(spec.training.seed + 7919 * group.rank)
     tell("training", None, "Training")
     return fit(
         Run(
@@ -99,6 +111,7 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
             control=control,
             compute=compute,
             prompts=prompts,
+            group=group,
         ),
         resume,
     )
