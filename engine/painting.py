@@ -52,14 +52,18 @@ def paint(
     pipeline.unet.eval()
     try:
         with torch.no_grad():
-            found: list[Image.Image] = made(
+            latents = made(
                 prompt,
                 negative_prompt=negative or None,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 num_images_per_prompt=count,
                 generator=torch.Generator().manual_seed(seed),
+                output_type="latent",
             ).images
+            # The VAE is in float32, whatever the UNet computes in.
+            pixels = pipeline.vae.decode(latents.float() / pipeline.vae.config.scaling_factor).sample
+            found: list[Image.Image] = made.image_processor.postprocess(pixels)
             return found
     finally:
         pipeline.unet.train(before)

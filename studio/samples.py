@@ -77,5 +77,26 @@ SAMPLES = {
             "A toy BLIP that names emoji learns to say on what ground they stand. About a quarter of a minute.",
             "captions_tiny.yaml",
         ),
+        Sample(
+            "pictures",
+            "A style of drawing",
+            "Teach blueprints",
+            "A toy Stable Diffusion that draws emoji of 64 pixels learns to draw them as blueprints. About two minutes.",
+            "pictures_tiny.yaml",
+        ),
+        Sample(
+            "topics",
+            "Which topic a question is about",
+            "Teach eight topics",
+            "A real text encoder (MiniLM) learns to sort questions. Downloads about 91 MB once, then about half a minute.",
+            "topics_minilm.yaml",
+        ),
+        Sample(
+            "preferences",
+            "The better of two answers",
+            "Teach a preference",
+            "The toy learns from pairs which answer is wanted (DPO): the captain's. About a minute.",
+            "preference_tiny.yaml",
+        ),
     )
 }

@@ -40,7 +40,7 @@ def test_catalogue_counts_are_the_models_own(name: str) -> None:
     record = catalogue.describe(name)
     assert sum(weight.numel() for weight in meta_model(name).parameters()) == record.parameters
     if record.bundled:
-        on_disk = sum(file.stat().st_size for file in fetch.ensure(name).iterdir())
+        on_disk = sum(file.stat().st_size for file in fetch.ensure(name).rglob("*") if file.is_file())
         assert on_disk == pytest.approx(record.size, rel=0.05)
 
 

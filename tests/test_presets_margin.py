@@ -17,7 +17,13 @@ from studio import presets
 from tests import small_bert
 
 EXAMPLES = REPOSITORY / "examples"
-BASES = {"causal_lm": "tiny-llama", "preference": "tiny-llama", "seq2seq": "tiny-t5", "captioning": "tiny-blip"}
+BASES = {
+    "causal_lm": "tiny-llama",
+    "preference": "tiny-llama",
+    "seq2seq": "tiny-t5",
+    "captioning": "tiny-blip",
+    "text_to_image": "tiny-sd",
+}
 ROWS = {
     "causal_lm": "lighthouse.jsonl",
     "preference": "captain_preferences.jsonl",

@@ -215,6 +215,11 @@ def test_xl_has_two_encoders_and_sizes(pictures: Path, tmp_path: Path, capsys: p
     assert torch.allclose(own, words, atol=1e-6) and torch.allclose(own_pooled, pooled, atol=1e-6)  # type: ignore[arg-type]
 
 
+def test_a_picture_in_bf16_is_that_in_fp32_to_rounding(base: Path) -> None:
+    half, full = (paint(load_pipeline(str(base), precision=p), "a red square", steps=2)[0] for p in ("bf16", "fp32"))
+    assert np.abs(array(half) - array(full)).mean() < 4
+
+
 def test_text_is_embedded_as_diffusers_does(base: Path) -> None:
     pipeline = load_pipeline(str(base), precision="fp32")
     theirs = StableDiffusionPipeline.from_pretrained(base)

@@ -30,7 +30,8 @@ class BaseModel:
         title: what a list shows.
         meaning: one line for someone who never trained a model.
         tasks: the tasks it can be the base of.
-        parameters: number of weights, tied ones counted once; a classifier's with a head for two labels.
+        parameters: number of weights, tied ones counted once; a classifier's with a head for two labels;
+            of a pipeline its UNet's.
         size: bytes on disk when ready.
         licence: SPDX name.
         origin: where it comes from, in words.
@@ -113,6 +114,18 @@ _MODELS = (
         size=4_280_000,
         licence="Apache-2.0",
         origin="pretrained from nothing by scripts/pretrain_tiny_blip.py, on Noto's emoji with their Unicode names",
+        toy=True,
+        bundled=True,
+    ),
+    BaseModel(
+        name="tiny-sd",
+        title="Tiny Stable Diffusion (toy)",
+        meaning="A toy that draws emoji of 64 pixels from their names; learns a style in a minute or two, offline.",
+        tasks=("text_to_image",),
+        parameters=2_398_572,
+        size=7_860_000,
+        licence="Apache-2.0",
+        origin="pretrained from nothing by scripts/pretrain_tiny_sd.py, on Noto's emoji with their Unicode names",
         toy=True,
         bundled=True,
     ),
