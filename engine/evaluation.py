@@ -18,7 +18,7 @@ from engine.data.errors import PictureError
 from engine.data.images import PICTURES, open_picture
 from engine.errors import CheckpointError, DataError
 from engine.sheets import sheet, write_picture
-from engine.tasks.base import Answering, Baseline, Fitting, Loaded, Progress, Task, metrics_of
+from engine.tasks.base import Answering, Baseline, Fitting, Joining, Loaded, Progress, Task, metrics_of
 from engine.train.events import Event, Recorder
 from engine.train.job import JobSpec
 
@@ -91,7 +91,10 @@ def evaluate_job(
     device = torch.device(default_device())
     loaded = task.load(spec, device, on_progress)
     if not spec.full:
-        loaded = replace(loaded, model=PeftModel.from_pretrained(loaded.model, adapter))
+        adapted = PeftModel.from_pretrained(loaded.model, adapter)
+        loaded = replace(
+            loaded, model=task.together(loaded, adapted, adapter) if isinstance(task, Joining) else adapted
+        )
     encoded = task.encode(held, loaded, spec.training, on_progress)
     for note in encoded.notes:
         yield {"type": "warning", "message": note}
@@ -103,7 +106,7 @@ def evaluate_job(
             # One of the two in memory at a time.
             del loaded
             loaded = task.load(replace(spec, model=str(adapter.resolve())), device, on_progress)
-        off = who == "base" and isinstance(loaded.model, PeftModel)
+        off = who == "base" and not spec.full
         with loaded.model.disable_adapter() if off else nullcontext():  # type: ignore[operator]
             sides[who] = score_side(task, loaded, encoded.rows, asked, spec.training.batch_size, answered, who)
         for metric, (value, rows) in sides[who].scores.items():

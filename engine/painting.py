@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import ConfigError, PromptError
+from engine.errors import ConfigError, EngineError, PromptError
 from engine.models.pipelines import Pipeline, load_pipeline
+from engine.text_encoders import encoder_folders
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from engine.generation import Piece, Sampling
+    from engine.model import PeftModel
 
 STEPS = 20
 GUIDANCE = 7.5
@@ -32,7 +34,7 @@ def paint(
     """Pictures of a prompt, by DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095) with classifier-free guidance.
 
     Args:
-        pipeline: its UNet as it is switched now.
+        pipeline: its UNet and text encoders as they are switched now.
         steps: how often the UNet looks; 20 are usually enough.
         guidance: how much the words count; 1 is not at all more than without them.
         seed: of the noise, drawn on the CPU, so that it is the same everywhere.
@@ -48,8 +50,10 @@ def paint(
         raise PromptError("The prompt is empty.", "Write what the picture should show.")
     made = pipeline.diffusers()
     made.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-    before = pipeline.unet.training
-    pipeline.unet.eval()
+    parts = (pipeline.unet, *pipeline.encoders)
+    before = [part.training for part in parts]
+    for part in parts:
+        part.eval()
     try:
         with torch.no_grad():
             latents = made(
@@ -61,16 +65,19 @@ def paint(
                 generator=torch.Generator().manual_seed(seed),
                 output_type="latent",
             ).images
-            # The VAE is in float32, whatever the UNet computes in.
-            pixels = pipeline.vae.decode(latents.float() / pipeline.vae.config.scaling_factor).sample
-            found: list[Image.Image] = made.image_processor.postprocess(pixels)
+            # The VAE stays in float32 whatever the UNet is in, and the pipelines hand it latents of the UNet's type.
+            config = pipeline.vae.config
+            shift = getattr(config, "shift_factor", None) or 0.0
+            pixels = pipeline.vae.decode(latents.to(pipeline.vae.dtype) / config.scaling_factor + shift).sample
+            found: list[Image.Image] = made.image_processor.postprocess(pixels, output_type="pil")
             return found
     finally:
-        pipeline.unet.train(before)
+        for part, was in zip(parts, before, strict=True):
+            part.train(was)
 
 
 class Painter:
-    """A pipeline in memory, and adapters on its UNet.
+    """A pipeline in memory, and adapters on its UNet and, where they have a part for them, its text encoders.
 
     Args:
         base: built-in name, local folder or hub id.
@@ -80,41 +87,72 @@ class Painter:
 
     def __init__(self, base: str, precision: str = "auto", on_progress: Any = None) -> None:
         self.pipeline = load_pipeline(base, precision=precision, on_progress=on_progress)
-        self.model: Any = None
+        self.models: dict[str, PeftModel] = {}
         self._attached: dict[str, Path] = {}
+
+    @property
+    def model(self) -> PeftModel | None:
+        """The UNet with its adapters, if it has any."""
+        return self.models.get("unet")
 
     @property
     def attached(self) -> tuple[str, ...]:
         return tuple(self._attached)
 
     def attach(self, name: str, folder: str | Path) -> None:
-        """Load an adapter under a name: a folder in PEFT's format, or a kohya or diffusers file for the UNet.
+        """Load an adapter under a name: a folder in PEFT's format (the text encoders' in folders of their names there),
+        or a kohya or diffusers file.
 
         Raises:
-            EngineError: it cannot be used on this base.
+            EngineError: it cannot be used on this base; nothing of it is attached.
         """
+        self.detach(name)
+        try:
+            if Path(folder).is_file():
+                from engine.formats import load_adapter_file
+
+                bases = {"unet": self.pipeline.unet, **self.pipeline.named_encoders}
+                self.models |= load_adapter_file({**bases, **self.models}, folder, name)
+            else:
+                self._load("unet", self.pipeline.unet, folder, name)
+                for part, place in encoder_folders(Path(folder), self.pipeline).items():
+                    self._load(part, self.pipeline.named_encoders[part], place, name)
+        except EngineError:
+            self._take_off(name)
+            raise
+        self._attached[name] = Path(folder)
+
+    def _load(self, part: str, base: Any, folder: str | Path, name: str) -> None:
         from engine.model import PeftModel
 
-        self.detach(name)
-        if Path(folder).is_file():
-            from engine.formats import load_adapter_file
-
-            self.model = load_adapter_file({"unet": self.model or self.pipeline.unet}, folder, name)["unet"]
-        elif self.model is None:
-            self.model = PeftModel.from_pretrained(self.pipeline.unet, folder, name)
+        if part in self.models:
+            self.models[part].load_adapter(folder, name)
         else:
-            self.model.load_adapter(folder, name)
-        self._attached[name] = Path(folder)
+            self.models[part] = PeftModel.from_pretrained(base, folder, name)
 
     def detach(self, name: str) -> None:
         """Take an adapter off; a name that is not attached is no error."""
-        if self._attached.pop(name, None) is None:
-            return
-        if self._attached:
-            self.model.delete_adapter(name)
-        else:
-            self.model.unload()
-            self.model = None
+        if self._attached.pop(name, None) is not None:
+            self._take_off(name)
+
+    def _take_off(self, name: str) -> None:
+        for part, model in list(self.models.items()):
+            if set(model.peft_config) == {name}:
+                model.unload()
+                del self.models[part]
+            elif name in model.peft_config:
+                model.delete_adapter(name)
+
+    @contextmanager
+    def _switched(self, name: str | None) -> Iterator[None]:
+        """One adapter on every part that it has something for, and nothing on the others."""
+        with ExitStack() as stack:
+            for model in self.models.values():
+                if name in model.peft_config:
+                    model.set_adapter(name, inference_mode=True)
+                else:
+                    stack.enter_context(model.disable_adapter())
+            yield
 
     def stream(
         self, messages: Sequence[Mapping[str, str]], who: Sequence[str | None], sampling: Sampling
@@ -134,9 +172,7 @@ class Painter:
                     f"There is no adapter {name!r} here.", f"Attached: {', '.join(self._attached) or 'none'}."
                 )
         for number, name in enumerate(who):
-            if name is not None:
-                self.model.set_adapter(name, inference_mode=True)
-            with self.model.disable_adapter() if name is None and self.model is not None else nullcontext():
+            with self._switched(name):
                 made = paint(
                     self.pipeline, prompt, seed=sampling.seed, steps=sampling.steps, guidance=sampling.guidance
                 )

@@ -81,14 +81,14 @@ SAMPLES = {
             "pictures",
             "A style of drawing",
             "Teach blueprints",
-            "A toy Stable Diffusion that draws emoji of 64 pixels learns to draw them as blueprints. About two minutes.",
+            "A toy Stable Diffusion that draws small emoji learns to draw them as blueprints. About two minutes.",
             "pictures_tiny.yaml",
         ),
         Sample(
             "topics",
             "Which topic a question is about",
             "Teach eight topics",
-            "A real text encoder (MiniLM) learns to sort questions. Downloads about 91 MB once, then about half a minute.",
+            "A real text encoder (MiniLM) learns to sort questions. Downloads about 91 MB once, then half a minute.",
             "topics_minilm.yaml",
         ),
         Sample(

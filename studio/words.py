@@ -73,7 +73,12 @@ def problems(prepared: data.Prepared) -> str:
     done = {"skip": "skipped", "fix": "mended, kept", "note": "kept"}
     shown = prepared.problems[:_SHOWN_PROBLEMS]
     rows = [
-        [f'<span class="num">{item.line:,}</span>', esc(item.column), esc(item.message), done.get(item.severity, "")]
+        [
+            f'<span class="num">{f"{item.line:,}" if item.line else ""}</span>',
+            esc(item.column),
+            esc(item.message),
+            done.get(item.severity, ""),
+        ]
         for item in shown
     ]
     counts = ", ".join(f"{code} {count:,}" for code, count in prepared.counts.items())

@@ -75,6 +75,8 @@ def test_gpt2_in_codes(tmp_path: Path) -> None:
     with torch.no_grad():
         assert (tiny.logits(model) - expected).norm() < 0.3 * expected.norm()
     tuned = get_peft_model(model, LoraConfig(r=4, target_modules=["c_attn"], init_lora_weights=False)).eval()
+    own = sum(t.numel() * t.element_size() for t in (*tuned.parameters(), *tuned.buffers()))
+    assert tuned.get_memory_footprint() - own == sum(map(bnb.statistics_bytes, packed.values())) > 0
     with torch.no_grad():
         full = tuned.merge_into_full(base)
         assert type(full.get_submodule("transformer.h.0.attn.c_attn")).__name__ == "Conv1D"
@@ -100,7 +102,10 @@ def test_a_unet_in_codes(kind: str) -> None:
     assert sorted(names) == sorted(fit) and skipped not in names
     assert bnb.memory_footprint(unet) < before
     assert 0 < (got - expected).norm() < 0.3 * expected.norm()
+    held = bnb.memory_footprint(unet)
     model = get_peft_model(unet, LoraConfig(r=2, target_modules=["to_q", "to_v"]))
+    trained, _ = model.get_nb_trainable_parameters()
+    assert model.get_memory_footprint() == held + 4 * trained
     loss = diffusion.answer.__wrapped__(model).square().mean()  # type: ignore[attr-defined]
     loss.backward()
     grads = [p.grad for n, p in model.adapter_parameters().items() if "lora_B" in n]

@@ -10,19 +10,16 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
-import struct
 import warnings
-import zipfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from engine.data.encoding import decode
 from engine.data.errors import ArchiveError, EmptyError, FileError, PictureError, TooLargeError
+from engine.data.sources import FolderSource, Source, ZipSource, read_member
 from engine.data.table import Limits, ProblemLog, Row, Table, safe_text
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -31,76 +28,10 @@ CAPTIONS = ("text", "caption", "prompt", "description", "additional_feature", "�
 NAMES = ("file_name", "image", "file", "filename", "path", "파일")
 _MARK = ".zip!"
 _LONGEST_TEXT = 20_000_000
-_END = b"PK\x05\x06"
-_END64 = b"PK\x06\x06"
+_ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
 
 
-class Source(Protocol):
-    """A folder or a zip: its files by name (with `/`), and their bytes."""
-
-    names: list[str]
-
-    def size(self, name: str) -> int: ...
-
-    def read(self, name: str) -> bytes: ...
-
-    def reference(self, name: str) -> str: ...
-
-
-@dataclass
-class _Folder:
-    path: Path
-    names: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        root = self.path.resolve()
-        for file in sorted(self.path.rglob("*")):
-            # A link could lead out of the folder that was named.
-            if file.is_file() and file.resolve().is_relative_to(root):
-                self.names.append(file.relative_to(self.path).as_posix())
-
-    def size(self, name: str) -> int:
-        return (self.path / name).stat().st_size
-
-    def read(self, name: str) -> bytes:
-        return (self.path / name).read_bytes()
-
-    def reference(self, name: str) -> str:
-        return str(self.path.absolute() / name)
-
-
-@dataclass
-class _Zip:
-    path: Path
-    limits: Limits
-    names: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        _check_directory(self.path, self.limits)
-        try:
-            with zipfile.ZipFile(self.path) as opened:
-                self.entries = {entry.filename: entry for entry in opened.infolist() if not entry.is_dir()}
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-            raise ArchiveError(f"{self.path.name} is no zip that can be read: {error}.", "Pack it again.") from error
-        for name, entry in self.entries.items():
-            _check_entry(self.path.name, name, entry)
-        unpacked = sum(entry.file_size for entry in self.entries.values())
-        if unpacked > self.limits.max_unpacked_zip:
-            raise TooLargeError(
-                f"{self.path.name} would be {unpacked / 2**30:,.1f} GiB unpacked; at most "
-                f"{self.limits.max_unpacked_zip / 2**30:,.0f} GiB are read.",
-                "Take out what is no picture, make the pictures smaller, or split the archive.",
-            )
-        self.names = sorted(self.entries)
-
-    def size(self, name: str) -> int:
-        return self.entries[name].file_size
-
-    def read(self, name: str) -> bytes:
-        return _read_member(self.path, name, self.limits.max_picture_bytes)
-
-    def reference(self, name: str) -> str:
-        return f"{self.path.absolute()}!{name}"
+_DEEP = ("deep", "It has 16 or more bits a colour; 8 are kept.")
 
 
 def is_pictures(path: Path) -> bool:
@@ -122,15 +53,17 @@ def read_pictures(path: str | Path, limits: Limits | None = None) -> Table:
     """
     limits, path = limits or Limits(), Path(path)
     try:
-        source: Source = _Folder(path) if path.is_dir() else _Zip(path, limits)
+        source: Source = FolderSource(path) if path.is_dir() else ZipSource(path, limits)
     except OSError as error:
         raise FileError(f"{path.name} cannot be opened: {error.strerror or error}.", "Check its rights.") from error
     shown = [name for name in source.names if _visible(name)]
-    pictures = [name for name in shown if name.lower().endswith(PICTURES)]
+    pictures = [name for name in shown if _is_picture(name)]
+    left_out = [one for one in source.left_out if _visible(one[0])]
     if not pictures:
         kinds = ", ".join(sorted({Path(name).suffix.lower() for name in shown if Path(name).suffix})[:8])
         raise EmptyError(
-            f"{path.name} holds no picture ({', '.join(PICTURES)}){'; it has ' + kinds if kinds else ''}.",
+            f"{path.name} holds no picture ({', '.join(PICTURES)}){'; it has ' + kinds if kinds else ''}."
+            f"{' ' + left_out[0][2] if left_out else ''}",
             "Give pictures with a .txt of the same name beside each, or with a metadata.csv (file_name, text).",
         )
     if len(pictures) > limits.max_pictures:
@@ -138,15 +71,34 @@ def read_pictures(path: str | Path, limits: Limits | None = None) -> Table:
             f"{path.name} holds {len(pictures):,} pictures; at most {limits.max_pictures:,} are read.", "Split it."
         )
     log = ProblemLog("picture")
-    said = _captions(source, shown, pictures, log)
+    said, used = _captions(source, shown, pictures, log)
     captioned = any(text for _, _, text in said)
     rows = [
         Row(line, {"image": source.reference(name), **({"text": text} if captioned else {})})
         for line, name, text in said
         if _usable(source, name, text, line, captioned, log, limits)
     ]
+    _tell_the_rest(left_out, [name for name in shown if name not in used and not _is_picture(name)], said, log)
     columns = ["image", "text"] if captioned else ["image"]
     return Table("pictures", columns, rows, log, name=path.name)
+
+
+def _tell_the_rest(
+    left_out: Iterable[tuple[str, str, str]], unused: Iterable[str], said: list[tuple[int, str, str]], log: ProblemLog
+) -> None:
+    """What was not looked at is said too: pictures count as skipped rows, other files are noted."""
+    last = max((line for line, _, _ in said), default=0)
+    for name, code, message in left_out:
+        if _is_picture(name):
+            last += 1
+            log.skip(last, "", code, message)
+        else:
+            log.note(0, "", code, message)
+    for name in unused:
+        if name.lower().endswith(_ARCHIVES):
+            log.note(0, "", "nested-archive", f"{name[:80]} is an archive inside; it was not opened.")
+        else:
+            log.note(0, "", "unused-file", f"{name[:80]} is no picture that is read here, and no words of one.")
 
 
 def open_picture(reference: str, max_pixels: int = Limits().max_pixels) -> Image.Image:
@@ -158,11 +110,8 @@ def open_picture(reference: str, max_pixels: int = Limits().max_pixels) -> Image
     where, mark, member = reference.partition(_MARK)
     name = PurePosixPath(member or reference).name
     try:
-        if mark:
-            raw = _read_member(Path(where + ".zip"), member, Limits().max_picture_bytes)
-        else:
-            raw = Path(reference).read_bytes()
-    except (OSError, KeyError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        raw = read_member(Path(where + ".zip"), member, Limits()) if mark else Path(reference).read_bytes()
+    except (OSError, ArchiveError, TooLargeError) as error:
         raise PictureError(f"The picture {name} cannot be opened: {error}.", "Give the data set again.") from error
     return _decoded(name, raw, max_pixels)[0]
 
@@ -182,10 +131,13 @@ def _decoded(name: str, raw: bytes, max_pixels: int) -> tuple[Image.Image, list[
                     "Make it smaller.",
                     code="picture-too-large",
                 )
-            frames = getattr(picture, "n_frames", 1)
-            if frames > 1:
-                changed.append(("animated", f"It has {frames} frames; the first is used."))
+            # Not `n_frames`, for which a GIF is read to its end: a small file may hold millions.
+            if getattr(picture, "is_animated", False):
+                changed.append(("animated", "It has more than one frame; the first is used."))
                 picture.seek(0)
+            # Pillow halves colours of 16 bits while it reads them, and only its decoder's settings say so.
+            if ";16" in str(getattr(picture, "tile", "")) and not picture.mode.startswith("I"):
+                changed.append(_DEEP)
             picture.load()
             return _as_rgb(ImageOps.exif_transpose(picture), changed), changed
     except PictureError:
@@ -214,7 +166,7 @@ def _as_rgb(picture: Image.Image, changed: list[tuple[str, str]]) -> Image.Image
         # 16 bits as they are; other depths by their own range, since they say none.
         top = 65535.0 if picture.mode.startswith("I;16") or values.max(initial=0) <= 65535 else values.max()
         picture = Image.fromarray(np.clip(values / max(top, 1.0) * 255, 0, 255).astype(np.uint8))
-        changed.append(("deep", "It has 16 or more bits a colour; 8 are kept."))
+        changed.append(_DEEP)
     elif picture.mode == "CMYK":
         changed.append(("cmyk", "Its colours are meant for print (CMYK) and were turned into RGB."))
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
@@ -226,14 +178,18 @@ def _as_rgb(picture: Image.Image, changed: list[tuple[str, str]]) -> Image.Image
 # --- captions ------------------------------------------------------------------------------------------------------
 
 
-def _captions(source: Source, shown: Iterable[str], pictures: list[str], log: ProblemLog) -> list[tuple[int, str, str]]:
-    """(line, picture, what is said of it or "") for every row."""
+def _captions(
+    source: Source, shown: Iterable[str], pictures: list[str], log: ProblemLog
+) -> tuple[list[tuple[int, str, str]], set[str]]:
+    """(line, picture, what is said of it or "") for every row, and the files that the words come from."""
     shown = set(shown)
+    used: set[str] = set()
     tables = [name for name in shown if PurePosixPath(name).name.lower() in METADATA]
     if not tables:
-        return [(n, name, _beside(source, name, shown)) for n, name in enumerate(pictures, 1)]
+        return [(n, name, _beside(source, name, shown, used, log)) for n, name in enumerate(pictures, 1)], used
     # The one nearest the root: an archive often has one folder around everything.
     table = min(tables, key=lambda name: (name.count("/"), not name.lower().endswith(".jsonl"), name))
+    used.add(table)
     around = table.rpartition("/")[0]
     found: list[tuple[int, str, str]] = []
     named: set[str] = set()
@@ -249,13 +205,19 @@ def _captions(source: Source, shown: Iterable[str], pictures: list[str], log: Pr
         found.append((line, full, safe_text(text.strip())))
     last = max((line for line, _, _ in found), default=0)
     rest = [name for name in pictures if name not in named]
-    return [*found, *((last + n, name, _beside(source, name, shown)) for n, name in enumerate(rest, 1))]
+    found += [(last + n, name, _beside(source, name, shown, used, log)) for n, name in enumerate(rest, 1)]
+    return found, used
 
 
-def _beside(source: Source, picture: str, shown: Iterable[str]) -> str:
+def _beside(source: Source, picture: str, shown: Iterable[str], used: set[str], log: ProblemLog) -> str:
     for other in (f"{picture.rpartition('.')[0]}.txt", f"{picture}.txt", f"{picture.rpartition('.')[0]}.caption"):
         if other in shown and source.size(other) <= _LONGEST_TEXT:
-            text, _ = decode(other, source.read(other))
+            used.add(other)
+            try:
+                text, _ = decode(other, source.read(other))
+            except OSError as error:
+                log.note(0, "", "unread-words", f"{other[:80]} cannot be read: {error}.")
+                return ""
             return safe_text(text.strip())
     return ""
 
@@ -263,9 +225,15 @@ def _beside(source: Source, picture: str, shown: Iterable[str]) -> str:
 def _metadata(source: Source, name: str) -> Iterable[tuple[int, Mapping[str, Any]]]:
     if source.size(name) > _LONGEST_TEXT * 5:
         raise TooLargeError(f"{name} is {source.size(name) / 2**20:,.0f} MiB long.", "Split the data set.")
-    text, _ = decode(name, source.read(name))
+    try:
+        text, _ = decode(name, source.read(name))
+    except OSError as error:
+        raise ArchiveError(f"{name} cannot be read: {error}.", "Pack it again, or give a .txt beside each.") from error
     if name.lower().endswith(".csv"):
-        yield from ((n, cells) for n, cells in enumerate(csv.DictReader(io.StringIO(text)), 1))
+        try:
+            yield from ((n, cells) for n, cells in enumerate(csv.DictReader(io.StringIO(text)), 1))
+        except csv.Error as error:
+            raise FileError(f"{name} is no csv that can be read: {error}.", "Keep file_name and text.") from error
         return
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
@@ -291,7 +259,7 @@ def _usable(source: Source, name: str, text: str, line: int, captioned: bool, lo
     except PictureError as error:
         log.skip(line, "", error.code, error.message)
         return False
-    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+    except OSError as error:
         log.skip(line, "", PictureError.code, f"{short} cannot be read: {error}.")
         return False
     for code, message in changed:
@@ -299,54 +267,10 @@ def _usable(source: Source, name: str, text: str, line: int, captioned: bool, lo
     return True
 
 
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith(PICTURES)
+
+
 def _visible(name: str) -> bool:
     """Without what systems leave in folders: `.DS_Store`, `__MACOSX/._cat.png`."""
     return not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
-
-
-# --- zip -----------------------------------------------------------------------------------------------------------
-
-
-def _check_directory(path: Path, limits: Limits) -> None:
-    """Refuse a zip by the numbers at its end, before a table of a million entries is built in memory.
-
-    Raises:
-        ArchiveError: there is no such end.
-        TooLargeError: it lists more files than the limits allow.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        file.seek(max(0, size - 65_557))
-        tail = file.read()
-        place = tail.rfind(_END)
-        if place < 0 or len(tail) < place + 22:
-            raise ArchiveError(f"{path.name} is no zip, or was cut off.", "Pack it again, or fetch it again.")
-        count, length = struct.unpack("<HI", tail[place + 10 : place + 16])
-        if count == 0xFFFF or length == 0xFFFFFFFF:
-            wide = tail.rfind(_END64)
-            if wide < 0 or len(tail) < wide + 48:
-                raise ArchiveError(f"{path.name} is no zip, or was cut off.", "Pack it again, or fetch it again.")
-            count, length = struct.unpack("<QQ", tail[wide + 32 : wide + 48])
-    # Each picture may have a text beside it; a table of so many names is a few megabytes.
-    most = 3 * limits.max_pictures
-    if count > most or length > 512 * most:
-        raise TooLargeError(f"{path.name} lists {count:,} files; at most {most:,} are read.", "Split it.")
-
-
-def _check_entry(archive: str, name: str, entry: zipfile.ZipInfo) -> None:
-    parts = re.split(r"[/\\]", name)
-    if ".." in parts or name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", name) or "\0" in name:
-        raise ArchiveError(
-            f"{archive} holds the name {name[:80]!r}, which leads out of the archive.", "Pack it again without it."
-        )
-    if entry.flag_bits & 0x1:
-        raise ArchiveError(f"{archive} is encrypted ({name[:80]}).", "Pack it again without a password.")
-
-
-def _read_member(path: Path, name: str, limit: int) -> bytes:
-    """At most `limit` bytes of a file in a zip, whatever its header promises."""
-    with zipfile.ZipFile(path) as opened, opened.open(name) as member:
-        raw = member.read(limit + 1)
-    if len(raw) > limit:
-        raise OSError(f"it is longer than {limit / 2**20:,.0f} MiB")
-    return raw

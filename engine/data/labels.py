@@ -74,14 +74,14 @@ def check_classes(examples: list[dict[str, Any]], column: str, log: ProblemLog) 
             f"{next(iter(counts))[:60]!r}.",
             "Classes have to come again, or nothing can be learned about them: choose the column of the class.",
         )
-    alike: dict[str, list[str]] = defaultdict(list)
-    for label in counts:
-        alike[label.casefold()].append(label)
-    for names in alike.values():
-        if len(names) > 1:
-            both = " and ".join(map(repr, names))
-            log.note(first[names[1]], column, "similar-labels", f"{both} differ in case only, and are two classes.")
     numbers = [label for label in counts if _NUMBER.fullmatch(label)]
+    alike: dict[str | float, list[str]] = defaultdict(list)
+    for label in counts:
+        alike[float(label) if _NUMBER.fullmatch(label) else label.casefold()].append(label)
+    for value, names in alike.items():
+        if len(names) > 1:
+            both, how = " and ".join(map(repr, names)), "in case only" if isinstance(value, str) else "in spelling only"
+            log.note(first[names[1]], column, "similar-labels", f"{both} differ {how}, and are {len(names)} classes.")
     if numbers and len(numbers) == len(counts):
         shown = ", ".join(sorted(numbers, key=float)[:8]) + (", ..." if len(numbers) > 8 else "")
         message = f"The labels are numbers ({shown}); they are taken as names of {len(numbers)} classes, not as sizes."

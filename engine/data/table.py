@@ -59,7 +59,7 @@ class Problem:
     """Something about one row, or about the file's header.
 
     Attributes:
-        line: as in `Row`.
+        line: as in `Row`; 0 for the file as a whole.
         column: the column's name, or "" where the whole row is meant.
         code: stable short name, for counting.
         message: one sentence for a person, without the line number.
@@ -76,6 +76,8 @@ class Problem:
     unit: str = "line"
 
     def __str__(self) -> str:
+        if not self.line:
+            return self.message
         where = f"{self.unit.capitalize()} {self.line}"
         return f"{where}, column {self.column!r}: {self.message}" if self.column else f"{where}: {self.message}"
 

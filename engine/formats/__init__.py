@@ -118,7 +118,10 @@ def _read_peft(path: Path, models: Mapping[str, nn.Module | None]) -> dict[str, 
 
     folder = path if path.is_dir() else path.parent
     folders = _folders(folder)
-    if (folder / CONFIG).is_file():
+    if (folder / CONFIG).is_file() and folders:
+        # As training leaves it: the UNet's adapter in the folder itself, the encoders' beside it.
+        folders = {"unet": folder, **folders}
+    elif (folder / CONFIG).is_file():
         if len(models) != 1:
             raise ConfigError(
                 f"{folder} holds the adapter of one model, and models names {', '.join(models)}.", "Name the one."

@@ -73,28 +73,44 @@ class Pipeline:
         made.set_progress_bar_config(disable=True)
         return made
 
+    @property
+    def named_encoders(self) -> dict[str, Any]:
+        """The text encoders by diffusers' names."""
+        return dict(zip(("text_encoder", "text_encoder_2"), self.encoders, strict=False))
+
     def embed(self, texts: list[str]) -> tuple[Tensor, Tensor | None]:
         """What the UNet reads of texts: (N, tokens, width), and SDXL's pooled (N, width)."""
         import torch
 
-        hidden, pooled = [], None
-        device = next(self.encoders[0].parameters()).device
         with torch.no_grad():
-            for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
-                ids = tokenizer(
-                    texts,
-                    padding="max_length",
-                    max_length=tokenizer.model_max_length,
-                    truncation=True,
-                    return_tensors="pt",
-                ).input_ids.to(device)
-                if self.xl:
-                    # SDXL was trained on the last but one layer, of both.
-                    out = encoder(ids, output_hidden_states=True)
-                    hidden.append(out.hidden_states[-2])
-                    pooled = out[0]
-                else:
-                    hidden.append(encoder(ids)[0])
+            return self.read(self.tokens(texts))
+
+    def tokens(self, texts: list[str]) -> Tensor:
+        """Token ids of texts for each encoder, (N, encoders, tokens), on the CPU."""
+        import torch
+
+        each = [
+            tokenizer(
+                texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+            ).input_ids
+            for tokenizer in self.tokenizers
+        ]
+        return torch.stack(each, dim=1)
+
+    def read(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `embed`, of token ids (N, encoders, tokens); gradients reach the encoders."""
+        import torch
+
+        hidden, pooled = [], None
+        ids = ids.to(next(self.encoders[0].parameters()).device)
+        for number, encoder in enumerate(self.encoders):
+            if self.xl:
+                # SDXL was trained on the last but one layer, of both.
+                out = encoder(ids[:, number], output_hidden_states=True)
+                hidden.append(out.hidden_states[-2])
+                pooled = out[0]
+            else:
+                hidden.append(encoder(ids[:, number])[0])
         return torch.cat(hidden, dim=-1), pooled
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from engine.adapters.base import TaskType
 from engine.train.job import JobSpec, TrainingSpec
+
+if TYPE_CHECKING:
+    from engine.model import PeftModel
 
 Progress = Callable[[str, float | None, str], None]
 Batch = dict[str, Tensor]
@@ -121,6 +124,24 @@ class Extending(Protocol):
     """A task that adds rows of its own to those that are trained on."""
 
     def extra(self, loaded: Loaded, on_progress: Progress) -> list[Any]: ...
+
+
+@runtime_checkable
+class Joining(Protocol):
+    """A task that may train other models beside its own, with adapters of the same method."""
+
+    def together(self, loaded: Loaded, model: PeftModel, folder: Path | None = None) -> nn.Module:
+        """The adapted model with the others as one (`engine.joined`), or alone.
+
+        Args:
+            loaded: as `load` gave it.
+            model: the task's own, adapted.
+            folder: an adapter's, from which the others take theirs; None: they get new ones.
+
+        Raises:
+            ConfigError: the others cannot have an adapter of this method.
+            CheckpointError: the folder has none for one of them.
+        """
 
 
 @runtime_checkable

@@ -3,7 +3,8 @@
 The loss is the mean square between what the UNet predicts and what the scheduler says it should (the noise, or the
 velocity of Salimans & Ho 2022, arXiv:2202.00512). Latents and texts are encoded once, before the first step. DreamBooth
 (Ruiz et al. 2022, arXiv:2208.12242) is pictures without words, one prompt for all, and pictures of the class that the
-base draws itself, so that it does not forget what the class looks like.
+base draws itself, so that it does not forget what the class looks like. The text encoders may learn too; then the texts
+are read anew in every step.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from engine.train.job import JobSpec, TrainingSpec
 if TYPE_CHECKING:
     from PIL import Image
 
+    from engine.model import PeftModel
     from engine.models.pipelines import Pipeline
 
 LOOKS = 4
@@ -37,7 +39,8 @@ LOOKS = 4
 class Painted:
     """One row: a picture's latents (C, h, w), what the UNet reads of its words, and a seed of its own.
 
-    `pooled` and `sizes` are SDXL's. `weight` is what its loss counts.
+    `words` are token ids (encoders, tokens) where the text encoders learn. `pooled` and `sizes` are SDXL's. `weight` is
+    what its loss counts.
     """
 
     latents: Tensor
@@ -62,6 +65,7 @@ class TextToImage:
         word_dropout: share of rows (0 to 1) that are shown without their words, which guidance lives on.
         snr_gamma: min-SNR weighting (Hang et al. 2023, arXiv:2303.09556), 5 is usual; 0: none.
         noise_offset: adds noise that is the same for a whole channel, for very dark and very bright pictures.
+        train_text_encoder: the text encoders get an adapter too, of the same method and rank.
         steps: of a sample.
         guidance: of a sample.
     """
@@ -75,6 +79,7 @@ class TextToImage:
     word_dropout: float = 0.0
     snr_gamma: float = 0.0
     noise_offset: float = 0.0
+    train_text_encoder: bool = False
     steps: int = 20
     guidance: float = 7.5
 
@@ -104,8 +109,11 @@ class TextToImage:
             for name, value in (("instance_prompt", self.instance_prompt), ("class_prompt", self.class_prompt))
             if not isinstance(value, str)
         ]
-        if not isinstance(self.buckets, bool):
-            found.append(f"buckets is {self.buckets!r}; needed: true or false")
+        found += [
+            f"{name} is {value!r}; needed: true or false"
+            for name, value in (("buckets", self.buckets), ("train_text_encoder", self.train_text_encoder))
+            if not isinstance(value, bool)
+        ]
         if found:
             raise ConfigError(
                 "These options of the task text_to_image cannot be used:\n" + "\n".join(f"- {one}" for one in found)
@@ -114,6 +122,11 @@ class TextToImage:
     def load(self, spec: JobSpec, device: torch.device, on_progress: Progress) -> Loaded:
         from engine.models.pipelines import load_pipeline
 
+        if spec.full and self.train_text_encoder:
+            raise ConfigError(
+                "Full fine-tuning trains the UNet alone, and the option train_text_encoder asks for the text encoder.",
+                "Turn that option off, or train an adapter.",
+            )
         pipeline = load_pipeline(
             spec.model,
             quantization=spec.quantization,
@@ -122,6 +135,12 @@ class TextToImage:
             on_progress=on_progress,
         )
         return Loaded(pipeline.unet, pipeline)
+
+    def together(self, loaded: Loaded, model: PeftModel, folder: Path | None = None) -> nn.Module:
+        """The UNet with its text encoders where these learn too."""
+        from engine.text_encoders import with_encoders
+
+        return with_encoders(loaded.processor, model, folder) if self.train_text_encoder else model
 
     # --- rows ------------------------------------------------------------------------------------------------------
 
@@ -162,7 +181,7 @@ class TextToImage:
     ) -> list[Painted]:
         side = self._side(pipeline)
         texts = list(dict.fromkeys([*(words for _, words, _ in wanted), ""]))
-        read = _embedded(pipeline, texts, on_progress)
+        read = self._read(pipeline, texts, on_progress)
         rows = []
         for number, (source, words, weight) in enumerate(wanted):
             if number % 10 == 0:
@@ -184,6 +203,14 @@ class TextToImage:
             )
         return rows
 
+    def _read(
+        self, pipeline: Pipeline, texts: Sequence[str], on_progress: Progress
+    ) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """Text -> what a row keeps of it: what the UNet reads, or tokens where the encoders learn."""
+        if not self.train_text_encoder:
+            return _embedded(pipeline, texts, on_progress)
+        return dict(zip(texts, ((ids, None) for ids in pipeline.tokens(list(texts))), strict=True))
+
     def _side(self, pipeline: Pipeline) -> int:
         side = self.resolution or pipeline.side
         if side < pipeline.step:
@@ -195,6 +222,7 @@ class TextToImage:
 
     def _class(self, loaded: Loaded, on_progress: Progress) -> list[Image.Image]:
         """Pictures of the class, drawn once and kept in the run's cache."""
+        from engine.joined import Joined
         from engine.model import PeftModel
         from engine.painting import paint
         from engine.sheets import write_picture
@@ -207,7 +235,7 @@ class TextToImage:
             part = f"picture {number + 1} of {self.class_pictures}"
             on_progress("class", number / self.class_pictures, f"Drawing {part} of {self.class_prompt!r}")
             # An adapter that was just attached changes nothing yet, but some methods' starts do.
-            off = loaded.model.disable_adapter() if isinstance(loaded.model, PeftModel) else nullcontext()
+            off = loaded.model.disable_adapter() if isinstance(loaded.model, PeftModel | Joined) else nullcontext()
             with off:
                 found += paint(
                     loaded.processor, self.class_prompt, steps=self.steps, guidance=self.guidance, seed=number
@@ -221,7 +249,7 @@ class TextToImage:
 
     def collator(self, loaded: Loaded) -> Callable[[list[Painted]], Batch]:
         pipeline: Pipeline = loaded.processor
-        empty, pooled_empty = pipeline.embed([""])
+        empty, pooled_empty = (pipeline.tokens([""]), None) if self.train_text_encoder else pipeline.embed([""])
         dtype = next(p for p in loaded.model.parameters() if p.is_floating_point()).dtype
 
         def collate(rows: list[Painted]) -> Batch:
@@ -231,14 +259,15 @@ class TextToImage:
             for number, shape in enumerate(shapes):
                 group = [row for row in rows if row.latents.shape == shape]
                 batch[f"latents.{number}"] = torch.stack([row.latents for row in group]).to(dtype)
-                batch[f"words.{number}"] = torch.stack([row.words for row in group]).to(dtype)
+                batch[f"words.{number}"] = _as(torch.stack([row.words for row in group]), dtype)
                 batch[f"seeds.{number}"] = torch.tensor([row.seed for row in group])
                 batch[f"weights.{number}"] = torch.tensor([row.weight for row in group])
                 if pipeline.xl:
-                    batch[f"pooled.{number}"] = torch.stack([_known(row.pooled) for row in group]).to(dtype)
                     batch[f"sizes.{number}"] = torch.stack([_known(row.sizes) for row in group]).to(dtype)
-                    batch[f"pooled_empty.{number}"] = _known(pooled_empty).to(dtype)
-                batch[f"empty.{number}"] = empty.to(dtype)
+                if pooled_empty is not None:
+                    batch[f"pooled.{number}"] = torch.stack([_known(row.pooled) for row in group]).to(dtype)
+                    batch[f"pooled_empty.{number}"] = pooled_empty.to(dtype)
+                batch[f"empty.{number}"] = _as(empty, dtype)
             return batch
 
         return collate
@@ -270,17 +299,18 @@ class TextToImage:
         schedule = _schedule(model)
         clean, words = group["latents"], group["words"]
         noise, when = self._noise(clean, group["seeds"], schedule.config.num_train_timesteps, look)
-        more = {}
         pooled = group.get("pooled")
         if look is None and self.word_dropout:
             gone = torch.rand(len(clean)).to(clean.device) < self.word_dropout
             words = torch.where(gone.view(-1, 1, 1), group["empty"], words)
             if pooled is not None:
                 pooled = torch.where(gone.view(-1, 1), group["pooled_empty"], pooled)
-        if pooled is not None:
-            more["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": group["sizes"]}
         noisy = schedule.add_noise(clean, noise, when)
-        guess = model(noisy, when, encoder_hidden_states=words, **more).sample
+        if self.train_text_encoder:
+            guess = model(noisy, when, words, group.get("sizes")).sample
+        else:
+            more = {} if pooled is None else {"text_embeds": pooled, "time_ids": group["sizes"]}
+            guess = model(noisy, when, encoder_hidden_states=words, added_cond_kwargs=more or None).sample
         kind = schedule.config.prediction_type
         wanted = {"epsilon": noise, "sample": clean}.get(kind)
         if wanted is None:
@@ -326,14 +356,15 @@ class TextToImage:
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write what diffusers' `load_lora_weights` reads beside an adapter, where that format has a place for it."""
         from engine.formats import write_diffusers
-        from engine.model import PeftModel
+        from engine.joined import parts_of
 
-        if isinstance(model, PeftModel):
-            try:
-                write_diffusers({"unet": model}, folder / "pytorch_lora_weights.safetensors")
-            except ConfigError:
-                # Other methods have their own format alone, in adapter_model.safetensors.
-                return
+        # The first part is the UNet, alone or not.
+        parts = {start.rstrip(".") or "unet": part for start, part in parts_of(model).items()}
+        try:
+            write_diffusers(parts, folder / "pytorch_lora_weights.safetensors")
+        except ConfigError:
+            # Other methods have their own format alone, in adapter_model.safetensors.
+            return
 
 
 TASK = TextToImage()
@@ -405,6 +436,11 @@ def _snr_weight(schedule: Any, when: Tensor, gamma: float, kind: str) -> Tensor:
     divisor: Any = {"v_prediction": snr + 1, "sample": 1.0}.get(kind, snr)
     weight: Tensor = best / divisor
     return weight
+
+
+def _as(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the model's type; token ids stay whole numbers."""
+    return value.to(dtype) if value.is_floating_point() else value
 
 
 def _known(value: Tensor | None) -> Tensor:

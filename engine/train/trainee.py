@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from engine import hooks
 from engine.checkpoint import raw_state, restore_raw_state, save_adapter
 from engine.errors import CheckpointError, TrainingError
-from engine.model import PeftModel
+from engine.joined import parts_of
 from engine.tasks.base import Loaded
 from engine.train.parallel import alike, whole
 
@@ -61,37 +61,62 @@ class Trainee(Protocol):
 
 
 class AdapterTrainee:
-    """The adapter `default` of a PeftModel."""
+    """The adapter `default` of a PeftModel, or of each model of a `Joined`."""
 
     kind = "adapter"
 
-    def __init__(self, model: PeftModel) -> None:
-        self.model: PeftModel = model
+    def __init__(self, model: nn.Module) -> None:
+        self.model: nn.Module = model
+        self._parts = parts_of(model)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        return self.model.adapter_parameters("default")
+        return {
+            start + name: parameter
+            for start, part in self._parts.items()
+            for name, parameter in part.adapter_parameters("default").items()
+        }
 
     def counts(self) -> tuple[int, int]:
-        return self.model.get_nb_trainable_parameters()
+        trained, every = zip(*(part.get_nb_trainable_parameters() for part in self._parts.values()), strict=True)
+        return sum(trained), sum(every)
 
     def prepare(self, total_steps: int) -> None:
-        hooks.prepare_training(self.model, "default", total_steps)
-        self.model.adds_extra_loss = False
+        for part in self._parts.values():
+            hooks.prepare_training(part, "default", total_steps)
+            part.adds_extra_loss = False
 
     def extra_loss(self) -> Tensor | None:
-        return hooks.extra_loss(self.model, "default")
+        found = [hooks.extra_loss(part, "default") for part in self._parts.values()]
+        terms = [term for term in found if term is not None]
+        return torch.stack([term.to(terms[0].device) for term in terms]).sum() if terms else None
 
     def after_step(self, step: int) -> dict[str, int] | None:
-        return hooks.after_step(self.model, "default", step)
+        ranks: dict[str, int] = {}
+        for start, part in self._parts.items():
+            ranks |= {start + name: rank for name, rank in (hooks.after_step(part, "default", step) or {}).items()}
+        return ranks or None
 
     def state(self) -> dict[str, Tensor]:
-        return raw_state(self.model, "default")
+        return {
+            start + name: tensor
+            for start, part in self._parts.items()
+            for name, tensor in raw_state(part, "default").items()
+        }
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        restore_raw_state(self.model, "default", state)
+        others = [start for start in self._parts if start]
+        for start, part in self._parts.items():
+            own = {
+                name.removeprefix(start): tensor
+                for name, tensor in state.items()
+                if (name.startswith(start) if start else not name.startswith(tuple(others)))
+            }
+            restore_raw_state(part, "default", own)
 
     def save(self, folder: Path) -> Path:
-        return save_adapter(self.model, folder)
+        for start, part in self._parts.items():
+            save_adapter(part, folder / start.rstrip("."))
+        return folder
 
 
 class FullTrainee:

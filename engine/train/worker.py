@@ -46,7 +46,7 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
     from engine.model import get_peft_model
     from engine.models.catalogue import portable
     from engine.tasks import get_task
-    from engine.tasks.base import Fitting, Prompting
+    from engine.tasks.base import Fitting, Joining, Prompting
     from engine.train.loop import Run, encode_parts, fit
     from engine.train.parallel import Group, Silent
     from engine.train.trainee import AdapterTrainee, FullTrainee, Trainee
@@ -85,7 +85,8 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
     if config is None:
         trainee = FullTrainee(loaded, task)
     else:
-        trainee = AdapterTrainee(get_peft_model(loaded.model, config))
+        adapted = get_peft_model(loaded.model, config)
+        trainee = AdapterTrainee(task.together(loaded, adapted) if isinstance(task, Joining) else adapted)
         loaded = dataclasses.replace(loaded, model=trainee.model)
     loaded = dataclasses.replace(loaded, cache=out / "cache")
     encoded, held_out = encode_parts(task, loaded, spec, train, held, sink)
