@@ -326,10 +326,10 @@ def _spots(spots: Sequence[Spot], at: Callable[[float, float], tuple[float, floa
         x, y = at(spot.x, spot.y)
         free = (
             shift
-            for shift in (0, 6, -6, 12, -12, 18)
+            for shift in (5, -5, 11, -11, 17, -17)
             if all(abs(x - u) > 24 or abs(y + shift - v) > 5 for u, v in taken)
         )
-        place = y + next(free, 0)
+        place = y + next(free, 5)
         taken.append((x, place))
         side = "before" if x > 62 else "after"
         kind = "mark front" if spot.front else "mark"

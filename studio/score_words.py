@@ -124,7 +124,8 @@ def leaderboard(entries: Sequence[scores.Entry], name: str, cost: str, chosen: s
             ]
         )
     about = scores.metric(name)
-    heads = ["run", "base", "method", about.title.lower(), "rows", "trained", "size", "peak memory", "time"]
+    title = about.title if any(letter.isupper() for letter in about.title[1:]) else about.title.lower()
+    heads = ["run", "base", "method", title, "rows", "trained", "size", "peak memory", "time"]
     if not any(entry.peak for entry in entries):
         at = heads.index("peak memory")
         heads, lines = [*heads[:at], *heads[at + 1 :]], [[*line[:at], *line[at + 1 :]] for line in lines]
@@ -172,7 +173,7 @@ def pareto(entries: Sequence[scores.Entry], name: str, cost: str) -> str:
         f"{about.title} against {title.lower()}" + (f" ({about.hint})" if about.hint else ""),
         spots,
         x_label=title.lower(),
-        x_told=size if cost == "bytes" else short,
+        x_told=(lambda value: size(value).replace(".0 ", " ")) if cost == "bytes" else short,
         levels=[(f"base {entry.base}" if several else "base", value) for entry, value in levels if value is not None],
         waiting="A point for each scored run that saved a result.",
     )

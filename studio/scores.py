@@ -38,17 +38,17 @@ class Metric:
 METRICS = {
     "accuracy": Metric("Accuracy"),
     "macro_f1": Metric("Macro F1"),
-    "exact_match": Metric("Exact match"),
+    "margin": Metric("Margin of the better answer"),
     "chrf": Metric("chrF"),
     "bleu": Metric("BLEU"),
     "rouge_l": Metric("ROUGE-L"),
-    "margin": Metric("Margin of the better answer"),
-    "reward_chosen": Metric("Reward of the better answer", 0),
-    "reward_rejected": Metric("Reward of the worse answer", 0),
     "perplexity": Metric("Perplexity", -1),
     "loss": Metric("Loss", -1),
+    "exact_match": Metric("Exact match"),
+    "reward_chosen": Metric("Reward of the better answer", 0),
+    "reward_rejected": Metric("Reward of the worse answer", 0),
 }
-"""In the order in which a leaderboard offers them."""
+"""In the order in which a leaderboard offers them: exact match comes late, being 0 for most texts."""
 
 
 def metric(name: str) -> Metric:
@@ -117,11 +117,17 @@ def read(text: str) -> Output:
 
 
 def sides(result: Mapping[str, Any]) -> dict[str, dict[str, Row]]:
-    """Metric -> `base` and `adapter` -> the score, in the order in which they came; a side may be missing."""
+    """Metric -> `base` and `adapter` -> the score, in the order of `METRICS`; a side may be missing."""
     found: dict[str, dict[str, Row]] = {}
     for score in result["scores"]:
         found.setdefault(score["metric"], {})[score["who"]] = score
-    return found
+    return {name: found[name] for name in in_order(found)}
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Each metric once, those that tell most first."""
+    order = [*METRICS]
+    return sorted(dict.fromkeys(names), key=lambda name: order.index(name) if name in order else len(order))
 
 
 def better(name: str, base: float | None, adapter: float | None) -> str:
@@ -211,10 +217,8 @@ def _rests_on(run: Row) -> str:
 
 
 def offered(entries: Iterable[Entry]) -> list[str]:
-    """The metrics that the entries have, those that tell most first."""
-    names = dict.fromkeys(name for entry in entries for name in entry.values)
-    order = [*METRICS]
-    return sorted(names, key=lambda name: order.index(name) if name in order else len(order))
+    """The metrics that the entries have."""
+    return in_order(name for entry in entries for name in entry.values)
 
 
 def ranked(entries: Iterable[Entry], name: str) -> list[Entry]:

@@ -109,6 +109,7 @@ def test_the_page_process_loads_neither_torch_nor_transformers() -> None:
 def test_no_endpoint_name_is_left_to_chance(client: Client) -> None:
     named = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
     expected = {"/upload_data", "/submit_run", "/run_status", "/control_run", "/list_runs", "/compare"}
+    expected |= {"/score_run", "/run_scores", "/leaderboard"}
     assert set(named) == expected
     assert all(named[name].get("description") for name in expected)
 
@@ -203,6 +204,11 @@ def _environment(process: psutil.Process) -> dict[str, str]:
         ("compare", ["tiny-llama", [], "word " * 4000], "prompt"),
         ("compare", ["tiny-llama", "run", "hi"], "config"),
         ("compare", ["tiny-llama", [], "hi", 0, 99.0], "config"),
+        ("score_run", ["../../etc"], "unknown-id"),
+        ("score_run", ["run-00000000"], "unknown-id"),
+        ("run_scores", ["run-00000000/scores"], "unknown-id"),
+        ("leaderboard", ["../x", "causal_lm"], "unknown-id"),
+        ("leaderboard", [None, "causal_lm"], "unknown-id"),
     ],
 )
 def test_raw_requests_are_refused_by_name(client: Client, endpoint: str, arguments: list[Any], code: str) -> None:
