@@ -286,7 +286,7 @@ def scatter(
         empty = f'<div class="plot" style="height:{height}px"><p class="waiting">{esc(waiting)}</p></div>'
         return f'<figure class="chart">{head}{empty}</figure>'
     logs = [math.log10(spot.x) for spot in spots]
-    margin = max(0.12 * (max(logs) - min(logs)), 0.15)
+    margin = max(0.12 * (max(logs) - min(logs)), 0.35)
     left, right = min(logs) - margin, max(logs) + margin
     low, high = bounds([Curve("", [(0, y) for y in sorted([*(s.y for s in spots), *(y for _, y in levels)])], "")])
 

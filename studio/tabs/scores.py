@@ -160,11 +160,7 @@ def wire(page: Page) -> None:
         again = scoring.scored(row["id"]) is not None
         return {
             parts.about: gr.HTML(tip, visible=bool(tip)),
-            parts.score: gr.Button(
-                words + (" again" if again else ""),
-                interactive=live is None and held != 0,
-                variant="secondary" if again else "primary",
-            ),
+            parts.score: gr.Button(words + (" again" if again else ""), interactive=live is None and held != 0),
         }
 
     def chosen(run_id: str | None, rows: list[Row], live: Row | None) -> Row:
