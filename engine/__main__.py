@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--out", type=Path, help="folder for a contact sheet of the rows that are shown")
     score.add_argument("--threads", type=int)
     score.add_argument("--json", action="store_true", help="print one score a line")
+    score.add_argument("--progress", action="store_true", help="with --json: also print what is being done")
     score.set_defaults(command=_eval)
 
     generate = commands.add_parser("generate", help="answer a prompt with the base and with adapters")
@@ -152,7 +153,10 @@ def _eval(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--rows {arguments.rows} --answers {arguments.answers}: needed: 0 or more of each.")
 
     def tell(phase: str, fraction: float | None, message: str) -> None:
-        if not arguments.json and fraction is None:
+        if arguments.json and arguments.progress:
+            status = {"type": "status", "phase": phase, "fraction": fraction, "message": message}
+            print(json.dumps(status, ensure_ascii=False), flush=True)
+        elif not arguments.json and fraction is None:
             print(message, file=sys.stderr)
 
     spec, noted = JobSpec.from_file(arguments.job), False

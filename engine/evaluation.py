@@ -108,7 +108,8 @@ def evaluate_job(
             loaded = task.load(replace(spec, model=str(adapter.resolve())), device, on_progress)
         off = who == "base" and not spec.full
         with loaded.model.disable_adapter() if off else nullcontext():  # type: ignore[operator]
-            sides[who] = score_side(task, loaded, encoded.rows, asked, spec.training.batch_size, answered, who)
+            size = spec.training.batch_size
+            sides[who] = score_side(task, loaded, encoded.rows, asked, size, answered, who, on_progress)
         for metric, (value, rows) in sides[who].scores.items():
             why = {"note": sides[who].note} if sides[who].note else {}
             yield {"type": "score", "who": who, "metric": metric, "value": value, "rows": rows, **why}
@@ -147,9 +148,16 @@ def _check_result(spec: JobSpec, folder: Path) -> None:
 
 
 def score_side(
-    task: Task, loaded: Loaded, rows: Sequence[Any], asked: Sequence[Asked], size: int, answered: int, who: str
+    task: Task,
+    loaded: Loaded,
+    rows: Sequence[Any],
+    asked: Sequence[Asked],
+    size: int,
+    answered: int,
+    who: str,
+    on_progress: Progress,
 ) -> Side:
-    """One pass over the encoded rows, then the answers in words."""
+    """One pass over the encoded rows, then the answers, of which each is told as it begins."""
     side = Side()
     if who == "base" and isinstance(task, Baseline):
         found, answer, side.note = task.baseline(rows)
@@ -163,7 +171,9 @@ def score_side(
         # Beyond e^700 there is no float, and no meaning either.
         side.scores["perplexity"] = (math.exp(min(loss, 700.0)), len(rows))
     side.scores |= {name: (value, len(rows)) for name, value in metrics.items()}
-    side.answers = [task.sample(loaded.model, loaded, prompt) for _, prompt, _ in asked]
+    for number, (_, prompt, _) in enumerate(asked):
+        on_progress("scoring", number / len(asked), f"The {who} answers row {number + 1} of {len(asked)}")
+        side.answers.append(task.sample(loaded.model, loaded, prompt))
     told, spoken = asked[:answered], [name for name in names if name != "perplexity"]
     if spoken and told:
         from engine.metrics import text_scores

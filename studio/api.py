@@ -1,4 +1,4 @@
-"""The public endpoints: upload, train, watch, steer, compare, for `gradio_client` and scripts.
+"""The public endpoints: upload, train, watch, steer, compare, score, for `gradio_client` and scripts.
 
 Each answers plain data. A refusal is `{"error": {"code", "message", "hint"}}`, never a traceback.
 """
@@ -15,8 +15,8 @@ import gradio as gr
 
 from engine import data
 from engine.errors import ConfigError, EngineError
-from engine.train.job import JobSpec
-from studio import presets, states
+from engine.train.job import TASKS, JobSpec
+from studio import presets, score_words, scores, states
 from studio.comparing import Answers, answer
 from studio.context import Studio
 from studio.datasets import Datasets
@@ -170,6 +170,84 @@ class Endpoints:
         except Exception as fault:
             yield refusal(fault)
 
+    def score_run(self, run: str, rows: int = 8, answers: int = 64) -> Answer:
+        """Score a finished run's base and adapter on the rows that it held back; goes on in a process of its own.
+
+        `rows` are kept with both answers; `answers` rows are answered in words for metrics of texts. One run is scored
+        at a time. Ask `run_scores` for what came of it.
+        """
+        score = self.studio.scoring.start(run, rows, answers)
+        return {"run": run, "score": score, "held_back": self.studio.scoring.held_back(run)}
+
+    def run_scores(self, run: str) -> Answer:
+        """A run's newest scores: base and adapter by metric, rows with both answers; and its newest evaluation's state.
+
+        `state` is null before the first one; `better` is `base`, `adapter` or "". Pictures come as `data:` addresses.
+        """
+        row, scoring = self.studio.store.run(run), self.studio.scoring
+        live = scoring.present()
+        live = live if live and live["run_id"] == run else None
+        newest, done = scoring.newest(run), scoring.scored(run)
+        message, fraction = live["progress"] if live else ("", None)
+        result = done["result"] if done else {"scores": [], "rows": [], "notes": []}
+        better = {
+            name: scores.better(name, *(pair.get(who, {}).get("value") for who in ("base", "adapter")))
+            for name, pair in scores.sides(result).items()
+        }
+        pictured = score_words.PICTURED.get(row["task"], set())
+        return {
+            "run": run,
+            "state": newest["state"] if newest else None,
+            "live": live is not None,
+            "message": message,
+            "fraction": fraction,
+            "error": newest["error"] if newest else None,
+            "fresh": bool(done and done["fresh"]),
+            "scores": result["scores"],
+            "better": better,
+            "rows": [{key: inlined(it[key]) if key in pictured else it[key] for key in it} for it in result["rows"]],
+            "notes": result["notes"],
+        }
+
+    def leaderboard(self, dataset: str = "", task: str = "", metric: str = "") -> Answer:
+        """The scored runs of a data set and task, the best first, with what each cost; without both: which there are.
+
+        `metric` is one of those in `metrics`, by default the first. Rows with a null `run` are bases.
+        """
+        boards = self.studio.scoring.boards()
+        if not dataset and not task:
+            return {"boards": [{"dataset": one, "task": other} for one, other in boards]}
+        self.studio.store.dataset(dataset)
+        if not isinstance(task, str) or task not in TASKS:
+            raise ConfigError(f"There is no task {_short(task)}.", f"Known: {', '.join(TASKS)}.")
+        entries = self.studio.scoring.entries(dataset, task)
+        metrics = scores.offered(entries)
+        if metric and metric not in metrics:
+            raise ConfigError(
+                f"No run here has the metric {_short(metric)}.", f"Known: {', '.join(metrics) or 'none'}."
+            )
+        name = metric or next(iter(metrics), "")
+        best = {cost: {entry.run for entry in scores.front(entries, name, cost)} for cost in scores.COSTS}
+        rows = [
+            {
+                "run": entry.run or None,
+                "name": entry.name,
+                "base": entry.base,
+                "method": entry.method,
+                "value": entry.value(name),
+                "rows": entry.values.get(name, (None, 0))[1],
+                "trained": entry.trained,
+                "bytes": entry.bytes,
+                "peak_bytes": entry.peak,
+                "seconds": entry.seconds,
+                "note": entry.note,
+                "best_for": [cost for cost, runs in best.items() if entry.run in runs],
+            }
+            for entry in scores.ranked(entries, name)
+        ]
+        sense = scores.metric(name).hint if name else ""
+        return {"dataset": dataset, "task": task, "metric": name, "sense": sense, "metrics": metrics, "rows": rows}
+
 
 def _short(value: Any) -> str:
     return repr(value)[:40]
@@ -262,6 +340,16 @@ def build(studio: Studio) -> None:
     ) -> Iterator[dict]:  # type: ignore[type-arg]
         yield from ends.compare(base, runs, prompt, seed, temperature, max_new_tokens)
 
-    for function in (submit_run, run_status, control_run, list_runs, compare):
+    def score_run(run: str, rows: int = 8, answers: int = 64) -> dict:  # type: ignore[type-arg]
+        return _guarded(ends.score_run)(run, rows, answers)
+
+    def run_scores(run: str) -> dict:  # type: ignore[type-arg]
+        return _guarded(ends.run_scores)(run)
+
+    def leaderboard(dataset: str = "", task: str = "", metric: str = "") -> dict:  # type: ignore[type-arg]
+        return _guarded(ends.leaderboard)(dataset, task, metric)
+
+    functions = (submit_run, run_status, control_run, list_runs, compare, score_run, run_scores, leaderboard)
+    for function in functions:
         function.__doc__ = getattr(ends, function.__name__).__doc__
         gr.events.api(function, api_name=function.__name__, concurrency_limit=8)

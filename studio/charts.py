@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from studio.markup import BASE_COLOUR, esc, number
@@ -225,6 +225,121 @@ def side_chart(
     """One small curve: learning rate, gradient norm."""
     points = clean([(row.get("step"), row.get(key)) for row in steps])
     return chart(title, [Curve(title.lower(), points, colour)], x_max=total, height=130, waiting=waiting)
+
+
+@dataclass(frozen=True)
+class Spot:
+    """One point of a scatter plot.
+
+    Attributes:
+        label: what stands beside it.
+        x, y: its place; x above 0.
+        colour: CSS colour.
+        run: what choosing it says (`data-run`).
+        told: x in words.
+        front: whether the line goes through it.
+    """
+
+    label: str
+    x: float
+    y: float
+    colour: str
+    run: str
+    told: str
+    front: bool = False
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round values between two powers of ten (`low` and `high` are exponents), at most about six."""
+    exponents = range(math.floor(low), math.ceil(high) + 1)
+    for digits in ((1, 2, 5), (1, 3), (1,)):
+        found = [digit * 10.0**power for power in exponents for digit in digits]
+        found = [value for value in found if low <= math.log10(value) <= high]
+        if len(found) <= 6:
+            return found
+    return found[:: math.ceil(len(found) / 6)]
+
+
+def scatter(
+    title: str,
+    spots: Sequence[Spot],
+    *,
+    x_label: str,
+    x_told: Callable[[float], str],
+    levels: Sequence[tuple[str, float]] = (),
+    height: int = 300,
+    waiting: str = "",
+) -> str:
+    """Points over a logarithmic x; those of the front are filled and joined by a line.
+
+    Args:
+        title: the heading above it.
+        spots: the points.
+        x_label: what x is.
+        x_told: x as the axis says it.
+        levels: (label, y) of grey lines across, for what has no x.
+        height: of the drawing, in pixels.
+        waiting: what an empty plot says.
+    """
+    head = f"<figcaption><strong>{esc(title)}</strong></figcaption>"
+    if not spots:
+        empty = f'<div class="plot" style="height:{height}px"><p class="waiting">{esc(waiting)}</p></div>'
+        return f'<figure class="chart">{head}{empty}</figure>'
+    logs = [math.log10(spot.x) for spot in spots]
+    margin = max(0.12 * (max(logs) - min(logs)), 0.35)
+    left, right = min(logs) - margin, max(logs) + margin
+    low, high = bounds([Curve("", [(0, y) for y in sorted([*(s.y for s in spots), *(y for _, y in levels)])], "")])
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return round((math.log10(x) - left) / (right - left) * 100, 2), round((high - y) / (high - low) * 100, 2)
+
+    line = " ".join(f"{x},{y}" for x, y in (at(s.x, s.y) for s in sorted(spots, key=lambda s: s.x) if s.front))
+    y_ticks = [at(1, value)[1] for value in ticks(low, high)]
+    grid = "".join(f'<line x1="0" x2="100" y1="{y}" y2="{y}"/>' for y in y_ticks)
+    across = "".join(f'<line class="level" x1="0" x2="100" y1="{at(1, y)[1]}" y2="{at(1, y)[1]}"/>' for _, y in levels)
+    names = "".join(f'<span class="level-name" style="top:{at(1, y)[1]}%">{esc(label)}</span>' for label, y in levels)
+    y_marks = "".join(
+        f'<span class="y" style="top:{y}%">{number(value)}</span>'
+        for y, value in zip(y_ticks, ticks(low, high), strict=True)
+    )
+    x_marks = "".join(
+        f'<span class="x" style="left:{at(value, low)[0]}%">{esc(x_told(value))}</span>'
+        for value in log_ticks(left, right)
+    )
+    keys = "".join(f'<span class="key dots"><i style="--c:{esc(s.colour)}"></i>{esc(s.label)}</span>' for s in spots)
+    said = "; ".join(f"{s.label}: {number(s.y)} at {s.told}" for s in spots)
+    return (
+        f'<figure class="chart spots" role="group" aria-label="{esc(f"{title}: {said}")}">{head}'
+        f'<div class="plot" style="height:{height}px">'
+        '<svg viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true">'
+        f'<g class="grid">{grid}</g>{across}<polyline class="front" points="{line}"/></svg>'
+        f'{_spots(spots, at)}{names}{y_marks}{x_marks}</div><span class="x-label">{esc(x_label)}</span>'
+        f'<span class="keys">{keys}</span></figure>'
+    )
+
+
+def _spots(spots: Sequence[Spot], at: Callable[[float, float], tuple[float, float]]) -> str:
+    """The points as buttons, and their labels where none hides another."""
+    taken: list[tuple[float, float]] = []
+    parts = []
+    for spot in sorted(spots, key=lambda spot: not spot.front):
+        x, y = at(spot.x, spot.y)
+        free = (
+            shift
+            for shift in (5, -5, 11, -11, 17, -17)
+            if all(abs(x - u) > 24 or abs(y + shift - v) > 5 for u, v in taken)
+        )
+        place = y + next(free, 5)
+        taken.append((x, place))
+        side = "before" if x > 62 else "after"
+        kind = "mark front" if spot.front else "mark"
+        told, name = f"{spot.label}: {number(spot.y)} at {spot.told}", esc(spot.label[:28])
+        parts.append(
+            f'<button type="button" class="{kind}" data-run="{esc(spot.run)}" title="{esc(told)}"'
+            f' aria-label="{esc(told)}" style="left:{x}%;top:{y}%;--c:{esc(spot.colour)}"></button>'
+            f'<span class="spot-name {side}" style="left:{x}%;top:{place}%" aria-hidden="true">{name}</span>'
+        )
+    return "".join(parts)
 
 
 def histogram(edges: Sequence[int], counts: Sequence[int], title: str, unit: str) -> str:

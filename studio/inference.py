@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import queue
 import secrets
 import subprocess
@@ -16,9 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine import threads
 from engine.errors import EngineError
-from engine.paths import REPOSITORY
 from studio import process
 
 logger = logging.getLogger("studio.inference")
@@ -196,19 +193,13 @@ class Inference:
     def _start(self, base: str | None) -> _Child:
         logs = self.home / "logs"
         logs.mkdir(parents=True, exist_ok=True)
-        environment = {
-            **os.environ,
-            **threads.worker_environment(),
-            "STUDIO_HOME": str(self.home),
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")])),
-        }
         with (logs / "inference.log").open("a", encoding="utf-8") as log:
             popen = subprocess.Popen(
                 [sys.executable, "-m", "studio.inference_worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=environment,
+                env=process.environment(self.home),
                 text=True,
                 encoding="utf-8",
                 start_new_session=True,

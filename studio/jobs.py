@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import shutil
 import signal
 import subprocess
@@ -16,9 +15,8 @@ import threading
 import time
 from pathlib import Path
 
-from engine import threads
 from engine.errors import ConfigError
-from engine.paths import REPOSITORY, inside
+from engine.paths import inside
 from engine.train.job import JobSpec
 from studio import process, states
 from studio.lock import OwnerLock
@@ -134,11 +132,12 @@ class Jobs:
     def empty_bin(self) -> int:
         """Remove every run in the bin with its folder, for good; returns how many.
 
-        A run whose process still lives stays in the bin, and so does one that is taken out meanwhile.
+        A run whose process or evaluation still lives stays in the bin, and so does one that is taken out meanwhile.
         """
         removed = 0
         for row in self.store.runs(deleted=True):
-            if process.alive(row["pid"], row["pid_started"]):
+            scored = self.store.db.query("SELECT pid, pid_started FROM scores WHERE run_id = ?", [row["id"]])
+            if any(process.alive(it["pid"], it["pid_started"]) for it in [row, *scored]):
                 continue
             with contextlib.suppress(StateError, UnknownError):
                 self.store.forget(row["id"])
@@ -154,15 +153,16 @@ class Jobs:
         """Whether there is an adapter to compare with."""
         return (self.folder(run_id) / "adapter" / "adapter_config.json").is_file()
 
-    def log_tail(self, run_id: str, limit: int = 20_000) -> str:
+    def result(self, run_id: str) -> Path | None:
+        """The folder of the run's adapter, or of its model after full fine-tuning; None before either is saved."""
+        model = self.folder(run_id) / "model"
+        if self.has_adapter(run_id):
+            return self.folder(run_id) / "adapter"
+        return model if (model / "config.json").is_file() else None
+
+    def log_tail(self, run_id: str) -> str:
         """The end of the run's log."""
-        path = self.folder(run_id) / "worker.log"
-        try:
-            with path.open("rb") as file:
-                file.seek(max(0, path.stat().st_size - limit))
-                return file.read().decode("utf-8", errors="replace")
-        except OSError:
-            return ""
+        return process.tail(self.folder(run_id) / "worker.log")
 
     # The queue
 
@@ -211,13 +211,7 @@ class Jobs:
         )
         if not moved:
             return
-        environment = {
-            **os.environ,
-            **threads.worker_environment(row["spec"]["training"].get("threads")),
-            "STUDIO_HOME": str(self.home),
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")])),
-            "PYTHONUNBUFFERED": "1",
-        }
+        environment = process.environment(self.home, row["spec"]["training"].get("threads"))
         try:
             with (self.folder(run_id) / "worker.log").open("ab") as log:
                 child = subprocess.Popen(
@@ -225,7 +219,7 @@ class Jobs:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    env=environment,
+                    env={**environment, "PYTHONUNBUFFERED": "1"},
                     start_new_session=True,
                 )
         except OSError as error:
@@ -255,7 +249,7 @@ class Jobs:
         state = self.store.run(run_id)["state"]
         if state not in states.ACTIVE:
             return
-        saved = self.has_adapter(run_id) or (self.folder(run_id) / "model" / "config.json").is_file()
+        saved = self.result(run_id) is not None
         if state == states.STOPPING and (saved or not self._trained(row)):
             self.store.move(run_id, [state], states.STOPPED, ended=time.time())
         elif row["pid"] is None:

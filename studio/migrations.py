@@ -87,3 +87,14 @@ def datasets_and_comparisons(db: Database) -> None:
         "CREATE TABLE comparisons (id INTEGER PRIMARY KEY AUTOINCREMENT, base TEXT NOT NULL, prompt TEXT NOT NULL,"
         " settings TEXT NOT NULL, results TEXT NOT NULL, created REAL NOT NULL)"
     )
+
+
+@_step("0003_scores")
+def scores(db: Database) -> None:
+    db.execute(
+        "CREATE TABLE scores (id INTEGER PRIMARY KEY AUTOINCREMENT, run_id TEXT NOT NULL, state TEXT NOT NULL,"
+        " asked TEXT NOT NULL, version INTEGER, created REAL NOT NULL, ended REAL, pid INTEGER, pid_started REAL,"
+        " result TEXT, error TEXT)"
+    )
+    _table(db, "scores").create_index(["run_id", "id"])
+    _table(db, "scores").create_index(["state"])

@@ -11,11 +11,17 @@ import gradio as gr
 from studio.context import Studio
 from studio.datasets import Datasets
 
-START, DATA, TRAIN, COMPARE, RUNS = "start", "data", "train", "compare", "runs"
-TAB_IDS = (START, DATA, TRAIN, COMPARE, RUNS)
+START, DATA, TRAIN, COMPARE, RUNS, SCORES = "start", "data", "train", "compare", "runs", "scores"
+TAB_IDS = (START, DATA, TRAIN, COMPARE, RUNS, SCORES)
 
 HIDDEN: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 """For callbacks of the page itself: quiet, and no part of the public interface."""
+
+PICK = """element.addEventListener('click', (event) => {
+  const named = event.target.closest('[data-run]');
+  if (named) trigger('click', {run: named.dataset.run});
+});"""
+"""For an HTML whose runs can be chosen: a click or the keyboard on a run's name says which; the rest says nothing."""
 
 
 @dataclass

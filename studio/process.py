@@ -6,11 +6,25 @@ import contextlib
 import os
 import signal
 import time
+from pathlib import Path
 
 import psutil
 
+from engine import threads
+from engine.paths import REPOSITORY
+
 _SLACK = 1.0
 """Seconds by which two readings of one process's start time may differ."""
+
+
+def environment(home: Path, count: int | None = None) -> dict[str, str]:
+    """What a child that works for a home folder starts with; `count` is its number of CPU threads."""
+    return {
+        **os.environ,
+        **threads.worker_environment(count),
+        "STUDIO_HOME": str(home),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")])),
+    }
 
 
 def started_at(pid: int) -> float | None:
@@ -69,3 +83,13 @@ def end(pid: int | None, started: float | None, grace: float = 10.0) -> None:
             return
         time.sleep(0.1)
     send(pid, started, signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
+
+
+def tail(log: Path, limit: int = 20_000) -> str:
+    """The end of what a process wrote, at most `limit` bytes of it; nothing where there is no such file."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - limit))
+            return file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return ""

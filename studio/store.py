@@ -225,7 +225,7 @@ class Store:
             cursor = db.conn.execute("DELETE FROM runs WHERE id = ? AND deleted_at IS NOT NULL", [run_id])
             if cursor.rowcount != 1:
                 raise StateError("Only a run in the bin can be removed for good.", "Delete it first.")
-            for table in ("events", "controls"):
+            for table in ("events", "controls", "scores"):
                 db.conn.execute(f"DELETE FROM {table} WHERE run_id = ?", [run_id])
 
     # Events

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gradio_client import Client, handle_file
 from PIL import Image
 from studio_server import serving
 
@@ -373,3 +374,59 @@ def test_a_zip_of_pictures_is_seen_with_what_cannot_be_used(page: Any, server: s
     sync_api.expect(problems).to_contain_text("2 kept + 2 skipped = 4 rows")
     sync_api.expect(problems).to_contain_text("Nothing is said of silent.png")
     shoot(page, "data-pictures")
+
+
+def test_runs_are_scored_and_compared_by_quality_and_size(page: Any, server: str) -> None:
+    client = Client(server, verbose=False)
+    rows = client.predict(handle_file(REPOSITORY / "examples" / "old_english.csv"), "", api_name="/upload_data")
+    words = {"prefix": "translate {source} to {target}: ", "source": "English", "target": "old English", "beams": 1}
+    lora = {"method": "lora", "r": 16, "lora_alpha": 32, "target_modules": ["q", "v", "wi_0", "wi_1", "wo"]}
+    kinds: dict[str, tuple[dict[str, Any], float]] = {
+        "LoRA r16": ({"adapter": lora}, 0.003),
+        "IA3": ({"adapter": {"method": "ia3"}}, 0.005),
+        "Every weight": ({"full": True}, 0.0005),
+    }
+    runs = []
+    for name, (kind, rate) in kinds.items():
+        training = {"learning_rate": rate, "max_steps": 30, "batch_size": 16, "max_length": 96, "eval_every": 30}
+        job = {"task": "seq2seq", "model": "tiny-t5", "dataset": rows["dataset"], "options": words, "name": name}
+        asked = {**job, **kind, "training": training, "data": {"eval_split": 0.02}}
+        runs.append(client.predict(asked, api_name="/submit_run")["run"])
+    page.goto(f"{server}/?run={runs[-1]}")
+    head(page, "done").wait_for(timeout=240_000)
+
+    page.get_by_role("tab", name="Scores", exact=True).click()
+    page.locator("#scores-run input").click()
+    page.get_by_role("option", name="LoRA r16", exact=True).click()
+    button = page.locator("#scores-start")
+    sync_api.expect(button).to_have_text("Score base and adapter on the 24 rows held back")
+    button.click()
+    going = page.locator("#scores-progress .run-head[data-scoring=live]")
+    going.wait_for()
+    sync_api.expect(button).to_be_disabled()
+    page.reload()
+    going.wait_for()
+    result = page.locator("#scores-result")
+    result.locator(".run-head[data-scoring=done]").wait_for(timeout=240_000)
+    assert going.count() == 0 or going.is_hidden()
+    sync_api.expect(result.locator("h2")).to_have_text("LoRA r16")
+    losses = result.locator("tr", has_text="Loss").locator("td").all_inner_texts()
+    assert float(losses[2].split()[0]) < float(losses[1]) and "better" in losses[2] and losses[3] == "24"
+    assert result.locator(".scroll tbody tr").count() == 8
+
+    for run in runs[1:]:
+        assert "score" in client.predict(run, 8, 64, api_name="/score_run")
+        page.reload()
+        sync_api.expect(page.locator(f"#scores-table button[data-run={run}]")).to_be_visible(timeout=240_000)
+    board = page.locator("#scores-table tbody tr")
+    assert board.count() == 4 and board.locator(".base-name").count() == 1
+    assert page.locator("#scores-plot button[data-run]").count() == 3
+    page.locator(f"#scores-plot button[data-run={runs[0]}]").click()
+    sync_api.expect(result.locator("h2")).to_have_text("LoRA r16")
+    page.wait_for_timeout(1500)
+    page.evaluate("window.scrollTo(0, 0)")
+    shoot(page, "scores")
+    page.locator("#scores-cost label", has_text="Trained parameters").click()
+    sync_api.expect(page.locator("#scores-plot figure")).to_have_attribute("aria-label", re.compile("parameters"))
+    page.locator(f"#scores-table button[data-run={runs[1]}]").click()
+    sync_api.expect(result.locator("h2")).to_have_text("IA3")

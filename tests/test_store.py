@@ -37,7 +37,7 @@ def _open(home: str) -> None:
 
 def test_a_new_home_gets_every_table_in_wal_mode(store: Store) -> None:
     assert store.db.journal_mode == "wal"
-    assert {"runs", "events", "controls", "datasets", "comparisons"} <= set(store.db.table_names())
+    assert {"runs", "events", "controls", "datasets", "comparisons", "scores"} <= set(store.db.table_names())
     assert not migrations.pending(store.db)
 
 
@@ -50,7 +50,23 @@ def test_migrations_go_on_from_an_older_database(tmp_path: Path) -> None:
     store = Store(tmp_path)
     assert store.run("run-00000001")["name"] == "old"
     assert store.datasets() == []
-    assert [item.name for item in migrations.applied(store.db)][-1] == "0002_datasets_and_comparisons"
+    assert [item.name for item in migrations.applied(store.db)][-1] == "0003_scores"
+
+
+def test_the_table_of_scores_comes_to_a_home_that_has_runs_and_events(tmp_path: Path) -> None:
+    connection = sqlite3.connect(tmp_path / "studio.db")
+    old = Database(connection)
+    migrations.apply(old, stop_before="0003_scores")
+    old.execute("INSERT INTO runs (id, name, state, spec, created) VALUES ('run-00000001', 'old', 'done', '{}', 1.0)")
+    old.execute("INSERT INTO events (run_id, type, time, data) VALUES ('run-00000001', 'done', 1.0, '{}')")
+    assert "scores" not in old.table_names()
+    connection.close()
+    store = Store(tmp_path)
+    store.db.execute("INSERT INTO scores (run_id, state, asked, created) VALUES ('run-00000001', 'done', '{}', 2.0)")
+    assert store.newest("run-00000001", "done") is not None
+    store.bin("run-00000001")
+    store.forget("run-00000001")
+    assert store.db["scores"].count == 0
 
 
 def test_four_processes_open_a_new_home_at_once(tmp_path: Path) -> None:

@@ -109,6 +109,7 @@ def test_the_page_process_loads_neither_torch_nor_transformers() -> None:
 def test_no_endpoint_name_is_left_to_chance(client: Client) -> None:
     named = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
     expected = {"/upload_data", "/submit_run", "/run_status", "/control_run", "/list_runs", "/compare"}
+    expected |= {"/score_run", "/run_scores", "/leaderboard"}
     assert set(named) == expected
     assert all(named[name].get("description") for name in expected)
 
@@ -131,6 +132,50 @@ def test_upload_train_pause_resume_watch_compare_without_a_browser(client: Clien
     texts = [column["text"] for column in last["columns"]]
     assert all(texts) and texts[0] != texts[1]
     assert len(answers) > 2, "the answers must stream"
+
+
+def test_a_run_is_scored_stands_on_the_leaderboard_and_says_why_it_cannot_be(
+    client: Client, dataset: str, server: Running
+) -> None:
+    run = submit(client, dataset)
+    wait(lambda: status(client, run)["state"] == "done")
+    assert client.predict(run, api_name="/run_scores")["state"] is None
+    started = client.predict(run, 3, 4, api_name="/score_run")
+    assert started["run"] == run and started["held_back"] == 6
+    assert client.predict(run, 3, 4, api_name="/score_run")["error"]["code"] == "state"
+    assert client.predict(run, 3, 999, api_name="/score_run")["error"]["code"] == "config"
+
+    def ended() -> bool:
+        return not client.predict(run, api_name="/run_scores")["live"]
+
+    wait(ended, 240)
+    # Another visitor finds the same: nothing of it lived in a page.
+    found = Client(server.address, verbose=False).predict(run, api_name="/run_scores")
+    assert found["state"] == "done" and found["error"] is None and found["fresh"], found
+    values = {(score["who"], score["metric"]): (score["value"], score["rows"]) for score in found["scores"]}
+    assert values["adapter", "loss"][0] < values["base", "loss"][0] and found["better"]["loss"] == "adapter"
+    assert values["base", "loss"][1] == 6 and values["base", "exact_match"][1] == 4
+    assert values["adapter", "loss"][0] == pytest.approx(status(client, run)["eval_loss"], rel=1e-3)
+    assert len(found["rows"]) == 3
+    assert all(row["wanted"].startswith("After") and row["base"] != row["adapter"] for row in found["rows"])
+    assert str(server.log.parent) not in json.dumps(found)
+
+    assert {"dataset": dataset, "task": "causal_lm"} in client.predict(api_name="/leaderboard")["boards"]
+    board = client.predict(dataset, "causal_lm", "loss", api_name="/leaderboard")
+    first, base = board["rows"]
+    assert (first["run"], base["run"]) == (run, None) and board["sense"] == "lower is better"
+    size = (server.log.parent / "runs" / run / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert first["bytes"] == size > 4 * first["trained"] > 0 and first["seconds"] > 0
+    assert first["best_for"] == ["bytes", "trained"]
+    for asked in ([dataset, "nonsense", ""], [dataset, "causal_lm", "bleu"], [dataset, ["causal_lm"], ""]):
+        assert client.predict(*asked, api_name="/leaderboard")["error"]["code"] == "config", asked
+
+    (server.log.parent / "runs" / run / "adapter" / "adapter_config.json").write_text("{", encoding="utf-8")
+    assert "score" in client.predict(run, 0, 1, api_name="/score_run")
+    wait(ended, 240)
+    failed = client.predict(run, api_name="/run_scores")
+    assert failed["state"] == "failed" and failed["error"]["code"] == "checkpoint" and failed["error"]["message"]
+    assert failed["scores"] == found["scores"] and not failed["fresh"]
 
 
 def test_kill_the_worker_then_resume_gives_the_curve_of_an_uninterrupted_run(
@@ -203,6 +248,11 @@ def _environment(process: psutil.Process) -> dict[str, str]:
         ("compare", ["tiny-llama", [], "word " * 4000], "prompt"),
         ("compare", ["tiny-llama", "run", "hi"], "config"),
         ("compare", ["tiny-llama", [], "hi", 0, 99.0], "config"),
+        ("score_run", ["../../etc"], "unknown-id"),
+        ("score_run", ["run-00000000"], "unknown-id"),
+        ("run_scores", ["run-00000000/scores"], "unknown-id"),
+        ("leaderboard", ["../x", "causal_lm"], "unknown-id"),
+        ("leaderboard", [None, "causal_lm"], "unknown-id"),
     ],
 )
 def test_raw_requests_are_refused_by_name(client: Client, endpoint: str, arguments: list[Any], code: str) -> None:

@@ -12,16 +12,10 @@ from engine.errors import EngineError
 from studio import charts, states, words
 from studio.forms import as_yaml
 from studio.markup import error, notice
-from studio.page import COMPARE, HIDDEN, RUNS, START, TRAIN, Page, go, message
+from studio.page import COMPARE, HIDDEN, PICK, RUNS, START, TRAIN, Page, go, message
 
 ID = RUNS
 TITLE = "Runs"
-
-# A click or the keyboard on a run's name says which run; the rest of the table says nothing.
-PICK = """element.addEventListener('click', (event) => {
-  const named = event.target.closest('[data-run]');
-  if (named) trigger('click', {run: named.dataset.run});
-});"""
 
 
 @dataclass
