@@ -222,11 +222,16 @@ AUTO_CLASSES = {
 """Task -> transformers' class that builds its model."""
 
 
-def meta_model(name: str, on_progress: Progress | None = None, task: str | None = None) -> PreTrainedModel:
+def meta_model(
+    name: str,
+    on_progress: Progress | None = None,
+    task: str | None = None,
+    configure: Callable[[Any], Any] | None = None,
+) -> PreTrainedModel:
     """The model on torch's meta device: every shape, no weights, next to no memory. For counting.
 
     `task` says with which head (of `text_to_image` it is the UNet); by default the first that a built-in model is meant
-    for, else `causal_lm`.
+    for, else `causal_lm`. `configure` gets the model's config before it is built, to change it.
 
     Raises:
         ModelError, UnsafeFileError: as `load_causal_lm`.
@@ -241,6 +246,8 @@ def meta_model(name: str, on_progress: Progress | None = None, task: str | None 
         return meta_unet(name, on_progress)
     config = load_config(name, on_progress)
     kind = task or first or "causal_lm"
+    if configure:
+        configure(config)
     try:
         with quiet(), torch.device("meta"):
             build: Any = getattr(transformers, AUTO_CLASSES[kind]).from_config

@@ -71,7 +71,7 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
     loaded = task.load(loading, accelerator.device, tell)
     set_seed(spec.training.seed)
     if spec.training.gradient_checkpointing:
-        _checkpoint_activations(loaded.model)
+        checkpoint_activations(loaded.model)
     trainee: Trainee
     if config is None:
         trainee = FullTrainee(loaded, task)
@@ -104,7 +104,7 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
     )
 
 
-def _checkpoint_activations(model: Any) -> None:
+def checkpoint_activations(model: Any) -> None:
     """Activations are worked out again in the backward pass; transformers and diffusers have a name each for it."""
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

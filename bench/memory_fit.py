@@ -1,0 +1,122 @@
+"""Predicted against measured peak memory of training, each run a whole process of its own.
+
+python -m bench.memory_fit [--only NAME ...] [--json bench/results/memory_fit.json]
+
+Each case is a job of four steps. `measured` is the largest resident memory of the training process
+(`ru_maxrss` of `python -m engine train`), `predicted` what `python -m engine doctor --fit` says of the same job before.
+smollm2-135m-instruct has to be fetched before (`python -m engine.models.fetch smollm2-135m-instruct`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from engine import threads
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+SMOL, TINY = "smollm2-135m-instruct", "tiny-llama"
+_LINEAR = {"target_modules": "all-linear"}
+
+
+def _job(model: str, adapter: dict[str, Any], batch: int, length: int, **more: Any) -> dict[str, Any]:
+    """A job over rows that fill `length`, unless `more` names other data."""
+    training = {"max_steps": 4, "batch_size": batch, "max_length": length, "precision": "fp32", "loss_on": "all"}
+    training |= more.pop("training", {})
+    return {"model": model, "adapter": adapter, "data": {"path": "", "eval_split": 0.1}, "training": training, **more}
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "lora-fp32": _job(SMOL, {"method": "lora", "r": 8, **_LINEAR}, 1, 512),
+    "lora-fp32-batch-8": _job(SMOL, {"method": "lora", "r": 8, **_LINEAR}, 8, 128),
+    "lora-bf16": _job(SMOL, {"method": "lora", "r": 8, **_LINEAR}, 1, 512, training={"precision": "bf16"}),
+    "dora": _job(SMOL, {"method": "dora", "r": 8, **_LINEAR}, 4, 128),
+    "full": _job(SMOL, {}, 1, 128, full=True),
+    "full-tiny": _job(TINY, {}, 8, 512, full=True),
+    "nf4": _job(SMOL, {"method": "lora", "r": 8, **_LINEAR}, 1, 512, quantization="nf4"),
+    "checkpointing": _job(
+        SMOL, {"method": "lora", "r": 8, **_LINEAR}, 8, 128, training={"gradient_checkpointing": True}
+    ),
+    "prefix": _job(SMOL, {"method": "prefix_tuning", "num_virtual_tokens": 20}, 4, 128),
+    "chats": _job(
+        TINY,
+        {"method": "lora", "r": 8},
+        32,
+        512,
+        data={"path": str(EXAMPLES / "lighthouse.jsonl"), "eval_split": 0.1},
+        training={"loss_on": "answers"},
+    ),
+    "seq2seq": _job(
+        "tiny-t5",
+        {"method": "lora", "r": 8},
+        64,
+        128,
+        task="seq2seq",
+        data={"path": str(EXAMPLES / "old_english.csv"), "eval_split": 0.02},
+    ),
+    "classification": _job(
+        "minilm",
+        {"method": "lora", "r": 8},
+        32,
+        128,
+        task="classification",
+        data={"path": str(EXAMPLES / "question_topics.csv"), "eval_split": 0.05},
+    ),
+}
+
+
+def run_case(name: str, job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Train one job in a process of its own, and predict it in another; bytes."""
+    job = {**job, "data": dict(job["data"])}
+    if not job["data"]["path"]:
+        job["data"]["path"] = str(_long_rows(folder))
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(job), encoding="utf-8")
+    predicted = _predict(path)
+    measured = _peak([sys.executable, "-m", "engine", "train", str(path), "--out", str(folder / name), "--json"])
+    return {"measured": measured, "predicted": predicted}
+
+
+def _predict(path: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "engine", "doctor", "--fit", str(path), "--json"]
+    result = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise SystemExit(f"{path.name}: {result.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+def _peak(command: list[str]) -> int:
+    """The largest resident memory of a command, in bytes.
+
+    This process stays small, since Linux counts what the parent held when it started the command.
+    """
+    with tempfile.TemporaryFile() as output:
+        child = subprocess.Popen(command, cwd=ROOT, env=dict(os.environ), stdout=output, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode:
+            output.seek(0)
+            raise SystemExit(f"{' '.join(command)}: {output.read().decode()[-2000:]}")
+    # Kilobytes on Linux, bytes on a Mac.
+    return int(usage.ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
+
+
+def _long_rows(folder: Path, count: int = 48) -> Path:
+    """Texts of about 3,000 words each, so that every row is cut to the job's length."""
+    path = folder / "long.jsonl"
+    if not path.exists():
+        rows = [json.loads(line) for line in (EXAMPLES / "small_functions.jsonl").read_text("utf-8").splitlines()]
+        words = " ".join(str(value) for row in rows for value in row.values()).split()
+        texts = [" ".join((words[i * 97 :] + words)[:3000]) for i in range(count)]
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
