@@ -9,11 +9,12 @@ How it is done, how exact it is and what it leaves out: docs/memory.md. Importin
 
 from __future__ import annotations
 
-from engine.memory.prediction import Prediction as Prediction
-from engine.memory.prediction import fits as fits
-from engine.memory.prediction import parse_size as parse_size
-from engine.memory.prediction import size as size
+from engine.memory.predicting import PredictionError as PredictionError
 from engine.memory.predicting import Remedy as Remedy
 from engine.memory.predicting import largest_batch as largest_batch
 from engine.memory.predicting import predict as predict
 from engine.memory.predicting import remedy as remedy
+from engine.memory.prediction import Prediction as Prediction
+from engine.memory.prediction import fits as fits
+from engine.memory.prediction import parse_size as parse_size
+from engine.memory.prediction import size as size

@@ -22,8 +22,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits")
-
 
 def _gemm_4bit(arguments: Sequence[Any]) -> int:
     """bitsandbytes' CPU kernel dequantises the whole weight, in the activations' type, and then multiplies."""

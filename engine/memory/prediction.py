@@ -9,6 +9,7 @@ from typing import Any
 from engine.errors import ConfigError
 
 GB = 10**9
+PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits")
 TIGHT = 0.85
 """From this share of the budget on a fit is tight: other programs, or a longer row, may take the rest."""
 
@@ -27,6 +28,7 @@ class Prediction:
         optimizer: its state.
         activations: what the forward pass keeps and both passes work with.
         logits: of the output layer, with the loss over them.
+        slack: freed memory that the C library keeps in pieces too small for what is asked for next (docs/memory.md).
         overhead: the process itself: interpreter, libraries, tokenizer.
         peak_loading: of the base, before any of the rest but `overhead` is there; not a part of `total`.
         peak_checkpoint: while a checkpoint is written; not a part of `total`.
@@ -41,6 +43,7 @@ class Prediction:
     optimizer: int
     activations: int
     logits: int
+    slack: int
     overhead: int
     peak_loading: int
     peak_checkpoint: int
@@ -85,6 +88,7 @@ _SHOWN = (
     ("optimizer", "optimizer"),
     ("activations", "activations"),
     ("logits", "logits and loss"),
+    ("slack", "allocator's slack"),
     ("overhead", "process and libraries"),
 )
 

@@ -15,19 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from engine import bnb
 from engine.adapters.base import CONV1D, LINEAR, features, layer_kind
-from engine.errors import ConfigError
 from engine.inject import HEADS, matches, replace_module
 from engine.tasks.base import Loaded, Task
 from engine.train.job import JobSpec
 from engine.train.trainee import AdapterTrainee, FullTrainee, Trainee
 
 _BLOCK, _NESTED = 64, 256  # values that share a scale, scales that share a scale of their own
-
-
-class PredictionError(ConfigError):
-    """The memory of this job cannot be predicted."""
-
-    code = "prediction"
 
 
 class Linear4bit(nn.Linear):
@@ -93,21 +86,21 @@ class Shaped:
         loaded: the model, with its adapter, and what encodes rows.
         trainee: what is trained. base: the tensors of the base.
         compute: the type of the products where it is not the weights'.
-        largest: bytes of the base's largest tensor as its file has it.
+        file_bytes: of the base's weights as its files have them. converted: loading makes others of them.
     """
 
     loaded: Loaded
     trainee: Trainee
     base: tuple[Tensor, ...]
     compute: torch.dtype | None
-    largest: int
+    file_bytes: int
+    converted: bool
 
 
 def shaped(spec: JobSpec, task: Task, device: str) -> Shaped:
     """The job's model on fakes.
 
     Raises:
-        PredictionError: a task, or a kind of adapter, that this cannot follow.
         EngineError: as the training itself would.
     """
     from engine.inspection import adapter_config
@@ -116,8 +109,10 @@ def shaped(spec: JobSpec, task: Task, device: str) -> Shaped:
     from engine.train.worker import checkpoint_activations
 
     wanted = dtype_of(spec.training.precision, device)
-    base, largest = _base(spec, task)
+    base = _base(spec, task)
+    file_bytes = sum(p.numel() * p.element_size() for p in base.parameters())
     kept = torch.float32 if spec.full else wanted
+    converted = spec.quantization != "none" or any(p.dtype != kept for p in base.parameters())
     for parameter in base.parameters():
         parameter.data = parameter.data.to(kept)
     if spec.quantization != "none":
@@ -134,19 +129,17 @@ def shaped(spec: JobSpec, task: Task, device: str) -> Shaped:
     loaded = Loaded(model, load_tokenizer(spec.model))
     trainee: Trainee = FullTrainee(loaded, task) if spec.full else AdapterTrainee(model)
     compute = wanted if spec.full and wanted is not torch.float32 else None
-    return Shaped(loaded, trainee, of_base, compute, largest)
+    return Shaped(loaded, trainee, of_base, compute, file_bytes, converted)
 
 
-def _base(spec: JobSpec, task: Any) -> tuple[nn.Module, int]:
-    """The base on the meta device, and the bytes of its largest tensor in its own type."""
+def _base(spec: JobSpec, task: Any) -> nn.Module:
+    """The base on the meta device, in its own type."""
     from engine.models.loading import meta_model
 
     def configure(config: Any) -> None:
         config.id2label = dict(enumerate(task.labels))
 
-    base = meta_model(spec.model, task=spec.task, configure=configure if spec.task == "classification" else None)
-    largest = max(p.numel() * p.element_size() for p in base.parameters())
-    return base, largest
+    return meta_model(spec.model, task=spec.task, configure=configure if spec.task == "classification" else None)
 
 
 def _quantise(base: nn.Module, spec: JobSpec, compute: torch.dtype) -> None:

@@ -1,78 +1,99 @@
-"""One optimizer step of the loop on a model without data, its allocations counted."""
+"""The loop's optimizer steps on a model without data, their allocations counted."""
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine.memory.allocations import Allocations
 from engine.memory.shapes import Shaped
 from engine.tasks.base import Batch, Task
 from engine.train.job import JobSpec
 
-_STEPS = 2  # In the first the optimizer has no state yet.
 
+class Simulation:
+    """What `engine.train.loop` allocates for steps of one job.
 
-def simulate(spec: JobSpec, task: Task, model: Shaped, batch: Batch) -> Allocations:
-    """What `engine.train.loop` allocates for steps over this batch.
+    The optimizer's step comes first, with gradients that are there: it makes the state, and its own peak is the same
+    for every batch. Then `peak` runs the passes of one step each.
 
-    With gradient accumulation the second forward pass finds the first one's gradients there.
+    Attributes:
+        state: part -> bytes that stay from step to step.
+        trained: bytes of what is trained.
     """
-    from engine.train.optim import make_optimizer
 
-    training, trainee = spec.training, model.trainee
-    allocations = Allocations(_vocabulary(model.loaded.model))
-    allocations.hold(model.base, "weights")
-    allocations.hold((*trainee.model.parameters(), *trainee.model.buffers()), "adapter")
-    allocations.hold(model.base, "weights")
-    parameters = trainee.parameters()
-    optimizer = make_optimizer(parameters, training)
-    handles = [
-        parameter.register_post_accumulate_grad_hook(lambda p: allocations.hold([p.grad], "gradients"))
-        for parameter in parameters.values()
-    ]
-    trainee.model.train()
-    try:
+    def __init__(self, spec: JobSpec, task: Task, model: Shaped) -> None:
+        from engine.train.optim import make_optimizer
+
+        self.spec, self.task, self.model = spec, task, model
+        trainee = model.trainee
+        # AdaLoRA's schedule wants to know; the memory of a step does not depend on it.
+        trainee.prepare(spec.training.max_steps or 10_000)
+        parameters = trainee.parameters()
+        self.parameters = list(parameters.values())
+        self.trained = sum(p.numel() * p.element_size() for p in self.parameters)
+        self.optimizer = make_optimizer(parameters, spec.training)
+        self.allocations = Allocations(_vocabulary(trainee.model))
+        self.allocations.hold(model.base, "weights")
+        self.allocations.hold((*trainee.model.parameters(), *trainee.model.buffers()), "adapter")
+        for parameter in self.parameters:
+            parameter.register_post_accumulate_grad_hook(self._got_gradient)
+        with self.allocations:
+            self._update()
+        self.state = Counter(self.allocations.live)
+
+    def peak(self, batch: Batch) -> Counter[str]:
+        """Part -> bytes at the peak of a step over this batch.
+
+        With gradient accumulation the second forward pass finds the first one's gradients there.
+        """
+        allocations, trainee, training = self.allocations, self.model.trainee, self.spec.training
+        updating = Counter(allocations.at_peak), allocations.peak
+        trainee.model.train()
         with allocations:
-            for _ in range(_STEPS):
-                _step(spec, task, model, batch, list(parameters.values()), optimizer, allocations)
-    finally:
-        for handle in handles:
-            handle.remove()
+            extra = trainee.extra_loss()
+            if extra is not None:
+                extra.backward()
+            for _ in range(min(2, training.gradient_accumulation)):
+                self._passes(batch)
+            if training.max_grad_norm:
+                nn.utils.clip_grad_norm_(self.parameters, training.max_grad_norm)
+        self.optimizer.zero_grad(set_to_none=True)
         trainee.model.eval()
-    return allocations
+        found = allocations.at_peak
+        # The next batch begins where this one did.
+        allocations.at_peak, allocations.peak = updating
+        return found
 
-
-def _step(
-    spec: JobSpec,
-    task: Task,
-    model: Shaped,
-    batch: Batch,
-    parameters: list[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    allocations: Allocations,
-) -> None:
-    extra = model.trainee.extra_loss()
-    if extra is not None:
-        extra.backward()
-    for _ in range(min(2, spec.training.gradient_accumulation)):
-        with torch.autocast("cpu", model.compute) if model.compute is not None else nullcontext():
-            part = task.loss(model.trainee.model, dict(batch))
+    def _passes(self, batch: Batch) -> None:
+        compute = self.model.compute
+        with torch.autocast("cpu", compute) if compute is not None else nullcontext():
+            part = self.task.loss(self.model.trainee.model, dict(batch))
         (part.total / max(1, part.count)).backward()
-        del part
-    if spec.training.max_grad_norm:
-        nn.utils.clip_grad_norm_(parameters, spec.training.max_grad_norm)
-    with allocations.allocating("optimizer"):
-        optimizer.step()
-    state = (value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, torch.Tensor))
-    allocations.hold(state, "optimizer")
-    optimizer.zero_grad(set_to_none=True)
+
+    def _update(self) -> None:
+        """An optimizer step with gradients of zero."""
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self.allocations.hold((p.grad for p in self.parameters if p.grad is not None), "gradients")
+        with self.allocations.allocating("optimizer"):
+            self.optimizer.step()
+        entries = (value for entry in self.optimizer.state.values() for value in entry.values())
+        self.allocations.hold((value for value in entries if isinstance(value, Tensor)), "optimizer")
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _got_gradient(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self.allocations.hold([parameter.grad], "gradients")
 
 
 def _vocabulary(model: nn.Module) -> int:
-    config: Any = model.config
-    inner = getattr(config, "text_config", None) or config
-    return int(getattr(inner, "vocab_size", 0) or 0) if hasattr(model, "get_output_embeddings") else 0
+    """Tokens of the output layer; 0 where there is none."""
+    find: Any = getattr(model, "get_output_embeddings", None)
+    head = find() if find else None
+    weight = getattr(head, "weight", None)
+    return int(weight.shape[0]) if isinstance(weight, Tensor) and weight.dim() == 2 else 0
