@@ -73,7 +73,7 @@ def _low_rank(method: str, r: int = 8, **more: Any) -> dict[str, Any]:
 
 CONTENDERS = {
     "full": Contender("Full fine-tuning", 0.0002),
-    "lora": Contender("LoRA", 0.003, _low_rank("lora")),
+    "lora": Contender("LoRA, query and value", 0.003, _low_rank("lora")),
     "lora-all": Contender("LoRA, every linear layer", 0.002, _low_rank("lora", 4, target_modules=_LINEAR)),
     "dora": Contender("DoRA", 0.009, _low_rank("dora")),
     "adalora": Contender(
@@ -134,7 +134,8 @@ def measure(job: Path, out: Path) -> dict[str, Any]:
     if child.returncode != 0:
         raise RuntimeError((child.stdout + child.stderr)[-1500:])
     of = {event["type"]: event for event in events}
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    peak = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     steps = [event for event in events if event["type"] == "step"]
     return {
         "accuracy": of["eval"]["metrics"]["accuracy"],
@@ -144,6 +145,7 @@ def measure(job: Path, out: Path) -> dict[str, Any]:
         "parameters": of["start"]["parameters"],
         "steps": len(steps),
         "seconds": of["done"]["seconds"],
+        "cpu_seconds": used.ru_utime + used.ru_stime,
         "peak_bytes": peak,
     }
 

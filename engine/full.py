@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 def full_base(model: nn.Module) -> nn.Module:
     """The model that `model` was loaded from, anew and not quantised, in evaluation mode on its device.
 
+    It comes in the type of the weights that are not in codes, so that both compute alike.
+
     Raises:
         ModelError: it does not say where it came from, or cannot be loaded from there.
     """
     from engine.models.fetch import resolve
-    from engine.models.loading import dtype_of, quiet
+    from engine.models.loading import quiet
 
     name = getattr(model, "name_or_path", None)
     if not name:
@@ -31,11 +33,12 @@ def full_base(model: nn.Module) -> nn.Module:
             "Load the base in full precision and hand it over: merge_into_full(base).",
         )
     device = next(model.parameters()).device
+    own = next(p.dtype for name, p in model.named_parameters() if p.is_floating_point() and ".adapters." not in name)
     loader: Any = type(model)
     with quiet():
         try:
             fresh: nn.Module = loader.from_pretrained(
-                resolve(name), dtype=dtype_of("auto", device), use_safetensors=True, local_files_only=True
+                resolve(name), dtype=own, use_safetensors=True, local_files_only=True
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise ModelError(f"{name} cannot be loaded in full precision: {error}.", "Hand the base over.") from error

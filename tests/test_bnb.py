@@ -34,7 +34,8 @@ def test_loading_in_codes(kind: str, precision: str) -> None:
     plain, _ = load_causal_lm("tiny-llama", precision="fp32")
     model, _ = load_causal_lm("tiny-llama", precision=precision, quantization=kind)
     layers = [layer for _, layer in bnb.packed_layers(model)]
-    assert len(layers) == 28 and type(model.get_output_embeddings()) is nn.Linear
+    # Of seven in a block, 4 bits leave the value projection alone, which two query heads share.
+    assert len(layers) == (28 if kind == "int8" else 24) and type(model.get_output_embeddings()) is nn.Linear
     full = sum(2 * layer.in_features * layer.out_features for layer in layers)
     assert sum(map(bnb.weight_bytes, layers)) < LIMITS[kind] * full
     expected = logits(plain)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from engine import bnb
 from engine.models.loading import load_causal_lm
@@ -50,14 +51,16 @@ def test_qlora_learns_and_ends_near_full_precision(ends: dict[str, Any]) -> None
     assert 0 < cost["eval_loss"] < cost["first_eval_loss"] + 0.005
 
 
-@pytest.mark.xfail(strict=True, reason="measured: 4.2 % after 36 steps, 3.7 % after 90, with rank 8")
 def test_qlora_ends_within_three_percent(ends: dict[str, Any]) -> None:
     assert abs(ends["nf4"]["eval_loss"] / ends["none"]["eval_loss"] - 1) < 0.03
 
 
-def test_linear_layers_take_a_quarter_of_bf16(home: str) -> None:
+def test_linear_layers_take_a_third_of_bf16(home: str) -> None:
     model, _ = load_causal_lm("smollm2-135m-instruct", quantization="nf4")
-    layers: list[Any] = [layer for _, layer in bnb.packed_layers(model)]
-    share = sum(map(bnb.weight_bytes, layers)) / sum(2 * m.in_features * m.out_features for m in layers)
-    print(f"{len(layers)} linear layers take {share:.3f} of their bf16 bytes")
-    assert len(layers) == 210 and share < 0.35
+    found: Any = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"}
+    packed = dict(bnb.packed_layers(model))
+    # Three query heads share a value head, so value projections stay as they are.
+    assert len(found) == 210 and set(found) - set(packed) == {n for n in found if n.endswith("v_proj")}
+    share = sum(map(bnb.weight_bytes, found.values())) / sum(2 * m.in_features * m.out_features for m in found.values())
+    print(f"{len(found)} linear layers take {share:.3f} of their bf16 bytes")
+    assert share < 0.35

@@ -174,7 +174,7 @@ def quantized_loading(
             "Leave it out, or load the base on the CPU.",
         )
     skip = None
-    if quantization in ("nf4", "fp4") and place.type == "cpu":
+    if quantization in ("nf4", "fp4"):
         skip = _skipped(quantization, place, config, loader)
     if keep:
         skip = [*(skip or ()), *keep]
@@ -182,7 +182,7 @@ def quantized_loading(
 
 
 def _skipped(quantization: str, place: torch.device, config: PreTrainedConfig, loader: Any) -> list[str] | None:
-    """The layers to leave alone if some are unfit, those that transformers leaves alone among them; else None."""
+    """The layers to leave alone in 4 bits, those that transformers leaves alone among them; None for those alone."""
     import torch
     from transformers.quantizers.base import get_keys_to_not_convert
 
@@ -190,8 +190,8 @@ def _skipped(quantization: str, place: torch.device, config: PreTrainedConfig, l
 
     with quiet(), torch.device("meta"):
         model = loader.from_config(config, trust_remote_code=False)
-    unfit = bnb.unfit(model, quantization, place)
-    return [*unfit, *get_keys_to_not_convert(model)] if unfit else None
+    kept = {*bnb.unfit(model, quantization, place), *bnb.grouped_values(model)}
+    return [*kept, *get_keys_to_not_convert(model)] if kept else None
 
 
 def load_tokenizer(name: str, on_progress: Progress | None = None) -> PreTrainedTokenizerBase:
