@@ -34,8 +34,8 @@ def overhead(device: str) -> int:
 def slack(parts: Mapping[str, int], device: str) -> int:
     """Bytes that the allocator keeps beyond the step's own peak.
 
-    glibc serves blocks below its threshold (up to 32 MiB) from a heap, whose holes between longer-lived blocks cannot be
-    given back; so it grows with what comes and goes, and not with what stays.
+    glibc serves blocks below its threshold (up to 32 MiB) from a heap, whose holes between longer-lived blocks cannot
+    be given back; so it grows with what comes and goes, and not with what stays.
     """
     return int(SLACK[device] * (parts["gradients"] + parts["activations"] + parts["logits"]))
 

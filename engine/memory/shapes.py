@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from engine import bnb
-from engine.adapters.base import CONV1D, LINEAR, features, layer_kind
+from engine.adapters.base import CONV1D, LINEAR, TaskType, features, layer_kind
 from engine.inject import HEADS, matches, replace_module
 from engine.tasks.base import Loaded, Task
 from engine.train.job import JobSpec
@@ -144,12 +143,12 @@ def _base(spec: JobSpec, task: Any) -> nn.Module:
 
 def _quantise(base: nn.Module, spec: JobSpec, compute: torch.dtype) -> None:
     """Stand-ins for the layers that transformers would make bitsandbytes' own."""
-    from transformers.quantizers.base import get_keys_to_not_convert
+    from engine.models.loading import kept_whole
 
-    model: Any = base
-    heads = [*HEADS.get("SEQ_CLS", ()), *(spec.adapter.get("modules_to_save") or ())]
-    left = [*get_keys_to_not_convert(model), *bnb.unfit(base, spec.quantization, torch.device("cpu"))]
-    left += heads if spec.task == "classification" else []
+    theirs, ours = kept_whole(base, spec.quantization, torch.device("cpu"))
+    left = [*theirs, *ours]
+    if spec.task == "classification":
+        left += [*HEADS[TaskType.SEQ_CLS], *(spec.adapter.get("modules_to_save") or ())]
     for name, module in list(base.named_modules()):
         if layer_kind(module) not in (LINEAR, CONV1D) or matches(name, left):
             continue
@@ -161,7 +160,7 @@ def _head_in_float32(base: nn.Module) -> None:
     from engine.models.classifiers import in_float32
 
     for part, module in base.named_children():
-        if part in HEADS["SEQ_CLS"]:
+        if part in HEADS[TaskType.SEQ_CLS]:
             in_float32(module)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -38,11 +40,11 @@ class Simulation:
         self.trained = sum(p.numel() * p.element_size() for p in self.parameters)
         self.optimizer = make_optimizer(parameters, spec.training)
         self.allocations = Allocations(_vocabulary(trainee.model))
-        self.allocations.hold(model.base, "weights")
         self.allocations.hold((*trainee.model.parameters(), *trainee.model.buffers()), "adapter")
+        self.allocations.hold(model.base, "weights")
         for parameter in self.parameters:
             parameter.register_post_accumulate_grad_hook(self._got_gradient)
-        with self.allocations:
+        with _quiet(), self.allocations:
             self._update()
         self.state = Counter(self.allocations.live)
 
@@ -54,7 +56,7 @@ class Simulation:
         allocations, trainee, training = self.allocations, self.model.trainee, self.spec.training
         updating = Counter(allocations.at_peak), allocations.peak
         trainee.model.train()
-        with allocations:
+        with _quiet(), allocations:
             extra = trainee.extra_loss()
             if extra is not None:
                 extra.backward()
@@ -89,6 +91,14 @@ class Simulation:
     def _got_gradient(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
         self.allocations.hold([parameter.grad], "gradients")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """DoRA asks where its tensors lie, to see whether they changed; tensors without data lie nowhere."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        yield
 
 
 def _vocabulary(model: nn.Module) -> int:
