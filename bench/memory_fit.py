@@ -1,8 +1,8 @@
 """Predicted against measured peak memory of training, each run a whole process of its own.
 
-python -m bench.memory_fit [--only NAME ...] [--json bench/results/memory_fit.json]
+python -m bench.memory_fit [NAME ...] [--json bench/results/memory_fit.json]
 
-Each case is a job of four steps. `measured` is the largest resident memory of the training process
+Each case is a job of three steps. `measured` is the largest resident memory of the training process
 (`ru_maxrss` of `python -m engine train`), `predicted` what `python -m engine doctor --fit` says of the same job before.
 smollm2-135m-instruct has to be fetched before (`python -m engine.models.fetch smollm2-135m-instruct`).
 """
@@ -20,8 +20,6 @@ from typing import Any
 
 import yaml
 
-from engine import threads
-
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 SMOL, TINY = "smollm2-135m-instruct", "tiny-llama"
@@ -30,9 +28,9 @@ _LINEAR = {"target_modules": "all-linear"}
 
 def _job(model: str, adapter: dict[str, Any], batch: int, length: int, **more: Any) -> dict[str, Any]:
     """A job over rows that fill `length`, unless `more` names other data."""
-    training = {"max_steps": 4, "batch_size": batch, "max_length": length, "precision": "fp32", "loss_on": "all"}
+    training = {"max_steps": 3, "batch_size": batch, "max_length": length, "precision": "fp32", "loss_on": "all"}
     training |= more.pop("training", {})
-    return {"model": model, "adapter": adapter, "data": {"path": "", "eval_split": 0.1}, "training": training, **more}
+    return {"model": model, "adapter": adapter, "data": {"path": "", "eval_split": 0.05}, "training": training, **more}
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -111,7 +109,7 @@ def _peak(command: list[str]) -> int:
     return int(usage.ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
 
 
-def _long_rows(folder: Path, count: int = 48) -> Path:
+def _long_rows(folder: Path, count: int = 24) -> Path:
     """Texts of about 3,000 words each, so that every row is cut to the job's length."""
     path = folder / "long.jsonl"
     if not path.exists():
@@ -120,3 +118,48 @@ def _long_rows(folder: Path, count: int = 48) -> Path:
         texts = [" ".join((words[i * 97 :] + words)[:3000]) for i in range(count)]
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return path
+
+
+def table(cases: dict[str, Any]) -> list[str]:
+    """The cases as a Markdown table, in MB."""
+    lines = ["| case | predicted | measured | error |", "|---|---|---|---|"]
+    for name, case in cases.items():
+        wanted, got = case["predicted"]["peak"], case["measured"]
+        lines.append(f"| {name} | {wanted / 1e6:,.0f} MB | {got / 1e6:,.0f} MB | {wanted / got - 1:+.1%} |")
+    errors = [abs(case["predicted"]["peak"] / case["measured"] - 1) for case in cases.values()]
+    return [*lines, "", f"Largest error {max(errors):.1%}, mean {sum(errors) / len(errors):.1%}."]
+
+
+def main() -> None:
+    """All cases, or those that are named; results of the others stay in the file."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(CASES)}")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    unknown = sorted(set(options.names) - CASES.keys())
+    if unknown:
+        parser.error(f"no such case: {', '.join(unknown)}")
+    found: dict[str, Any] = {}
+    if options.json and options.json.exists():
+        found = json.loads(options.json.read_text(encoding="utf-8"))["cases"]
+    with tempfile.TemporaryDirectory(prefix="memory-fit-") as folder:
+        for name in options.names or CASES:
+            found[name] = run_case(name, CASES[name], Path(folder))
+            print(table({name: found[name]})[2], flush=True)
+            if options.json:
+                _write(options.json, found)
+    print("\n".join(table({name: found[name] for name in CASES if name in found})))
+
+
+def _write(path: Path, cases: dict[str, Any]) -> None:
+    command = [sys.executable, "-m", "engine", "doctor", "--json"]
+    result = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=True)
+    machine = json.loads(result.stdout)
+    kept = {key: machine[key] for key in ("system", "python", "processor", "cores", "threads", "memory", "packages")}
+    ordered = {name: cases[name] for name in CASES if name in cases}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": kept, "cases": ordered}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -129,7 +129,7 @@ def test_what_a_forward_pass_keeps_is_what_autograd_saves() -> None:
 
 
 def test_weights_adapter_and_optimizer_are_exact() -> None:
-    spec = job(adapter=LORA)
+    spec = job(adapter=LORA, checkpoint_every=1)
     predicted = predict(spec)
     base = real(spec, Job(spec)).trainee
     parameters = base.parameters()
@@ -142,6 +142,8 @@ def test_weights_adapter_and_optimizer_are_exact() -> None:
     assert predicted.adapter == adapter
     assert predicted.optimizer == state
     assert predicted.weights == bnb.memory_footprint(base.model) - adapter
+    # A checkpoint copies what is trained and the optimizer's state; a run that ends before one has none.
+    assert predict(job(adapter=LORA)).peak_checkpoint == predicted.peak_checkpoint - adapter - state
     assert predicted.peak_checkpoint == predicted.overhead + predicted.weights + 2 * (adapter + state)
 
 
@@ -186,7 +188,7 @@ def test_what_saves_memory_is_seen_to() -> None:
     assert full.optimizer > 1.9 * full.weights
     # The peak of so short a batch is the optimizer's step; of long ones the backward pass.
     short = predict(job(adapter={}), batch_size=1, length=8)
-    assert short.gradients == short.weights
+    assert short.gradients > 0.8 * short.weights
     assert short.total < full.total
 
 

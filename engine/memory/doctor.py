@@ -63,9 +63,7 @@ def _fit_lines(found: dict[str, Any]) -> list[str]:
     if found["remedy"]:
         said.append(f"This fits: {found['remedy']['words']} (peak {size(found['remedy']['peak'])}).")
     elif found["verdict"] == "exceeds":
-        said.append(
-            "No smaller batch, checkpointing or 4-bit base makes it fit: take a smaller model or shorter rows."
-        )
+        said.append("No smaller batch, checkpointing or 4-bit base makes it fit: take a smaller model or shorter rows.")
     return said
 
 

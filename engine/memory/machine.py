@@ -1,6 +1,6 @@
 """This machine: what it has, what a worker takes of it before any model, and what its C allocator keeps. Torch-free.
 
-The two constants are measured, not derived: `python -m bench.memory_fit` compares them with whole processes.
+The constants are measured, not derived: `python -m bench.memory_fit` holds them against whole processes.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ import psutil
 from engine import threads
 
 OVERHEAD = {"cpu": 390_000_000, "cuda": 500_000_000}
-"""Bytes of a worker beside its tensors: interpreter, torch, transformers, bitsandbytes, tokenizer, kernels' buffers. On
-CUDA the context alone, which is on the card."""
+"""Bytes of a worker beside its tensors: interpreter, torch, transformers, bitsandbytes, what kernels touch and keep. On
+CUDA the context alone, which is on the card (not measured here)."""
 
-SLACK = {"cpu": 0.3, "cuda": 0.0}
-"""Share of what a step makes and frees again that stays resident beyond it."""
+TOKEN = 600
+"""Bytes of a tokenizer for each token that it knows."""
+
+SLACK = {"cpu": 0.32, "cuda": 0.0}
+"""Share of what a step makes and frees again that stays resident beyond its own peak."""
 
 _PACKAGES = ("torch", "transformers", "diffusers", "datasets", "accelerate", "bitsandbytes", "safetensors", "gradio")
 
 
-def overhead(device: str) -> int:
-    """Bytes of a worker's process beside the tensors of its job."""
-    return OVERHEAD[device]
+def overhead(device: str, vocabulary: int = 0) -> int:
+    """Bytes of a worker's process beside the tensors of its job; its tokenizer knows `vocabulary` tokens."""
+    return OVERHEAD[device] + (TOKEN * vocabulary if device == "cpu" else 0)
 
 
 def slack(parts: Mapping[str, int], device: str) -> int:

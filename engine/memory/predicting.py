@@ -157,14 +157,19 @@ class Job:
 
     def _predicted(self, spec: JobSpec, found: Heaviest) -> Prediction:
         parts = max((self.simulation.peak(batch) for batch in found.batches), key=lambda one: sum(one.values()))
-        state, process = self.simulation.state, overhead(self.device)
+        state = self.simulation.state
+        process = overhead(self.device, len(self.model.loaded.processor))
+        # The loop writes none at its end; one on request (stop, pause) can come at any time, and is not counted.
+        copies = state["optimizer"] + self.simulation.trained
+        if found.steps is not None and found.steps <= spec.training.checkpoint_every:
+            copies = 0
         converted = self.model.file_bytes if self.model.converted else 0
         return Prediction(
             **{name: int(parts[name]) for name in PARTS},
             slack=slack(parts, self.device),
             overhead=process,
             peak_loading=process + state["weights"] + converted,
-            peak_checkpoint=process + sum(state.values()) + state["optimizer"] + self.simulation.trained,
+            peak_checkpoint=process + sum(state.values()) + copies,
             batch_size=spec.training.batch_size,
             tokens=found.tokens,
             length=found.length,

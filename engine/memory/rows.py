@@ -37,14 +37,14 @@ class Heaviest:
     Attributes:
         batches: as the loop would make them. measured: they are the job's own rows.
         tokens, length: of the first batch: what the model reads, and its longest row.
-        rows: how many rows there are to fill a batch; None where any number is.
+        steps: of the whole run; None where it is not known.
     """
 
     batches: tuple[Batch, ...]
     measured: bool
     tokens: int
     length: int
-    rows: int | None
+    steps: int | None
 
 
 def read(spec: JobSpec, task: Task) -> Rows:
@@ -90,6 +90,7 @@ def heaviest(task: Task, loaded: Loaded, own: Sequence[Any], spec: JobSpec, leng
     from engine.train.loop import step_rows
 
     collate, training = task.collator(loaded), spec.training
+    total = training.max_steps
     if length is not None or not own:
         wanted = min(length or training.max_length, longest_row(loaded.model, training.max_length, length))
         rows = [stretched(row, wanted) for row in itertools.islice(itertools.cycle(own or [_blank(spec.task)]), 64)]
@@ -98,7 +99,7 @@ def heaviest(task: Task, loaded: Loaded, own: Sequence[Any], spec: JobSpec, leng
         per_step = training.batch_size * training.gradient_accumulation
         steps = step_rows(own, per_step, training.seed, 0, getattr(task, "length", None))
         per_epoch = -(-len(own) // per_step)
-        total = training.max_steps or max(1, round(training.epochs * per_epoch))
+        total = total or max(1, round(training.epochs * per_epoch))
         groups = [
             step[start : start + training.batch_size]
             for step in itertools.islice(steps, min(total, _MOST_BATCHES))
@@ -114,7 +115,7 @@ def heaviest(task: Task, loaded: Loaded, own: Sequence[Any], spec: JobSpec, leng
         measured=bool(own) and length is None,
         tokens=task.tokens(longest[2]),
         length=max(map(row_length, group)),
-        rows=len(own) if own and length is None else None,
+        steps=total,
     )
 
 
@@ -138,6 +139,9 @@ def stretched(row: Any, length: int) -> Any:
             changes[item.name] = stretched(value, length)
         elif item.name in _SEQUENCES:
             changes[item.name] = tuple(itertools.islice(itertools.cycle(value), length))
+    if "learned" in changes and not any(changes["learned"][1:]):
+        # Cut before its first target; a row without one would not be trained on.
+        changes["learned"] = (*changes["learned"][:-1], True)
     return dataclasses.replace(row, **changes)
 
 
