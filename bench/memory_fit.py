@@ -3,7 +3,7 @@
 python -m bench.memory_fit [NAME ...] [--json bench/results/memory_fit.json]
 
 Each case is a job of three steps. `measured` is the largest resident memory of the training process
-(`ru_maxrss` of `python -m engine train`), `predicted` what `python -m engine doctor --fit` says of the same job before.
+(`ru_maxrss` of `python -m engine train`), `predicted` what `engine.memory.predict` says of the same job before.
 smollm2-135m-instruct has to be fetched before (`python -m engine.models.fetch smollm2-135m-instruct`).
 """
 
@@ -19,6 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from engine import threads
+from engine.memory import predict
+from engine.train.job import JobSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
@@ -85,7 +89,7 @@ def run_case(name: str, job: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _predict(path: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "engine", "doctor", "--fit", str(path), "--json"]
+    command = [sys.executable, "-m", "bench.memory_fit", "--predict", str(path)]
     result = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=False)
     if result.returncode:
         raise SystemExit(f"{path.name}: {result.stderr[-2000:]}")
@@ -135,7 +139,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(CASES)}")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--predict", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.predict:
+        threads.apply(None)
+        print(json.dumps(predict(JobSpec.from_file(options.predict)).to_dict()))
+        return
     unknown = sorted(set(options.names) - CASES.keys())
     if unknown:
         parser.error(f"no such case: {', '.join(unknown)}")

@@ -17,16 +17,18 @@ from engine import bnb
 from engine.__main__ import main
 from engine.errors import ConfigError
 from engine.inspection import adapter_config
-from engine.memory import PredictionError, fits, largest_batch, parse_size, predict, remedy
+from engine.memory import PredictionError, fits, largest_batch, parse_size, predict, remedy, size
 from engine.memory.allocations import Allocations
 from engine.memory.predicting import Job, changed
 from engine.memory.prediction import Prediction
 from engine.memory.rows import heaviest, stretched
 from engine.memory.shapes import Shaped
+from engine.memory.shortage import ShortageError, is_memory, shortage
 from engine.memory.step import Simulation
 from engine.model import get_peft_model
 from engine.tasks.base import Loaded
 from engine.tasks.sequences import Tokens
+from engine.train.events import Recorder
 from engine.train.job import JobSpec
 from engine.train.optim import make_optimizer
 from engine.train.trainee import AdapterTrainee, FullTrainee, Trainee
@@ -271,10 +273,9 @@ def test_verdicts_and_sizes() -> None:
             parse_size(text)
 
 
-def test_a_task_that_is_not_followed_is_named(tmp_path: Path) -> None:
-    spec = dataclasses.replace(job(), task="text_to_image", model="tiny-sd")
+def test_a_task_that_is_not_followed_is_named() -> None:
     with pytest.raises(PredictionError, match="text_to_image"):
-        predict(spec)
+        predict(bad_job())
 
 
 def test_the_doctor_speaks_of_the_machine_and_of_a_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -298,6 +299,40 @@ def test_the_doctor_speaks_of_the_machine_and_of_a_job(tmp_path: Path, capsys: p
     said = capsys.readouterr().out
     assert "It does not fit." in said
     assert "This fits: " in said
+
+
+def test_a_run_that_runs_out_of_memory_says_what_would_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from engine.train import loop, worker
+
+    def none_left(*args: Any) -> str:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: 8 GB.")
+
+    monkeypatch.setattr(loop, "fit", none_left)
+    spec = job(adapter=LORA, batch_size=64)
+    with pytest.raises(ShortageError) as caught:
+        worker.run(spec, tmp_path / "run", Recorder(), Never())
+    event = caught.value.to_event()
+    assert event["code"] == "memory"
+    assert "can't allocate memory: 8 GB" in event["message"]
+    assert f"Predicted for this job: {size(predict(spec).peak)}" in event["message"]
+    assert "training.batch_size: " in event["hint"]
+
+
+def test_what_a_card_lacked_is_said() -> None:
+    text = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has 79.10 GiB of which 1.25 GiB is free."
+    assert is_memory(RuntimeError(text))
+    assert "2.50 GiB more were asked for, and 1.25 GiB were free" in str(shortage(bad_job(), RuntimeError(text), "cpu"))
+    assert not is_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def bad_job() -> JobSpec:
+    """A job that nothing can be predicted of."""
+    return dataclasses.replace(job(), task="text_to_image", model="tiny-sd")
+
+
+class Never:
+    def poll(self) -> str | None:
+        return None
 
 
 @pytest.mark.parametrize(

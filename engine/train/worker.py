@@ -33,8 +33,23 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
         `done`, `stopped` or `paused`.
 
     Raises:
+        ShortageError: memory ran out; it says what was predicted and what would fit.
         EngineError: the job cannot run or go on; nothing that was saved before is lost.
     """
+    from engine.memory.shortage import is_memory, shortage
+
+    try:
+        return _run(spec, out, sink, control, resume)
+    except (MemoryError, RuntimeError) as error:
+        if not is_memory(error):
+            raise
+        from engine.models.loading import default_device
+
+        # The frames hold the model.
+        raise shortage(spec, error.with_traceback(None), default_device()) from None
+
+
+def _run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool) -> str:
     import torch
     from accelerate import Accelerator
     from accelerate.utils import set_seed
