@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_iter
 def _gemm_4bit(arguments: Sequence[Any]) -> int:
     """bitsandbytes' CPU kernel dequantises the whole weight, in the activations' type, and then multiplies."""
     x, shape = arguments[0], arguments[2]
-    return math.prod(shape) * int(x.element_size())
+    return int(math.prod(shape) * x.element_size())
 
 
 HIDDEN: Mapping[str, Callable[[Sequence[Any]], int]] = {"bitsandbytes::gemm_4bit": _gemm_4bit}

@@ -13,7 +13,7 @@ from engine.memory.prediction import PARTS, Prediction
 from engine.train.job import JobSpec, TrainingSpec
 
 if TYPE_CHECKING:
-    from engine.memory.rows import Heaviest
+    from engine.memory.rows import Heaviest, Rows
 
 TASKS = ("causal_lm", "preference", "seq2seq", "classification")
 """The tasks whose memory can be predicted."""
@@ -102,9 +102,9 @@ class Job:
                 "Start with a batch of 1, and raise it while the machine has room.",
             )
         self.spec, self.device = spec, device
-        self.rows = like.rows if like else reading.read(spec, get_task(spec.task, spec.options))
+        self.rows: Rows = like.rows if like else reading.read(spec, get_task(spec.task, spec.options))
         self.model = shaped(spec, self.rows.task, device)
-        self.encoded = like.encoded if like else reading.encoded(self.rows, self.model.loaded, spec)
+        self.encoded: list[Any] = like.encoded if like else reading.encoded(self.rows, self.model.loaded, spec)
         self.simulation = Simulation(spec, self.rows.task, self.model)
         self._found: dict[tuple[int, int | None], Prediction] = {}
 
@@ -123,17 +123,18 @@ class Job:
     def largest_batch(self, budget: int) -> int:
         """As `largest_batch`."""
         most = min(MOST_ROWS, len(self.encoded) or MOST_ROWS)
-        fitting, failing = 0, most + 1
-        known = {0: 0}
-        guess = 1
+        fitting, failing, guess = 0, most + 1, 1
+        known: dict[int, int] = {}
         while failing - fitting > 1:
-            peak = self.predict(guess).peak
-            known[guess] = peak
-            if peak <= budget:
+            gap = failing - fitting
+            known[guess] = self.predict(guess).peak
+            if known[guess] <= budget:
                 fitting = guess
             else:
                 failing = guess
-            guess = _next_guess(known, fitting, failing, budget)
+            # Where the straight line left more than half of the gap, the middle is taken next.
+            straight = failing - fitting <= gap // 2 or len(known) < 3
+            guess = _next_guess(known, fitting, failing, budget) if straight else (fitting + failing) // 2
         return fitting
 
     def remedy(self, budget: int) -> Remedy | None:

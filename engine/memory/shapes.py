@@ -38,8 +38,10 @@ class Linear4bit(nn.Linear):
         self.offset, self.code, self.code2 = _empty(()), _empty(16), _empty(256)
 
     def forward(self, x: Tensor) -> Tensor:
-        from bitsandbytes import functional, matmul_4bit
+        import bitsandbytes
+        from bitsandbytes import functional
 
+        library: Any = bitsandbytes
         inner = functional.QuantState(absmax=self.absmax2, code=self.code2, blocksize=_NESTED, dtype=torch.float32)
         state = functional.QuantState(
             absmax=self.absmax,
@@ -52,7 +54,7 @@ class Linear4bit(nn.Linear):
             state2=inner,
         )
         bias = None if self.bias is None else self.bias.to(self.compute)
-        product: Tensor = matmul_4bit(x.to(self.compute), self.weight, bias=bias, quant_state=state)
+        product: Tensor = library.matmul_4bit(x.to(self.compute), self.weight, bias=bias, quant_state=state)
         return product.to(x.dtype)
 
 
@@ -67,13 +69,14 @@ class Linear8bitLt(nn.Linear):
         self.scales = _empty(n_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        from bitsandbytes import MatmulLtState, matmul
+        import bitsandbytes
 
-        state = MatmulLtState()
+        library: Any = bitsandbytes
+        state = library.MatmulLtState()
         state.CB, state.SCB, state.is_training = self.weight, self.scales, self.training
         state.has_fp16_weights = False
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        product: Tensor = matmul(x, self.weight, bias=bias, state=state)
+        product: Tensor = library.matmul(x, self.weight, bias=bias, state=state)
         return product
 
 
@@ -138,7 +141,10 @@ def _base(spec: JobSpec, task: Any) -> nn.Module:
     def configure(config: Any) -> None:
         config.id2label = dict(enumerate(task.labels))
 
-    return meta_model(spec.model, task=spec.task, configure=configure if spec.task == "classification" else None)
+    base: nn.Module = meta_model(
+        spec.model, task=spec.task, configure=configure if spec.task == "classification" else None
+    )
+    return base
 
 
 def _quantise(base: nn.Module, spec: JobSpec, compute: torch.dtype) -> None:
