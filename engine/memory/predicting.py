@@ -202,10 +202,10 @@ def _candidates(spec: JobSpec) -> Iterator[dict[str, Any]]:
 
 def _batches(training: TrainingSpec) -> Iterator[dict[str, int]]:
     """The batch as it is, and each smaller one with which a step has as many rows."""
-    rows = training.batch_size * training.gradient_accumulation
     for size in range(training.batch_size, 0, -1):
-        if rows % size == 0 and (size == training.batch_size or size <= training.batch_size // 2 or size == 1):
-            yield {"training.batch_size": size, "training.gradient_accumulation": rows // size}
+        if training.batch_size % size == 0:
+            times = training.gradient_accumulation * training.batch_size // size
+            yield {"training.batch_size": size, "training.gradient_accumulation": times}
 
 
 def _next_guess(known: Mapping[int, int], fitting: int, failing: int, budget: int) -> int:
