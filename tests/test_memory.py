@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,12 @@ def job(task: str = "causal_lm", *, adapter: Any = None, quantization: str = "no
     )
 
 
+@cache
+def plain() -> Job:
+    """The predictions of LoRA on the toy, made once; simulations leave a job as it was."""
+    return Job(job(adapter=LORA))
+
+
 def real(spec: JobSpec, like: Job) -> Shaped:
     """The same job's model with data, as the worker makes it."""
     from engine.train.worker import checkpoint_activations
@@ -104,8 +111,7 @@ def test_the_peak_of_a_step_is_the_real_ones(task: str, adapter: Any, training: 
 
 def test_what_a_forward_pass_keeps_is_what_autograd_saves() -> None:
     """Against the tensors that a real forward pass hands to autograd, each storage once, parameters left out."""
-    spec = job(adapter=LORA)
-    predicted = Job(spec)
+    predicted, spec = plain(), plain().spec
     batch = heaviest(predicted.rows.task, predicted.model.loaded, predicted.encoded, spec, None).batches[0]
     allocations, model = predicted.simulation.allocations, predicted.model.loaded.model
     model.train()
@@ -133,7 +139,7 @@ def test_what_a_forward_pass_keeps_is_what_autograd_saves() -> None:
 def test_weights_adapter_and_optimizer_are_exact() -> None:
     spec = job(adapter=LORA, checkpoint_every=1)
     predicted = predict(spec)
-    base = real(spec, Job(spec)).trainee
+    base = real(spec, plain()).trainee
     parameters = base.parameters()
     optimizer = make_optimizer(parameters, spec.training)
     for parameter in parameters.values():
@@ -145,7 +151,7 @@ def test_weights_adapter_and_optimizer_are_exact() -> None:
     assert predicted.optimizer == state
     assert predicted.weights == bnb.memory_footprint(base.model) - adapter
     # A checkpoint copies what is trained and the optimizer's state; a run that ends before one has none.
-    assert predict(job(adapter=LORA)).peak_checkpoint == predicted.peak_checkpoint - adapter - state
+    assert plain().predict().peak_checkpoint == predicted.peak_checkpoint - adapter - state
     assert predicted.peak_checkpoint == predicted.overhead + predicted.weights + 2 * (adapter + state)
 
 
@@ -168,7 +174,7 @@ def found_layers(spec: JobSpec) -> list[nn.Module]:
 
 
 def test_more_rows_and_longer_rows_take_more() -> None:
-    found = Job(job(adapter=LORA))
+    found = plain()
     by_batch = [found.predict(size, 64).total for size in (1, 2, 4, 8)]
     by_length = [found.predict(4, length).total for length in (16, 32, 64, 128)]
     assert by_batch == sorted(set(by_batch))
@@ -177,45 +183,45 @@ def test_more_rows_and_longer_rows_take_more() -> None:
 
 
 def test_what_saves_memory_is_seen_to() -> None:
-    plain = predict(job(adapter=LORA), length=96)
+    dear = plain().predict(length=96)
     cheaper = {
         "checkpointing": predict(job(adapter=LORA, gradient_checkpointing=True), length=96),
         "bf16": predict(job(adapter=LORA, precision="bf16"), length=96),
     }
-    assert all(one.activations < 0.75 * plain.activations for one in cheaper.values())
+    assert all(one.activations < 0.75 * dear.activations for one in cheaper.values())
     quantised = predict(job(adapter={"method": "lora", "r": 4}, quantization="nf4"), length=96)
-    assert quantised.weights < 0.5 * plain.weights
-    full = predict(job(adapter={}), length=96)
+    assert quantised.weights < 0.5 * dear.weights
+    everything = Job(job(adapter={}))
+    full = everything.predict(length=96)
     assert full.adapter == 0
     assert full.optimizer > 1.9 * full.weights
     # The peak of so short a batch is the optimizer's step; of long ones the backward pass.
-    short = predict(job(adapter={}), batch_size=1, length=8)
+    short = everything.predict(batch_size=1, length=8)
     assert short.gradients > 0.8 * short.weights
     assert short.total < full.total
 
 
 def test_the_largest_batch_is_the_last_that_fits() -> None:
-    spec = job(adapter=LORA)
-    found = Job(spec)
+    found = plain()
     budget = found.predict(9).peak + 1000
-    most = largest_batch(spec, budget)
+    most = found.largest_batch(budget)
     assert most >= 9
     assert found.predict(most).peak <= budget < found.predict(most + 1).peak
     assert found.largest_batch(found.predict(1).peak - 1) == 0
+    assert largest_batch(found.spec, 10**6) == 0
     # No batch holds more rows than there are.
     assert found.largest_batch(10**12) == len(found.encoded)
 
 
 def test_a_remedy_keeps_the_rows_of_a_step_and_fits() -> None:
     spec = job(adapter=LORA, batch_size=8)
-    found = Job(spec)
-    budget = (found.predict(8).peak + found.predict(4).peak) // 2
+    budget = (plain().predict(8).peak + plain().predict(4).peak) // 2
     cure = remedy(spec, budget)
     assert cure is not None
     assert cure.changes == {"training.batch_size": 4, "training.gradient_accumulation": 2}
     assert cure.prediction.peak <= budget
     assert "batch_size: 4" in cure.words()
-    assert remedy(spec, 10**6) is None
+    assert remedy(job(adapter=LORA, batch_size=1, gradient_checkpointing=True), 10**6) is None
 
 
 def test_data_that_cannot_be_read_means_rows_of_the_full_length(tmp_path: Path) -> None:
@@ -224,7 +230,7 @@ def test_data_that_cannot_be_read_means_rows_of_the_full_length(tmp_path: Path) 
     found = predict(missing)
     assert not found.measured_rows
     assert (found.length, found.tokens) == (96, 4 * 96)
-    assert found.total > predict(spec).total
+    assert found.total > plain().predict().total
 
 
 def test_a_stretched_row_keeps_the_share_of_its_targets() -> None:

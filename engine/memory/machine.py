@@ -26,6 +26,9 @@ TOKEN = 600
 SLACK = {"cpu": 0.32, "cuda": 0.0}
 """Share of what a step makes and frees again that stays resident beyond its own peak."""
 
+SLACK_CHECKPOINTING = 0.9
+"""The same with gradient checkpointing on the CPU: what is worked out again is freed between inputs that stay."""
+
 _PACKAGES = ("torch", "transformers", "diffusers", "datasets", "accelerate", "bitsandbytes", "safetensors", "gradio")
 
 
@@ -34,13 +37,14 @@ def overhead(device: str, vocabulary: int = 0) -> int:
     return OVERHEAD[device] + (TOKEN * vocabulary if device == "cpu" else 0)
 
 
-def slack(parts: Mapping[str, int], device: str) -> int:
+def slack(parts: Mapping[str, int], device: str, checkpointing: bool = False) -> int:
     """Bytes that the allocator keeps beyond the step's own peak.
 
     glibc serves blocks below its threshold (up to 32 MiB) from a heap, whose holes between longer-lived blocks cannot
     be given back; so it grows with what comes and goes, and not with what stays.
     """
-    return int(SLACK[device] * (parts["gradients"] + parts["activations"] + parts["logits"]))
+    share = SLACK_CHECKPOINTING if checkpointing and device == "cpu" else SLACK[device]
+    return int(share * (parts["gradients"] + parts["activations"] + parts["logits"]))
 
 
 def memory_limit(root: Path = Path("/")) -> int:

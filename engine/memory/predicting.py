@@ -167,7 +167,7 @@ class Job:
         converted = self.model.file_bytes if self.model.converted else 0
         return Prediction(
             **{name: int(parts[name]) for name in PARTS},
-            slack=slack(parts, self.device),
+            slack=slack(parts, self.device, spec.training.gradient_checkpointing),
             overhead=process,
             peak_loading=process + state["weights"] + converted,
             peak_checkpoint=process + sum(state.values()) + copies,
