@@ -47,6 +47,7 @@ class Simulation:
         with _quiet(), self.allocations:
             self._update()
         self.state = Counter(self.allocations.live)
+        self._updating = Counter(self.allocations.at_peak), self.allocations.peak
 
     def peak(self, batch: Batch) -> Counter[str]:
         """Part -> bytes at the peak of a step over this batch.
@@ -54,7 +55,8 @@ class Simulation:
         With gradient accumulation the second forward pass finds the first one's gradients there.
         """
         allocations, trainee, training = self.allocations, self.model.trainee, self.spec.training
-        updating = Counter(allocations.at_peak), allocations.peak
+        # Each batch begins with the peak of the optimizer's own step.
+        allocations.at_peak, allocations.peak = self._updating
         trainee.model.train()
         with _quiet(), allocations:
             extra = trainee.extra_loss()
@@ -66,10 +68,7 @@ class Simulation:
                 nn.utils.clip_grad_norm_(self.parameters, training.max_grad_norm)
         self.optimizer.zero_grad(set_to_none=True)
         trainee.model.eval()
-        found = allocations.at_peak
-        # The next batch begins where this one did.
-        allocations.at_peak, allocations.peak = updating
-        return found
+        return allocations.at_peak
 
     def _passes(self, batch: Batch) -> None:
         compute = self.model.compute
