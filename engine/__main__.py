@@ -1,4 +1,4 @@
-"""`python -m engine train | eval | generate`: the engine without a page.
+"""`python -m engine train | eval | generate | doctor`: the engine without a page.
 
 With `--json`, standard output carries one JSON object a line and nothing else; words for people go to standard error.
 """
@@ -87,6 +87,14 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--threads", type=int)
     generate.add_argument("--json", action="store_true", help="print one result a line")
     generate.set_defaults(command=_generate)
+
+    doctor = commands.add_parser("doctor", help="what this machine has, and whether a job fits its memory")
+    doctor.add_argument("--fit", type=Path, metavar="JOB", help="predict the peak memory of a YAML or JSON job")
+    doctor.add_argument("--budget", help="memory that it may take, such as 8GB (default: what is free now)")
+    doctor.add_argument("--device", choices=("cpu", "cuda"), help="where it would train (default: as training would)")
+    doctor.add_argument("--threads", type=int)
+    doctor.add_argument("--json", action="store_true", help="print one object")
+    doctor.set_defaults(command=_doctor)
     return parser
 
 
@@ -246,6 +254,22 @@ def _generate(arguments: argparse.Namespace) -> int:
         draft = arguments.out / f".results.{os.getpid()}"
         draft.write_text(json.dumps(results, ensure_ascii=False, indent=2), encoding="utf-8")
         draft.replace(arguments.out / "results.json")
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from engine.memory import doctor
+
+    if arguments.fit is None:
+        if arguments.budget or arguments.device:
+            raise ConfigError("--budget and --device are about a job.", "Name it: --fit JOB.yaml.")
+        found = doctor.machine()
+    else:
+        found = doctor.fit(arguments.fit, arguments.budget, arguments.device)
+    if arguments.json:
+        print(json.dumps(found, ensure_ascii=False), flush=True)
+    else:
+        print("\n".join(doctor.lines(found)))
     return 0
 
 

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from engine.memory.shortage import is_memory as is_memory
+
 Message = dict[str, Any]
-
-
-def is_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on the machine or on its accelerator."""
-    text = f"{type(error).__name__} {error}".lower()
-    return isinstance(error, MemoryError) or any(
-        words in text for words in ("out of memory", "outofmemory", "can't allocate memory", "cannot allocate memory")
-    )
 
 
 def memory_event(error: BaseException) -> Message:

@@ -78,7 +78,7 @@ def load_classifier(
             if part in heads:
                 if fresh:
                     _draw(model, module)
-                _in_float32(module)
+                in_float32(module)
     return model, tokenizer
 
 
@@ -117,7 +117,7 @@ def _draw(model: Any, head: nn.Module) -> None:
             torch.nn.init.zeros_(parameter)
 
 
-def _in_float32(head: nn.Module) -> None:
+def in_float32(head: nn.Module) -> None:
     """The head in float32, taking any input; its copies for adapters carry the hook with them."""
     head.float()
     head.register_forward_pre_hook(_widen)

@@ -20,6 +20,7 @@ from engine.models.progress import Progress
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_CHAT_TEMPLATE = (
@@ -184,14 +185,24 @@ def quantized_loading(
 def _skipped(quantization: str, place: torch.device, config: PreTrainedConfig, loader: Any) -> list[str] | None:
     """The layers to leave alone in 4 bits, those that transformers leaves alone among them; None for those alone."""
     import torch
+
+    with quiet(), torch.device("meta"):
+        model = loader.from_config(config, trust_remote_code=False)
+    own, others = kept_whole(model, quantization, place)
+    return [*others, *own] if others else None
+
+
+def kept_whole(model: nn.Module, quantization: str, place: torch.device) -> tuple[list[str], list[str]]:
+    """Names of the layers that a quantised load leaves in full precision: transformers' own choice, and ours.
+
+    `model` may be on the meta device.
+    """
     from transformers.quantizers.base import get_keys_to_not_convert
 
     from engine import bnb
 
-    with quiet(), torch.device("meta"):
-        model = loader.from_config(config, trust_remote_code=False)
-    kept = {*bnb.unfit(model, quantization, place), *bnb.grouped_values(model)}
-    return [*kept, *get_keys_to_not_convert(model)] if kept else None
+    ours = {*bnb.unfit(model, quantization, place), *bnb.grouped_values(model)} if quantization != "int8" else set()
+    return list(get_keys_to_not_convert(model)), sorted(ours)
 
 
 def load_tokenizer(name: str, on_progress: Progress | None = None) -> PreTrainedTokenizerBase:
@@ -222,11 +233,16 @@ AUTO_CLASSES = {
 """Task -> transformers' class that builds its model."""
 
 
-def meta_model(name: str, on_progress: Progress | None = None, task: str | None = None) -> PreTrainedModel:
+def meta_model(
+    name: str,
+    on_progress: Progress | None = None,
+    task: str | None = None,
+    configure: Callable[[Any], Any] | None = None,
+) -> PreTrainedModel:
     """The model on torch's meta device: every shape, no weights, next to no memory. For counting.
 
     `task` says with which head (of `text_to_image` it is the UNet); by default the first that a built-in model is meant
-    for, else `causal_lm`.
+    for, else `causal_lm`. `configure` gets the model's config before it is built, to change it.
 
     Raises:
         ModelError, UnsafeFileError: as `load_causal_lm`.
@@ -241,6 +257,8 @@ def meta_model(name: str, on_progress: Progress | None = None, task: str | None 
         return meta_unet(name, on_progress)
     config = load_config(name, on_progress)
     kind = task or first or "causal_lm"
+    if configure:
+        configure(config)
     try:
         with quiet(), torch.device("meta"):
             build: Any = getattr(transformers, AUTO_CLASSES[kind]).from_config

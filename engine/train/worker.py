@@ -36,8 +36,23 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
         `done`, `stopped` or `paused`.
 
     Raises:
+        ShortageError: memory ran out; it says what was predicted and what would fit.
         EngineError: the job cannot run or go on; nothing that was saved before is lost.
     """
+    from engine.memory.shortage import is_memory, shortage
+
+    try:
+        return _run(spec, out, sink, control, resume)
+    except (MemoryError, RuntimeError) as error:
+        if not is_memory(error):
+            raise
+        from engine.models.loading import default_device
+
+        # The frames hold the model.
+        raise shortage(spec, error.with_traceback(None), default_device()) from None
+
+
+def _run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool) -> str:
     import torch
     from accelerate import Accelerator
     from accelerate.utils import set_seed
@@ -80,7 +95,7 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
     loaded = task.load(loading, accelerator.device, tell)
     set_seed(spec.training.seed)
     if spec.training.gradient_checkpointing:
-        _checkpoint_activations(loaded.model)
+        checkpoint_activations(loaded.model)
     trainee: Trainee
     if config is None:
         trainee = FullTrainee(loaded, task)
@@ -118,7 +133,7 @@ def run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool = F
     )
 
 
-def _checkpoint_activations(model: Any) -> None:
+def checkpoint_activations(model: Any) -> None:
     """Activations are worked out again in the backward pass; transformers and diffusers have a name each for it."""
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

@@ -1,0 +1,133 @@
+"""An allocator that only counts: every storage that torch makes adds its bytes, its end takes them away again.
+
+Run a training step on tensors without data (torch's `FakeTensorMode`) under `Allocations`, and its peak is what the
+same step needs with data. torch chooses its kernels by shape and device, so that attention, autocast, gradient
+checkpointing and whatever the wrappers save is followed as it is, not as somebody once wrote it down.
+
+Integers stay real in such a step: positions and masks are read by the model's own code, and cost next to nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+def _gemm_4bit(arguments: Sequence[Any]) -> int:
+    """bitsandbytes' CPU kernel dequantises the whole weight, in the activations' type, and then multiplies."""
+    x, shape = arguments[0], arguments[2]
+    return int(math.prod(shape) * x.element_size())
+
+
+HIDDEN: Mapping[str, Callable[[Sequence[Any]], int]] = {"bitsandbytes::gemm_4bit": _gemm_4bit}
+"""Operators that allocate within themselves what torch is not told of -> bytes, from their arguments."""
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of live storages by what they are for.
+
+    Attributes:
+        live: part -> bytes now.
+        peak: the largest sum so far.
+        at_peak: `live` at that moment.
+        part: what new storages are taken for; those whose last dimension is `vocabulary` are `logits`.
+    """
+
+    def __init__(self, vocabulary: int = 0) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.live: Counter[str] = Counter()
+        self.peak = 0
+        self.at_peak: Counter[str] = Counter()
+        self.part = "activations"
+        # Storage's address -> its bytes, its part, and what tells its end.
+        self._known: dict[int, tuple[int, str, Any]] = {}
+
+    @property
+    def total(self) -> int:
+        return sum(self.live.values())
+
+    @contextmanager
+    def allocating(self, part: str) -> Iterator[None]:
+        """What is new within belongs to `part`."""
+        before, self.part = self.part, part
+        try:
+            yield
+        finally:
+            self.part = before
+
+    def hold(self, tensors: Iterable[Tensor], part: str) -> None:
+        """Count these tensors as `part`, whatever they were taken for before."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            found = self._known.get(storage._cdata)
+            if found is None:
+                self._add(tensor, part)
+            elif found[1] != part:
+                size, former, end = found
+                self._known[storage._cdata] = (size, part, end)
+                self.live[former] -= size
+                self.live[part] += size
+
+    def touch(self, size: int) -> None:
+        """Bytes that are there for a moment."""
+        self._note(size)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = func._schema.name
+        hidden = HIDDEN.get(name)
+        if hidden:
+            self.touch(hidden(args))
+        if name.startswith(("aten::index", "aten::_index_put")):
+            args = _by_number(args)
+        out = func(*args, **(kwargs or {}))
+        for value in tree_iter(out):
+            if isinstance(value, Tensor):
+                self._add(value, self.part)
+        return out
+
+    def _add(self, tensor: Tensor, part: str) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = int(storage.nbytes())
+        if self.vocabulary and part == "activations" and tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary:
+            part = "logits"
+
+        def ended(_: Any) -> None:
+            size, part, _ = self._known.pop(key)
+            self.live[part] -= size
+
+        self._known[key] = (size, part, weakref.ref(storage, ended))
+        self.live[part] += size
+        self._note()
+
+    def _note(self, extra: int = 0) -> None:
+        total = self.total + extra
+        if total > self.peak:
+            self.peak = total
+            self.at_peak = self.live + Counter({"activations": extra})
+
+
+def _by_number(args: Sequence[Any]) -> Sequence[Any]:
+    """Masks among an index as the places where they are true: without data, torch could not tell how many there are."""
+    if len(args) < 2 or not isinstance(args[1], list | tuple):
+        return args
+    places: list[Any] = []
+    for index in args[1]:
+        mask = isinstance(index, Tensor) and index.dtype is torch.bool and not isinstance(index, FakeTensor)
+        places += index.nonzero().unbind(1) if mask else [index]
+    return (args[0], places, *args[2:])

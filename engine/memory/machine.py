@@ -1,0 +1,110 @@
+"""This machine: what it has, what a worker takes of it before any model, and what its C allocator keeps. Torch-free.
+
+The constants are measured, not derived: `python -m bench.memory_fit` holds them against whole processes.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from engine import threads
+
+OVERHEAD = {"cpu": 390_000_000, "cuda": 500_000_000}
+"""Bytes of a worker beside its tensors: interpreter, torch, transformers, bitsandbytes, what kernels touch and keep. On
+CUDA the context alone, which is on the card (not measured here)."""
+
+TOKEN = 600
+"""Bytes of a tokenizer for each token that it knows."""
+
+SLACK = {"cpu": 0.32, "cuda": 0.0}
+"""Share of what a step makes and frees again that stays resident beyond its own peak."""
+
+SLACK_CHECKPOINTING = 0.9
+"""The same with gradient checkpointing on the CPU: what is worked out again is freed between inputs that stay."""
+
+_PACKAGES = ("torch", "transformers", "diffusers", "datasets", "accelerate", "bitsandbytes", "safetensors", "gradio")
+
+
+def overhead(device: str, vocabulary: int = 0) -> int:
+    """Bytes of a worker's process beside the tensors of its job; its tokenizer knows `vocabulary` tokens."""
+    return OVERHEAD[device] + (TOKEN * vocabulary if device == "cpu" else 0)
+
+
+def slack(parts: Mapping[str, int], device: str, checkpointing: bool = False) -> int:
+    """Bytes that the allocator keeps beyond the step's own peak.
+
+    glibc serves blocks below its threshold (up to 32 MiB) from a heap, whose holes between longer-lived blocks cannot
+    be given back; so it grows with what comes and goes, and not with what stays.
+    """
+    share = SLACK_CHECKPOINTING if checkpointing and device == "cpu" else SLACK[device]
+    return int(share * (parts["gradients"] + parts["activations"] + parts["logits"]))
+
+
+def memory_limit(root: Path = Path("/")) -> int:
+    """Bytes of memory of this machine, or of its container where that allows less."""
+    total = int(psutil.virtual_memory().total)
+    limits = [total]
+    for name in ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limits.append(int((root / name).read_text(encoding="ascii")))
+        except (OSError, ValueError):
+            continue
+    return min(limits)
+
+
+def available(device: str = "cpu") -> int:
+    """Bytes that a new process could take now."""
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0])
+    return min(int(psutil.virtual_memory().available), memory_limit())
+
+
+def describe() -> dict[str, Any]:
+    """The machine for a person and for a benchmark's file; imports torch."""
+    import torch
+
+    from engine.models.loading import auto_precision, default_device
+
+    device = default_device()
+    packages = {}
+    for name in _PACKAGES:
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            packages[name] = "missing"
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "processor": _processor(),
+        "cores": threads.available_cores(),
+        "cpus": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "memory": memory_limit(),
+        "available": available(),
+        "device": device,
+        "precision": auto_precision(device),
+        "gpus": [
+            {"name": torch.cuda.get_device_name(i), "memory": int(torch.cuda.get_device_properties(i).total_memory)}
+            for i in range(torch.cuda.device_count())
+        ],
+        "packages": packages,
+    }
+
+
+def _processor() -> str:
+    """The processor's name as Linux gives it; empty where that cannot be read."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -1,0 +1,222 @@
+"""Predict a job's peak, the largest batch within a budget, and what to change where it does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import ConfigError
+from engine.memory.machine import overhead, slack
+from engine.memory.prediction import PARTS, Prediction
+from engine.train.job import JobSpec, TrainingSpec
+
+if TYPE_CHECKING:
+    from engine.memory.rows import Heaviest, Rows
+
+TASKS = ("causal_lm", "preference", "seq2seq", "classification")
+"""The tasks whose memory can be predicted."""
+
+MOST_ROWS = 4096
+"""No larger batch is looked for."""
+
+
+class PredictionError(ConfigError):
+    """The memory of this job cannot be predicted."""
+
+    code = "prediction"
+
+
+def predict(
+    spec: JobSpec, *, device: str = "cpu", batch_size: int | None = None, length: int | None = None
+) -> Prediction:
+    """The peak memory of a job, from a model without data: two optimizer steps over its heaviest batch.
+
+    Args:
+        spec: the job.
+        device: `cpu` or `cuda`.
+        batch_size: instead of the job's own.
+        length: tokens of every row; left out: the job's rows as they are, where they can be read, else `max_length`.
+
+    Raises:
+        PredictionError: a task that this cannot follow.
+        EngineError: as the training itself would, for a model, an adapter or a task's options that cannot work.
+    """
+    return Job(spec, device).predict(batch_size, length)
+
+
+def largest_batch(spec: JobSpec, budget_bytes: int, *, device: str = "cpu") -> int:
+    """The most rows in a batch with which the job's peak is within the budget; 0 where not even one row is.
+
+    No more than the job has rows to fill a batch with, and than `MOST_ROWS`.
+    """
+    return Job(spec, device).largest_batch(budget_bytes)
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change with which a job fits.
+
+    Attributes:
+        changes: key of the job -> its new value, such as `{"training.batch_size": 2, "quantization": "nf4"}`.
+        prediction: of the changed job.
+    """
+
+    changes: Mapping[str, Any]
+    prediction: Prediction
+
+    def words(self) -> str:
+        """The changes as a person would write them: `training.batch_size: 2, quantization: nf4`."""
+        return ", ".join(
+            f"{key}: {str(value).lower() if isinstance(value, bool) else value}" for key, value in self.changes.items()
+        )
+
+
+def remedy(spec: JobSpec, budget: int, *, device: str = "cpu") -> Remedy | None:
+    """The first change that brings a job's peak within `budget` bytes; None if none of them does.
+
+    They come in the order of what they cost: smaller batches with as many rows in a step, which learn the same;
+    gradient checkpointing, which takes time; another optimizer; a base in 4 bits, which changes the result; and these
+    together.
+    """
+    return Job(spec, device).remedy(budget)
+
+
+class Job:
+    """One job's predictions, its rows and its model made once.
+
+    Raises:
+        PredictionError, EngineError: as `predict`.
+    """
+
+    def __init__(self, spec: JobSpec, device: str = "cpu", like: Job | None = None) -> None:
+        from engine.memory import rows as reading
+        from engine.memory.shapes import shaped
+        from engine.memory.step import Simulation
+        from engine.tasks import get_task
+
+        if spec.task not in TASKS:
+            raise PredictionError(
+                f"The memory of the task {spec.task} cannot be predicted yet; it can for {', '.join(TASKS)}.",
+                "Start with a batch of 1, and raise it while the machine has room.",
+            )
+        self.spec, self.device = spec, device
+        self.rows: Rows = like.rows if like else reading.read(spec, get_task(spec.task, spec.options))
+        self.model = shaped(spec, self.rows.task, device)
+        self.encoded: list[Any] = like.encoded if like else reading.encoded(self.rows, self.model.loaded, spec)
+        self.simulation = Simulation(spec, self.rows.task, self.model)
+        self._found: dict[tuple[int, int | None], Prediction] = {}
+
+    def predict(self, batch_size: int | None = None, length: int | None = None) -> Prediction:
+        """As `predict`."""
+        from engine.memory.rows import heaviest
+
+        key = (batch_size or self.spec.training.batch_size, length)
+        if key not in self._found:
+            spec = changed(self.spec, {"training.batch_size": key[0]})
+            self._found[key] = self._predicted(
+                spec, heaviest(self.rows.task, self.model.loaded, self.encoded, spec, length)
+            )
+        return self._found[key]
+
+    def largest_batch(self, budget: int) -> int:
+        """As `largest_batch`."""
+        most = min(MOST_ROWS, len(self.encoded) or MOST_ROWS)
+        fitting, failing, guess = 0, most + 1, 1
+        known: dict[int, int] = {}
+        while failing - fitting > 1:
+            gap = failing - fitting
+            known[guess] = self.predict(guess).peak
+            if known[guess] <= budget:
+                fitting = guess
+            else:
+                failing = guess
+            # Where the straight line left more than half of the gap, the middle is taken next.
+            straight = failing - fitting <= gap // 2 or len(known) < 3
+            guess = _next_guess(known, fitting, failing, budget) if straight else (fitting + failing) // 2
+        return fitting
+
+    def remedy(self, budget: int) -> Remedy | None:
+        """As `remedy`."""
+        for changes in _candidates(self.spec):
+            try:
+                job = Job(changed(self.spec, changes), self.device, like=self) if changes else self
+            except ConfigError:
+                # A method that cannot stand on a quantised base, for example.
+                continue
+            for batch in _batches(self.spec.training):
+                prediction = job.predict(batch["training.batch_size"])
+                if prediction.peak <= budget and (changes or batch["training.batch_size"] != self._batch_size):
+                    smaller = batch if batch["training.batch_size"] != self._batch_size else {}
+                    return Remedy({**changes, **smaller}, prediction)
+        return None
+
+    @property
+    def _batch_size(self) -> int:
+        return self.spec.training.batch_size
+
+    def _predicted(self, spec: JobSpec, found: Heaviest) -> Prediction:
+        parts = max((self.simulation.peak(batch) for batch in found.batches), key=lambda one: sum(one.values()))
+        state = self.simulation.state
+        process = overhead(self.device, len(self.model.loaded.processor))
+        # The loop writes none at its end; one on request (stop, pause) can come at any time, and is not counted.
+        copies = state["optimizer"] + self.simulation.trained
+        if found.steps is not None and found.steps <= spec.training.checkpoint_every:
+            copies = 0
+        converted = self.model.file_bytes if self.model.converted else 0
+        return Prediction(
+            **{name: int(parts[name]) for name in PARTS},
+            slack=slack(parts, self.device, spec.training.gradient_checkpointing),
+            overhead=process,
+            peak_loading=process + state["weights"] + converted,
+            peak_checkpoint=process + sum(state.values()) + copies,
+            batch_size=spec.training.batch_size,
+            tokens=found.tokens,
+            length=found.length,
+            measured_rows=found.measured,
+            device=self.device,
+        )
+
+
+def changed(spec: JobSpec, changes: Mapping[str, Any]) -> JobSpec:
+    """The job with other values; keys as in `Remedy.changes`."""
+    own = {key: value for key, value in changes.items() if "." not in key}
+    inner = {key.partition(".")[2]: value for key, value in changes.items() if "." in key}
+    return dataclasses.replace(spec, **own, training=dataclasses.replace(spec.training, **inner))
+
+
+def _candidates(spec: JobSpec) -> Iterator[dict[str, Any]]:
+    """Changes beside the batch's size, from the cheapest on; none at all comes first."""
+    checkpointing = {} if spec.training.gradient_checkpointing else {"training.gradient_checkpointing": True}
+    # Once the jobs have a choice of optimizers.
+    choice = "optimizer" in {item.name for item in dataclasses.fields(TrainingSpec)}
+    adafactor = {"training.optimizer": "adafactor"} if choice else {}
+    four = {"quantization": "nf4"} if not spec.full and spec.quantization in ("none", "int8") else {}
+    seen: list[dict[str, Any]] = []
+    for one in ({}, checkpointing, adafactor, {**checkpointing, **adafactor}, four, {**four, **checkpointing}):
+        if one not in seen:
+            seen.append(one)
+            yield one
+
+
+def _batches(training: TrainingSpec) -> Iterator[dict[str, int]]:
+    """The batch as it is, and each smaller one with which a step has as many rows."""
+    for size in range(training.batch_size, 0, -1):
+        if training.batch_size % size == 0:
+            times = training.gradient_accumulation * training.batch_size // size
+            yield {"training.batch_size": size, "training.gradient_accumulation": times}
+
+
+def _next_guess(known: Mapping[int, int], fitting: int, failing: int, budget: int) -> int:
+    """Where a straight line through two known peaks meets the budget; between the bounds."""
+    below = max((size for size in known if 0 < size <= fitting), default=0)
+    if not below:
+        return max(1, (fitting + failing) // 2)
+    others = [size for size in known if size and size != below]
+    if not others:
+        return min(failing - 1, 2 * below)
+    other = failing if failing in known else max(others)
+    slope = (known[other] - known[below]) / (other - below)
+    guess = below + int((budget - known[below]) / slope) if slope > 0 else 2 * below
+    return min(max(guess, fitting + 1), failing - 1)
