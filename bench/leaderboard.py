@@ -34,11 +34,15 @@ RATES = (0.3, 1.0, 3.0)
 
 @dataclass(frozen=True)
 class Contender:
-    """A row of the leaderboard: an adapter's fields (none for full fine-tuning) and its learning rate."""
+    """A row of the leaderboard: an adapter's fields (none for full fine-tuning) and its learning rate.
+
+    `passes` multiplies the epochs; the row's title says so.
+    """
 
     title: str
     rate: float
     adapter: dict[str, Any] = field(default_factory=dict)
+    passes: float = 1.0
 
     def job(self, data: Path, seed: int, epochs: float, rate: float) -> dict[str, Any]:
         """The job, as YAML would hold it."""
@@ -49,7 +53,7 @@ class Contender:
             "data": {"path": str(data), "eval_split": 0.25},
             **kind,
             "training": {
-                "epochs": epochs,
+                "epochs": epochs * self.passes,
                 "batch_size": 16,
                 "learning_rate": rate,
                 "warmup_ratio": 0.1,
@@ -75,6 +79,9 @@ CONTENDERS = {
     "full": Contender("Full fine-tuning", 0.0002),
     "lora": Contender("LoRA, query and value", 0.003, _low_rank("lora")),
     "lora-all": Contender("LoRA, every linear layer", 0.002, _low_rank("lora", 4, target_modules=_LINEAR)),
+    "lora-long": Contender(
+        "LoRA, every linear layer, twice the epochs", 0.002, _low_rank("lora", 4, target_modules=_LINEAR), passes=2
+    ),
     "dora": Contender("DoRA", 0.009, _low_rank("dora")),
     "adalora": Contender(
         "AdaLoRA",
