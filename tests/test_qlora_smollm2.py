@@ -16,7 +16,7 @@ from engine.train.job import JobSpec
 from tests.test_first_lora import ROOT, command
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
-STEPS = 36
+STEPS = 90
 
 
 @pytest.fixture(scope="module")
