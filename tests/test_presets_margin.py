@@ -41,6 +41,8 @@ class Case:
     margin: float
     training: dict[str, Any] = field(default_factory=dict)
     rows: str = ""
+    eval_split: float = 0.0
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 # Passes over all rows become a few steps: the clock. Rates of 1e-6 to 5e-4 are for real models over many more steps;
@@ -64,7 +66,10 @@ CASES = {
     ("captioning", "artistic"): Case(2.0, {"max_steps": 12, "learning_rate": 0.005}),
     ("text_to_image", "quick-look"): Case(0.01, {"max_steps": 30}),
     ("text_to_image", "captioned"): Case(0.01, {"max_steps": 30, "learning_rate": 0.002}),
-    ("text_to_image", "dreambooth"): Case(0.01, {"max_steps": 30, "learning_rate": 0.002}),
+    # Few pictures of the class, and rows held back to compare with.
+    ("text_to_image", "dreambooth"): Case(
+        0.01, {"max_steps": 30, "learning_rate": 0.002}, eval_split=0.1, options={"class_pictures": 2, "steps": 5}
+    ),
     ("classification", "quick-look"): Case(0.15),
     ("classification", "classify"): Case(0.1),
     ("classification", "every-layer"): Case(0.35),
@@ -80,14 +85,14 @@ def bert(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def job(task: str, name: str, base: str, training: dict[str, Any]) -> dict[str, Any]:
-    preset = presets.tasks()[task].presets[name]
+    preset, case = presets.tasks()[task].presets[name], CASES[task, name]
     # Two checks are enough to compare: one before and one after.
     last = {"eval_every": 1000, "checkpoint_every": 1000}
     return {
         "task": task,
         "model": base,
-        "data": {"path": str(EXAMPLES / (CASES[task, name].rows or ROWS[task])), "eval_split": preset.eval_split},
-        "options": dict(preset.options),
+        "data": {"path": str(EXAMPLES / (case.rows or ROWS[task])), "eval_split": preset.eval_split or case.eval_split},
+        "options": {**preset.options, **case.options},
         "quantization": preset.quantization,
         "adapter": {key: value for key, value in preset.adapter.items() if value is not None},
         "training": {**preset.training, **last, **training},
