@@ -310,7 +310,11 @@ def test_each_data_set_brings_its_task_and_a_task_finds_its_data_set(page: Any, 
         ("captain_preferences.jsonl", "Better and worse answers", "SmolLM2 135M Instruct"),
     ):
         page.goto(f"{server}/?tab=data")
+        # The set before this one is shown until the new one is read.
+        page.wait_for_timeout(1500)
+        before = "".join(page.locator("#data-use").all_inner_texts())
         page.set_input_files("#data-file input[type=file]", str(REPOSITORY / "examples" / name))
+        sync_api.expect(page.locator("#data-use")).not_to_have_text(before, timeout=60_000)
         page.click("#data-use")
         chosen("task").to_have_value(task)
         chosen("base").to_have_value(base)
