@@ -429,7 +429,8 @@ def test_the_samples_are_what_their_script_writes(tmp_path: Path, monkeypatch: p
 
     sample_data.write(tmp_path)
     expected = {"captain_preferences.jsonl": ("preferences", 304), "captain_parallel.csv": ("parallel", 304),
-                "question_topics.csv": ("labels", 320), "old_english.csv": ("parallel", 1200)}  # fmt: skip
+                "question_topics.csv": ("labels", 320), "old_english.csv": ("parallel", 1200),
+                "small_functions.jsonl": ("alpaca", 123)}  # fmt: skip
     assert {path.name for path in tmp_path.iterdir()} == set(expected)
     notice = (REPOSITORY / "NOTICE").read_text(encoding="utf-8")
     for name, (format, rows) in expected.items():
