@@ -189,10 +189,10 @@ def measured_table(rows: Sequence[Mapping[str, Any]]) -> str:
             f'<span class="num">{row["trainable"]:,}</span>',
             f'<span class="num">{size(row["bytes"])}</span>',
             f'<span class="num">{size(row["peak_bytes"])}</span>',
-            f'<span class="num">{seconds(row["seconds"])}</span>',
+            f'<span class="num">{seconds(row["cpu_seconds"])}</span>',
             f'<span class="num">{row["seeds"]}</span>',
         ]
         for row in rows
     ]
-    heads = ["method", "accuracy", "macro F1", "trained", "size", "peak memory", "time", "seeds"]
+    heads = ["method", "accuracy", "macro F1", "trained", "size", "peak memory", "CPU time", "seeds"]
     return table(heads, lines, "Measured by python -m bench.leaderboard; not with your runs. Means over seeds.")

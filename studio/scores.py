@@ -283,7 +283,7 @@ def measured(path: Path = MEASURED) -> list[Row]:
                 "trainable": group[0]["trainable"],
                 "bytes": group[0]["bytes"],
                 "peak_bytes": max(run["peak_bytes"] for run in group),
-                **{key: statistics.fmean(run[key] for run in group) for key in ("accuracy", "macro_f1", "seconds")},
+                **{key: statistics.fmean(run[key] for run in group) for key in ("accuracy", "macro_f1", "cpu_seconds")},
             }
             for name, group in grouped.items()
         ]

@@ -193,7 +193,7 @@ def test_the_measured_leaderboard_is_shown_only_with_runs(tmp_path: Path) -> Non
     assert scores.measured(path) == []
     path.write_text('{"runs": []}')
     assert scores.measured(path) == []
-    run = {"contender": "lora", "trainable": 5, "bytes": 7, "peak_bytes": 3, "macro_f1": 0.5, "seconds": 2.0}
+    run = {"contender": "lora", "trainable": 5, "bytes": 7, "peak_bytes": 3, "macro_f1": 0.5, "cpu_seconds": 2.0}
     runs = [{**run, "accuracy": 0.6}, {**run, "accuracy": 0.8}, {**run, "contender": "full", "accuracy": 0.9}]
     path.write_text(json.dumps({"runs": runs}))
     found = scores.measured(path)

@@ -40,7 +40,7 @@ from engine.train.checkpoints import list_checkpoints, read_state, restore_check
 from engine.train.events import Control, Sink
 from engine.train.job import JobSpec
 from engine.train.optim import make_optimizer, rate_at, set_rate
-from engine.train.parallel import Group, Shared, Silent
+from engine.train.parallel import Group, Shared
 from engine.train.trainee import Trainee
 
 _STRETCH = 16
@@ -90,8 +90,6 @@ class Run:
         if not self.parameters:
             raise TrainingError(f"The {self.trainee.kind} has no parameters to train.", "Check target_modules.")
         if self.group.size > 1:
-            if not self.group.speaks:
-                self.sink = Silent()
             self.control = Shared(self.control, self.group)
             adapter = [] if self.spec.full else [p for p in self.trainee.model.parameters() if p.requires_grad]
             self.group.spread(self.trainee.model, adapter)
