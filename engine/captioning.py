@@ -14,6 +14,7 @@ from engine.errors import ConfigError, PromptError
 
 if TYPE_CHECKING:
     from engine.generation import Piece, Sampling
+    from engine.model import PeftModel
 
 
 @torch.no_grad()
@@ -105,6 +106,35 @@ class Captioner:
         else:
             self.model = model.unload()
 
+    @property
+    def parts(self) -> dict[str, PeftModel]:
+        """The model with its adapters, if it has any."""
+        from engine.model import PeftModel
+
+        return {"model": self.model} if isinstance(self.model, PeftModel) else {}
+
+    def _pixels(self, messages: Sequence[Mapping[str, str]]) -> Tensor:
+        where = messages[-1].get("image", "") if messages else ""
+        if not where:
+            raise PromptError("There is no picture.", "Choose the picture that should be described.")
+        found: Tensor = self.processor.image_processor(open_picture(where), return_tensors="pt")["pixel_values"]
+        return found
+
+    def as_switched(
+        self, messages: Sequence[Mapping[str, str]], names: Sequence[str], sampling: Sampling
+    ) -> Generator[Piece, None, None]:
+        """One finished piece, from the model as it is switched now, which goes on from the first adapter's words.
+
+        Raises:
+            PromptError, PictureError: as `stream`.
+        """
+        from engine.generation import Piece
+        from engine.tasks.captioning import TASK
+
+        prefix = TASK.restored(self._attached[names[0]]).prefix if names else ""
+        text, ended = caption(self.model, self.processor, self._pixels(messages), prefix, sampling)
+        yield Piece(0, text, True, "stop" if ended else "length")
+
     def stream(
         self, messages: Sequence[Mapping[str, str]], who: Sequence[str | None], sampling: Sampling
     ) -> Generator[Piece, None, None]:
@@ -118,15 +148,12 @@ class Captioner:
         from engine.generation import Piece
         from engine.tasks.captioning import TASK
 
-        where = messages[-1].get("image", "") if messages else ""
-        if not where:
-            raise PromptError("There is no picture.", "Choose the picture that should be described.")
+        pixels = self._pixels(messages)
         for name in who:
             if name is not None and name not in self._attached:
                 raise ConfigError(
                     f"There is no adapter {name!r} here.", f"Attached: {', '.join(self._attached) or 'none'}."
                 )
-        pixels = self.processor.image_processor(open_picture(where), return_tensors="pt")["pixel_values"]
         first = next((self._attached[name] for name in who if name is not None), None)
         for number, name in enumerate(who):
             # The base goes on from the same words as the first adapter.

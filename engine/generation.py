@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from engine.errors import ConfigError, PromptError
+
+if TYPE_CHECKING:
+    from engine.model import PeftModel
 
 _UNFINISHED = "\ufffd"
 
@@ -252,6 +255,30 @@ class Answerer:
             self.model.delete_adapter(name)
         else:
             self.model = self.model.unload()
+
+    @property
+    def parts(self) -> dict[str, PeftModel]:
+        """The model with its adapters, if it has any."""
+        from engine.model import PeftModel
+
+        return {"model": self.model} if isinstance(self.model, PeftModel) else {}
+
+    def as_switched(
+        self, messages: Sequence[Mapping[str, str]], names: Sequence[str], sampling: Sampling
+    ) -> Generator[Piece, None, None]:
+        """One column, from the model as it is switched now; the words before a prompt are those of the first of `names`.
+
+        Raises:
+            PromptError: as `stream`.
+        """
+        if self.rewrites:
+            from engine.seq2seq import write
+
+            prompt = str(messages[-1].get("content", "")) if messages else ""
+            text, ended = write(self.model, self.tokenizer, self._asked(prompt, names, None), sampling)
+            yield Piece(0, text, True, "stop" if ended else "length")
+            return
+        yield from decode(self.model, self.tokenizer, encode_prompt(self.tokenizer, messages), (), sampling)
 
     def _asked(self, prompt: str, who: Sequence[str | None], name: str | None) -> str:
         """The prompt with the words that the adapter was trained with; the base gets those of the first adapter."""

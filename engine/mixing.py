@@ -29,6 +29,8 @@ from engine.adapters.base import CONV1D, EMBEDDING, layer_kind, master
 from engine.adapters.ia3 import IA3Input
 from engine.adapters.lora import LoraConfig
 from engine.adapters.lowrank import LowRankWeights
+from engine.combinations import COMBINATIONS as COMBINATIONS
+from engine.combinations import PRUNING
 from engine.errors import ConfigError
 from engine.inject import base_modules, matches
 from engine.layers import AdapterLayer
@@ -36,9 +38,6 @@ from engine.task_vectors import DRIVERS, Pair, Recipe, core, cut, dense_svd
 
 if TYPE_CHECKING:
     from engine.model import PeftModel
-
-_PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
-COMBINATIONS = ("svd", "cat", "linear", *_PRUNING, *(f"{name}_svd" for name in _PRUNING))
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,7 @@ def add_weighted_adapter(
         bias = _bias(layer, here)
         if bias is not None and bias.any():
             biases[layer.module_name] = bias
-    if biases and kind in _PRUNING:
+    if biases and kind in PRUNING:
         raise ConfigError(
             f"combination_type {how!r} says nothing of biases, and the adapters change that of {next(iter(biases))}.",
             "Use svd, or cat for LoRA adapters.",

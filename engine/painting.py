@@ -96,6 +96,11 @@ class Painter:
         return self.models.get("unet")
 
     @property
+    def parts(self) -> dict[str, PeftModel]:
+        """Component -> model with adapters, for those that have any."""
+        return self.models
+
+    @property
     def attached(self) -> tuple[str, ...]:
         return tuple(self._attached)
 
@@ -177,3 +182,17 @@ class Painter:
                     self.pipeline, prompt, seed=sampling.seed, steps=sampling.steps, guidance=sampling.guidance
                 )
             yield Piece(number, "", True, "stop", made[0])
+
+    def as_switched(
+        self, messages: Sequence[Mapping[str, str]], names: Sequence[str], sampling: Sampling
+    ) -> Generator[Piece, None, None]:
+        """One picture, from the pipeline as it is switched now.
+
+        Raises:
+            PromptError: the prompt is empty.
+        """
+        from engine.generation import Piece
+
+        prompt = str(messages[-1].get("content", "")) if messages else ""
+        made = paint(self.pipeline, prompt, seed=sampling.seed, steps=sampling.steps, guidance=sampling.guidance)
+        yield Piece(0, "", True, "stop", made[0])

@@ -196,6 +196,28 @@ def reduce_lora_rank(
     return report
 
 
+@torch.no_grad()
+def rank_errors(model: PeftModel, adapter_name: str = "default") -> list[float]:
+    """What lowering the rank would cost: entry r - 1 is ||dW' - dW|| / ||dW|| over all modules after
+    `reduce_lora_rank(r=r)`, up to the largest rank there is, where it is 0.
+
+    Raises:
+        ConfigError: the adapter is not LoRA, or is merged.
+    """
+    _, layers = _lora(model, adapter_name, "rank_errors")
+    squares = []
+    for layer in layers:
+        weights: Any = layer.adapters[adapter_name]
+        a, b = weights.matrices()
+        squares.append(core([(weights.scale * a, b)])[1].double().square())
+    total = sum(float(values.sum()) for values in squares)
+    largest = max(len(values) for values in squares)
+    return [
+        math.sqrt(sum(float(values[r:].sum()) for values in squares) / total) if total else 0.0
+        for r in range(1, largest + 1)
+    ]
+
+
 def _enough(squares: Tensor, energy: float | None) -> int:
     """How many of the sorted values reach the share of their sum; at least 1."""
     if energy is None:
