@@ -141,7 +141,7 @@ def blend_error(model: PeftModel, blend: Blend, name: str) -> float:
 
 
 def save_blend(parts: Mapping[str, PeftModel], blend: Blend, folder: str | Path) -> float:
-    """Write the blend in PEFT's format, a pipeline's text encoders in folders of their names; returns its `blend_error`.
+    """Write the blend in PEFT's format, a pipeline's text encoders in folders of their names; gives its `blend_error`.
 
     Args:
         parts: component -> model; `unet`, or the only one, lies in the folder itself.

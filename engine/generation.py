@@ -266,7 +266,7 @@ class Answerer:
     def as_switched(
         self, messages: Sequence[Mapping[str, str]], names: Sequence[str], sampling: Sampling
     ) -> Generator[Piece, None, None]:
-        """One column, from the model as it is switched now; the words before a prompt are those of the first of `names`.
+        """One column, from the model as it is switched now; words before the prompt are those of the first of `names`.
 
         Raises:
             PromptError: as `stream`.

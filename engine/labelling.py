@@ -13,6 +13,7 @@ from engine.errors import CheckpointError, ConfigError, EngineError, PromptError
 
 if TYPE_CHECKING:
     from engine.generation import Piece, Sampling
+    from engine.model import PeftModel
     from engine.tasks.classification import Classifier
 
 UNTRAINED = "(the base has no labels of its own)"
@@ -65,6 +66,14 @@ class Labeller:
     @property
     def attached(self) -> tuple[str, ...]:
         return tuple(self._tasks)
+
+    @property
+    def parts(self) -> dict[str, PeftModel]:
+        """Label set -> its base with adapters."""
+        from engine.model import PeftModel
+
+        found = {", ".join(key[0]): model for key, (model, _) in self._models.items()}
+        return {name: model for name, model in found.items() if isinstance(model, PeftModel)}
 
     def _restored(self, folder: Path) -> Classifier:
         from engine.tasks.classification import TASK

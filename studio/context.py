@@ -8,8 +8,10 @@ from pathlib import Path
 from engine.paths import studio_home
 from studio.inference import Inference
 from studio.jobs import Jobs
+from studio.library import Library
 from studio.scoring import Scoring
 from studio.store import Store
+from studio.works import Works
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class Studio:
         jobs: the queue and its runs.
         inference: the process that holds a base.
         scoring: evaluations of runs, and what came of them.
+        library: the adapters, and mixes of them.
+        works: long work on adapters.
     """
 
     home: Path
@@ -29,6 +33,8 @@ class Studio:
     jobs: Jobs
     inference: Inference
     scoring: Scoring
+    library: Library
+    works: Works
 
     @classmethod
     def open(cls, home: Path | None = None) -> Studio:
@@ -36,7 +42,8 @@ class Studio:
         home = home or studio_home()
         store = Store(home)
         jobs = Jobs(store, home)
-        return cls(home, store, jobs, Inference(home), Scoring(store, jobs))
+        library = Library(store, jobs)
+        return cls(home, store, jobs, Inference(home), Scoring(store, jobs), library, Works(store, home))
 
     def close(self) -> None:
         """End what belongs to this server: the queue's thread and the inference process. Runs and evaluations go on."""

@@ -116,17 +116,62 @@ class Inference:
         }
         yield from self._ask(request, base)
 
+    def mix(
+        self,
+        base: str,
+        adapters: Mapping[str, Path],
+        weights: Sequence[float],
+        blend: Mapping[str, Any],
+        messages: Sequence[Mapping[str, str]],
+        sampling: Mapping[str, Any],
+        task: str = "causal_lm",
+    ) -> Generator[Message, None, None]:
+        """As `generate`, one column, answered by the adapters together; only weights change between two calls.
+
+        Args:
+            base, messages, sampling, task: as `generate`.
+            adapters: name -> folder.
+            weights: one for each adapter, in order.
+            blend: the other fields of `engine.combinations.Blend`.
+
+        Raises:
+            InferenceError: as `generate`; or the adapters cannot be mixed so.
+        """
+        request = {
+            "op": "mix",
+            "base": base,
+            "adapters": {name: str(folder) for name, folder in adapters.items()},
+            "weights": list(weights),
+            "blend": dict(blend),
+            "messages": list(messages),
+            "sampling": dict(sampling),
+            "task": task,
+        }
+        yield from self._ask(request, base)
+
+    def rank_errors(self, base: str, name: str, folder: Path, task: str) -> list[float]:
+        """What `engine.resize.rank_errors` says of an adapter: entry r - 1 is the error that rank r costs.
+
+        Raises:
+            InferenceError: the adapter has no rank that can be changed, or the process ended.
+        """
+        request = {"op": "rank_errors", "base": base, "adapters": {name: str(folder)}, "task": task}
+        return list(self._result(request, base)["errors"])
+
+    def _result(self, request: Message, base: str | None) -> Message:
+        for message in self._ask(request, base):
+            if message["type"] == "result":
+                value: Message = message["value"]
+                return value
+        raise InferenceError("There was no answer.", "Try again.")
+
     def count(self, base: str, adapter: Mapping[str, Any], task: str = "causal_lm") -> Message:
         """What `engine.inspection.count` says about an adapter on a base with the head of a task.
 
         Raises:
             InferenceError: the fields do not fit the base, the base cannot be found, or the process ended.
         """
-        for message in self._ask({"op": "count", "base": base, "adapter": dict(adapter), "task": task}, None):
-            if message["type"] == "result":
-                value: Message = message["value"]
-                return value
-        raise InferenceError("The parameters could not be counted.", "Try again.")
+        return self._result({"op": "count", "base": base, "adapter": dict(adapter), "task": task}, None)
 
     def close(self) -> None:
         """End the process, if there is one."""

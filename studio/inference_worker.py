@@ -1,7 +1,8 @@
 """The process that holds one base model: JSON lines in, JSON lines out, ends when its input ends.
 
-In: `{"id", "op": "generate" | "count" | "cancel", ...}`. Out: `{"id", "type": "progress" | "piece" | "result" |
-"done" | "error", ...}`. Requests are answered one after the other; `cancel` is heard at once.
+In: `{"id", "op": "generate" | "mix" | "rank_errors" | "count" | "cancel", ...}`. Out: `{"id", "type":
+"progress" | "piece" | "result" | "done" | "error", ...}`. Requests are answered one after the other; `cancel` is heard
+at once.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -42,6 +43,7 @@ class Server:
     cancelled: set[str] = field(default_factory=set)
     answerer: Any = None
     attached: set[str] = field(default_factory=set)
+    blender: Any = None
 
     def send(self, message: Message) -> None:
         """One line to the client."""
@@ -75,6 +77,10 @@ class Server:
         try:
             if message["op"] == "generate":
                 self._generate(request, message)
+            elif message["op"] == "mix":
+                self._mix(request, message)
+            elif message["op"] == "rank_errors":
+                self._rank_errors(request, message)
             elif message["op"] == "count":
                 self._count(request, message)
         except EngineError as error:
@@ -87,24 +93,57 @@ class Server:
             self.send({"id": request, **unexpected_event(error)})
 
     def _generate(self, request: str, message: Message) -> None:
-        from engine.captioning import Captioner
-        from engine.generation import Answerer, Sampling
-        from engine.labelling import Labeller, labels
-        from engine.painting import Painter
-        from engine.sheets import write_picture
+        from engine.generation import Sampling
 
-        def progress(phase: str, fraction: float | None, text: str) -> None:
-            self.send({"id": request, "type": "progress", "phase": phase, "fraction": fraction, "message": text})
+        self._prepare(request, message)
+        self._pieces(
+            request, self.answerer.stream(message["messages"], message["who"], Sampling(**message["sampling"]))
+        )
+
+    def _mix(self, request: str, message: Message) -> None:
+        """One column from the adapters together: only the switchboard changes, or a combination is made once."""
+        from engine.combinations import LIVE, Blend
+        from engine.generation import Sampling
+
+        names = list(message["adapters"])
+        blend = Blend(dict(zip(names, message["weights"], strict=True)), **message["blend"])
+        self._prepare(request, message)
+        if blend.how != LIVE:
+            self._tell(request, "combining", None, "Combining the adapters")
+        with self.blender.applied(self.answerer.parts, blend):
+            self._pieces(
+                request, self.answerer.as_switched(message["messages"], names, Sampling(**message["sampling"]))
+            )
+
+    def _rank_errors(self, request: str, message: Message) -> None:
+        from engine.resize import rank_errors
+
+        self._prepare(request, message)
+        (name,) = message["adapters"]
+        told = [rank_errors(part, name) for part in self.answerer.parts.values() if name in part.peft_config]
+        # Of a pipeline's parts, the one that suffers most.
+        longest = max(len(errors) for errors in told)
+        value = [max(errors[r] if r < len(errors) else 0.0 for errors in told) for r in range(longest)]
+        self.send({"id": request, "type": "result", "value": {"errors": value}})
+
+    def _tell(self, request: str, phase: str, fraction: float | None, text: str) -> None:
+        self.send({"id": request, "type": "progress", "phase": phase, "fraction": fraction, "message": text})
+
+    def _prepare(self, request: str, message: Message) -> None:
+        """The base in memory with exactly these adapters on it; what is there already stays."""
+        from engine.blending import Blender
 
         adapters: dict[str, str] = message["adapters"]
-        make: Any = Captioner
-        if message.get("task") == "text_to_image":
-            make = Painter
-        elif not message["messages"][-1].get("image"):
-            make = Labeller if labels(message["base"], [Path(folder) for folder in adapters.values()]) else Answerer
+        make = self._answerer_class(message, adapters)
         if not isinstance(self.answerer, make):
-            self.answerer, self.attached = None, set()
+            self.answerer, self.attached, self.blender = None, set(), Blender()
+
+            def progress(phase: str, fraction: float | None, text: str) -> None:
+                self._tell(request, phase, fraction, text)
+
             self.answerer = make(message["base"], message.get("precision", "auto"), on_progress=progress)
+        if self.attached != set(adapters):
+            self.blender.clear()
         for name in self.attached - set(adapters):
             self.answerer.detach(name)
             self.attached.discard(name)
@@ -112,8 +151,23 @@ class Server:
             if name not in self.attached:
                 self.answerer.attach(name, Path(folder))
                 self.attached.add(name)
-        self.send({"id": request, "type": "progress", "phase": "answering", "fraction": None, "message": "Answering"})
-        stream = self.answerer.stream(message["messages"], message["who"], Sampling(**message["sampling"]))
+        self._tell(request, "answering", None, "Answering")
+
+    def _answerer_class(self, message: Message, adapters: dict[str, str]) -> Any:
+        from engine.answerers import answerer_class
+        from engine.labelling import labels
+
+        task = message.get("task", "")
+        if message.get("messages") and task not in ("text_to_image", "classification"):
+            pictured = bool(message["messages"][-1].get("image"))
+            folders = [Path(folder) for folder in adapters.values()]
+            task = "captioning" if pictured else "classification" if labels(message["base"], folders) else "causal_lm"
+        return answerer_class(task)
+
+    def _pieces(self, request: str, stream: Generator[Any, None, None]) -> None:
+        """Send what comes until it ends or nobody wants it any more."""
+        from engine.sheets import write_picture
+
         for piece in stream:
             if request in self.cancelled:
                 stream.close()

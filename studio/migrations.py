@@ -98,3 +98,27 @@ def scores(db: Database) -> None:
     )
     _table(db, "scores").create_index(["run_id", "id"])
     _table(db, "scores").create_index(["state"])
+
+
+@_step("0004_adapters")
+def adapters(db: Database) -> None:
+    # `present` is 0 for a run that ended without an adapter, so that nobody looks for one again.
+    db.execute(
+        "CREATE TABLE adapters (id TEXT PRIMARY KEY, name TEXT NOT NULL, origin TEXT NOT NULL, run_id TEXT,"
+        " run_ended REAL, present INTEGER NOT NULL DEFAULT 1, base TEXT NOT NULL DEFAULT '', task TEXT NOT NULL"
+        " DEFAULT '', method TEXT NOT NULL DEFAULT '', rank INTEGER, targets TEXT NOT NULL DEFAULT '', parameters"
+        " INTEGER, bytes INTEGER, colour TEXT NOT NULL, details TEXT NOT NULL DEFAULT '{}', created REAL NOT NULL,"
+        " deleted_at REAL)"
+    )
+    _table(db, "adapters").create_index(["run_id"], unique=True)
+    _table(db, "adapters").create_index(["created"])
+    db.execute(
+        "CREATE TABLE mixes (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, base TEXT NOT NULL,"
+        " parts TEXT NOT NULL, settings TEXT NOT NULL, created REAL NOT NULL)"
+    )
+    db.execute(
+        "CREATE TABLE works (id TEXT PRIMARY KEY, kind TEXT NOT NULL, title TEXT NOT NULL, asked TEXT NOT NULL, state"
+        " TEXT NOT NULL, message TEXT NOT NULL DEFAULT 'Starting', fraction REAL, created REAL NOT NULL, ended REAL,"
+        " pid INTEGER, pid_started REAL, result TEXT, error TEXT)"
+    )
+    _table(db, "works").create_index(["state"])

@@ -12,7 +12,7 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ class Store:
         now = time.time()
         with self.exclusive() as db:
             used = [row["colour"] for row in db.query("SELECT colour FROM runs ORDER BY created DESC, rowid DESC")]
-            colour = max(PALETTE, key=lambda shade: used.index(shade) if shade in used else len(used) + 1)
+            colour = free_colour(used)
             db.execute(
                 "INSERT INTO runs (id, name, state, task, model, method, dataset, colour, spec, created, queued)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -354,6 +354,11 @@ class Store:
         """The newest comparisons, newest first."""
         rows = self._rows("SELECT * FROM comparisons ORDER BY id DESC LIMIT ?", [limit])
         return [{**row, "settings": json.loads(row["settings"]), "results": json.loads(row["results"])} for row in rows]
+
+
+def free_colour(used: Sequence[str]) -> str:
+    """A colour of the palette that the latest ones do not have; `used` is in order, the newest first."""
+    return max(PALETTE, key=lambda shade: used.index(shade) if shade in used else len(used) + 1)
 
 
 def new_run_id() -> str:
