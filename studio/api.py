@@ -16,7 +16,7 @@ import gradio as gr
 from engine import data
 from engine.errors import ConfigError, EngineError
 from engine.train.job import TASKS, JobSpec
-from studio import presets, score_words, scores, states
+from studio import adapter_api, presets, score_words, scores, states
 from studio.comparing import Answers, answer
 from studio.context import Studio
 from studio.datasets import Datasets
@@ -164,8 +164,8 @@ class Endpoints:
             for label, value in (("base", base), ("prompt", prompt)):
                 if not isinstance(value, str):
                     raise ConfigError(f"{label} is {_short(value)}; needed: text.")
-            sampling = _sampling(seed, temperature, max_new_tokens)
-            for state in answer(self.studio, base, _names(runs), prompt, sampling):
+            how = sampling(seed, temperature, max_new_tokens)
+            for state in answer(self.studio, base, _names(runs), prompt, how):
                 yield _plain(state)
         except Exception as fault:
             yield refusal(fault)
@@ -288,7 +288,12 @@ def _names(runs: Any) -> list[str]:
     return runs
 
 
-def _sampling(seed: Any, temperature: Any, max_new_tokens: Any) -> Answer:
+def sampling(seed: Any, temperature: Any, max_new_tokens: Any) -> Answer:
+    """How an endpoint was asked to choose the next token.
+
+    Raises:
+        ConfigError: a number out of its bounds.
+    """
     bounds = {
         "seed": (seed, 0, 2**31 - 1),
         "temperature": (temperature, 0, 2),
@@ -353,3 +358,4 @@ def build(studio: Studio) -> None:
     for function in functions:
         function.__doc__ = getattr(ends, function.__name__).__doc__
         gr.events.api(function, api_name=function.__name__, concurrency_limit=8)
+    adapter_api.build(studio, _guarded)

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.errors import ConfigError, PromptError
+from engine.errors import ConfigError, EngineError, PromptError
 from engine.models.catalogue import BUILTIN
 from studio.context import Studio
+from studio.datasets import first_prompt
 from studio.markup import BASE_COLOUR, dot, esc, seconds
 from studio.pictures import thumbnail
 from studio.store import Row, StateError
@@ -67,6 +68,18 @@ def task_of(studio: Studio, base: str | None) -> str:
     newest = next((str(row["spec"].get("task", "causal_lm")) for row in rows), None)
     builtin = BUILTIN.get(base or "")
     return newest or (builtin.tasks[0] if builtin else "causal_lm")
+
+
+def fitting(studio: Studio, run_id: str) -> str:
+    """A prompt that fits what the run learned from; "" where nothing says one."""
+    row = studio.store.run(run_id)
+    samples = row["spec"]["training"].get("sample_prompts") or []
+    if samples:
+        return str(samples[0])
+    try:
+        return first_prompt(studio.store.dataset(row["dataset"]))
+    except EngineError:
+        return ""
 
 
 def check(studio: Studio, base: str, runs: Sequence[str], prompt: str, picture: str | None = None) -> list[Row]:

@@ -11,10 +11,11 @@ import gradio as gr
 from engine.data import open_picture
 from engine.errors import EngineError
 from engine.models.catalogue import BUILTIN, DEFAULT
-from studio.comparing import MOST_ADAPTERS, answer, columns_html, earlier_html, finished_runs, halted, task_of
-from studio.datasets import first_prompt
+from studio import sampling_form
+from studio.comparing import MOST_ADAPTERS, answer, columns_html, earlier_html, finished_runs, fitting, halted, task_of
 from studio.markup import error, notice
 from studio.page import COMPARE, HIDDEN, Page
+from studio.sampling_form import Sampling
 
 ID = COMPARE
 TITLE = "Compare"
@@ -32,13 +33,7 @@ class Parts:
     picture: gr.Image
     generate: gr.Button
     stop: gr.Button
-    seed: gr.Number
-    temperature: gr.Slider
-    tokens: gr.Slider
-    steps: gr.Slider
-    guidance: gr.Slider
-    words: gr.Row
-    drawing: gr.Row
+    how: Sampling
     answers: gr.HTML
     earlier: gr.HTML
     empty: gr.HTML
@@ -76,16 +71,7 @@ def build(page: Page) -> None:
     with gr.Row():
         generate = gr.Button("Generate", variant="primary", elem_id="compare-generate", scale=2)
         stop = gr.Button("Stop", interactive=False, elem_id="compare-stop", scale=1)
-    with gr.Accordion("Seed and sampling", open=False):
-        seed = gr.Number(0, precision=0, label="Seed", info="The same for every column.")
-        with gr.Row() as words:
-            temperature = gr.Slider(
-                0, 2, value=0.3, step=0.05, label="Temperature", info="0 always takes the likeliest word."
-            )
-            tokens = gr.Slider(8, 512, value=80, step=8, label="Most tokens", info="Length of an answer.")
-        with gr.Row(visible=False) as drawing:
-            steps = gr.Slider(1, 100, value=20, step=1, label="Steps", info="How often noise is taken away.")
-            guidance = gr.Slider(0, 20, value=4, step=0.5, label="Guidance", info="How much the words count.")
+    how = sampling_form.build("The same for every column.")
     answers = gr.HTML(elem_id="compare-answers")
     with gr.Accordion("Earlier comparisons", open=False):
         earlier = gr.HTML()
@@ -96,29 +82,12 @@ def build(page: Page) -> None:
         picture,
         generate,
         stop,
-        seed,
-        temperature,
-        tokens,
-        steps,
-        guidance,
-        words,
-        drawing,
+        how,
         answers,
         earlier,
         empty,
         gr.State(""),
     )
-
-
-def sampling(seed: float | None, temperature: float, tokens: float, steps: float, guidance: float) -> dict[str, Any]:
-    """The widgets' values as `engine.generation.Sampling` takes them."""
-    return {
-        "seed": abs(int(seed or 0)) % 2**31,
-        "temperature": float(temperature),
-        "max_new_tokens": int(tokens),
-        "steps": int(steps),
-        "guidance": float(guidance),
-    }
 
 
 def wire(page: Page) -> None:
@@ -134,7 +103,7 @@ def wire(page: Page) -> None:
     ) -> dict[Any, Any]:
         """What another page asked for, once; else what stands here, with the adapters there are now."""
         if wanted and wanted["nonce"] != done:
-            shown = offer(wanted["base"], wanted["runs"], fitting(wanted["runs"][0]))
+            shown = offer(wanted["base"], wanted["runs"], fitting(studio, wanted["runs"][0]))
             return {**shown, parts.answers: "", parts.done: wanted["nonce"]}
         return offer(base, chosen, prompt)
 
@@ -162,10 +131,12 @@ def wire(page: Page) -> None:
         task = task_of(studio, base)
         seen = task == "captioning"
         found: dict[Any, Any] = {
-            parts.prompt: gr.Textbox("" if seen else prompt or (fitting(run_id) if run_id else ""), visible=not seen),
+            parts.prompt: gr.Textbox(
+                "" if seen else prompt or (fitting(studio, run_id) if run_id else ""), visible=not seen
+            ),
             parts.picture: gr.Image(visible=seen),
-            parts.words: gr.Row(visible=task != "text_to_image"),
-            parts.drawing: gr.Row(visible=task == "text_to_image"),
+            parts.how.words: gr.Row(visible=task != "text_to_image"),
+            parts.how.drawing: gr.Row(visible=task == "text_to_image"),
         }
         if seen and run_id:
             found[parts.picture] = gr.Image(example(run_id), visible=True)
@@ -178,17 +149,6 @@ def wire(page: Page) -> None:
             return open_picture(rows[0]["image"]) if rows and "image" in rows[0] else None
         except EngineError:
             return None
-
-    def fitting(run_id: str) -> str:
-        """A prompt that fits what the run learned from."""
-        row = studio.store.run(run_id)
-        samples = row["spec"]["training"].get("sample_prompts") or []
-        if samples:
-            return str(samples[0])
-        try:
-            return first_prompt(studio.store.dataset(row["dataset"]))
-        except EngineError:
-            return ""
 
     def rebase(base: str) -> dict[Any, Any]:
         return {**offer(base, [], ""), parts.answers: ""}
@@ -206,7 +166,7 @@ def wire(page: Page) -> None:
     ) -> Iterator[dict[Any, Any]]:
         """Answer the prompt with every column at once."""
         try:
-            how = sampling(seed, temperature, tokens, steps, guidance)
+            how = sampling_form.values(seed, temperature, tokens, steps, guidance)
             for state in answer(studio, base, chosen or [], prompt, how, picture):
                 yield {
                     parts.answers: columns_html(state),
@@ -222,12 +182,12 @@ def wire(page: Page) -> None:
         yield {parts.earlier: earlier_html(studio.store.comparisons())}
 
     bar = [parts.base, parts.adapters, parts.prompt]
-    shown = [*bar, parts.picture, parts.words, parts.drawing, parts.empty, parts.answers, parts.done]
+    shown = [*bar, parts.picture, parts.how.words, parts.how.drawing, parts.empty, parts.answers, parts.done]
     page.tab[ID].select(enter, [*bar, page.comparison, parts.done], shown, **HIDDEN)
     page.blocks.load(offer, bar, shown, **HIDDEN)
     page.tab[ID].select(lambda: earlier_html(studio.store.comparisons()), None, parts.earlier, **HIDDEN)
     parts.base.input(rebase, parts.base, shown, **HIDDEN)
-    inputs = [*bar, parts.picture, parts.seed, parts.temperature, parts.tokens, parts.steps, parts.guidance]
+    inputs = [*bar, parts.picture, *parts.how.inputs]
     outputs = [parts.answers, parts.stop, parts.generate, parts.earlier]
     asked = gr.on([parts.generate.click, parts.prompt.submit], generate, inputs, outputs, trigger_mode="once", **HIDDEN)
     parts.stop.click(
