@@ -66,7 +66,7 @@ class Library:
             found = None
         values: Row = {"present": 0, "base": run["model"], "task": run["task"], "method": run["method"]}
         if found is not None:
-            values |= {**_columns(found), "base": run["model"], "task": run["task"], "method": run["method"]}
+            values |= _columns(found)
             values |= {"present": 1, "details": json.dumps({"whole": found.whole})}
         values |= {"run_ended": run["ended"]}
         with self.store.exclusive() as db:

@@ -11,8 +11,9 @@ import gradio as gr
 from studio.context import Studio
 from studio.datasets import Datasets
 
-START, DATA, TRAIN, COMPARE, RUNS, SCORES = "start", "data", "train", "compare", "runs", "scores"
-TAB_IDS = (START, DATA, TRAIN, COMPARE, RUNS, SCORES)
+START, DATA, TRAIN, ADAPTERS = "start", "data", "train", "adapters"
+COMPARE, RUNS, SCORES = "compare", "runs", "scores"
+TAB_IDS = (START, DATA, TRAIN, ADAPTERS, COMPARE, RUNS, SCORES)
 
 HIDDEN: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 """For callbacks of the page itself: quiet, and no part of the public interface."""

@@ -6,6 +6,7 @@ import gradio as gr
 from gradio.themes.utils import colors, sizes
 
 from engine.paths import REPOSITORY
+from studio.store import PALETTE
 
 _FOLDER = REPOSITORY / "studio" / "assets"
 
@@ -59,8 +60,9 @@ def theme() -> gr.themes.Base:
 
 
 def css() -> str:
-    """The studio's own style sheet."""
-    return (_FOLDER / "studio.css").read_text(encoding="utf-8")
+    """The studio's own style sheet, with a class for each colour that an adapter's slider may have."""
+    sliders = "\n".join(f".mix-c{n} {{ --slider-color: {shade}; --c: {shade}; }}" for n, shade in enumerate(PALETTE))
+    return (_FOLDER / "studio.css").read_text(encoding="utf-8") + sliders + "\n"
 
 
 def head() -> str:

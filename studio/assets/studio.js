@@ -62,3 +62,10 @@ document.addEventListener("change", (event) => {
 document.addEventListener("drop", (event) => {
   if (event.target.closest && event.target.closest("#data-file")) studioRefuse(event, event.dataTransfer.files);
 }, true);
+
+// A slider of the mixer that is moved by the keyboard is let go with its key, as with a pointer.
+document.addEventListener("keyup", (event) => {
+  const keys = ["ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown", "Home", "End", "PageUp", "PageDown"];
+  if (!keys.includes(event.key) || !event.target.matches || !event.target.matches("#adapters-mixer input[type=range], #adapter-rank input[type=range]")) return;
+  event.target.dispatchEvent(new PointerEvent("pointerup", { bubbles: true }));
+});

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from studio.tabs import compare, data, runs, scores, start, train
+from studio.tabs import adapters, compare, data, runs, scores, start, train
 
-TABS: tuple[ModuleType, ...] = (start, data, train, compare, runs, scores)
+TABS: tuple[ModuleType, ...] = (start, data, train, adapters, compare, runs, scores)

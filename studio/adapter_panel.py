@@ -1,0 +1,205 @@
+"""One adapter in detail: its facts, its name, export, another rank, the way into the bin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from engine.errors import EngineError
+from studio import adapter_words, adapting, mixing
+from studio.adapter_words import FORMS
+from studio.markup import error, esc
+from studio.page import HIDDEN, Page
+from studio.store import Row
+
+
+@dataclass
+class Parts:
+    """The widgets of the detail."""
+
+    column: gr.Column
+    head: gr.HTML
+    fault: gr.HTML
+    name: gr.Textbox
+    rename: gr.Button
+    mix: gr.Button
+    compare: gr.Button
+    delete: gr.Button
+    close: gr.Button
+    confirm: gr.Row
+    confirmed: gr.Button
+    kept: gr.Button
+    forms: gr.HTML
+    export: dict[str, gr.Button]
+    ranks: gr.Accordion
+    no_ranks: gr.HTML
+    rank_form: gr.Column
+    rank: gr.Slider
+    cost: gr.HTML
+    resized: gr.Textbox
+    resize: gr.Button
+    chosen: gr.State
+    errors: gr.State
+
+    @property
+    def widgets(self) -> list[Any]:
+        """All of them in one list."""
+        plain = [it for it in vars(self).values() if it is not self.export]
+        return [*plain, *self.export.values()]
+
+
+def build() -> Parts:
+    """Lay out the detail, hidden until an adapter is chosen."""
+    with gr.Column(visible=False, elem_id="adapter-detail") as column:
+        head = gr.HTML(elem_id="adapter-head")
+        fault = gr.HTML(visible=False, elem_id="adapter-fault")
+        with gr.Row():
+            mix = gr.Button("Add to the mix", elem_id="adapter-mix")
+            compare = gr.Button("Compare with its base", elem_id="adapter-compare")
+            delete = gr.Button("Delete", elem_id="adapter-delete")
+            close = gr.Button("Close", elem_id="adapter-close")
+        with gr.Row(visible=False) as confirm:
+            gr.HTML('<p class="st-hint">Into the bin? It can be taken out again until the bin is emptied.</p>')
+            confirmed = gr.Button("Yes, into the bin", variant="stop", elem_id="adapter-delete-yes")
+            kept = gr.Button("Keep it")
+        with gr.Row(equal_height=True):
+            name = gr.Textbox(label="Name", elem_id="adapter-name", scale=3)
+            rename = gr.Button("Rename", elem_id="adapter-rename", scale=1)
+        with gr.Accordion("Export", open=False, elem_id="adapter-export"):
+            forms = gr.HTML()
+            with gr.Row():
+                export = {form: gr.Button(title, elem_id=f"export-{form}") for form, (title, _) in FORMS.items()}
+        with gr.Accordion("Another rank", open=False, elem_id="adapter-ranks") as ranks:
+            no_ranks = gr.HTML(visible=False)
+            with gr.Column() as rank_form:
+                rank = gr.Slider(
+                    1,
+                    64,
+                    value=8,
+                    step=1,
+                    label="Rank (r)",
+                    info="Lower: a smaller file, at the cost shown. Higher: the same answers, with room to learn more.",
+                    elem_id="adapter-rank",
+                )
+                cost = gr.HTML(elem_id="adapter-cost")
+                with gr.Row(equal_height=True):
+                    resized = gr.Textbox(label="Name", placeholder="The old name and the rank", scale=3)
+                    resize = gr.Button("Save as a new adapter", elem_id="adapter-resize", scale=1)
+    return Parts(
+        column,
+        head,
+        fault,
+        name,
+        rename,
+        mix,
+        compare,
+        delete,
+        close,
+        confirm,
+        confirmed,
+        kept,
+        forms,
+        export,
+        ranks,
+        no_ranks,
+        rank_form,
+        rank,
+        cost,
+        resized,
+        resize,
+        gr.State(""),
+        gr.State(None),
+    )
+
+
+def shown(parts: Parts, row: Row) -> dict[Any, Any]:
+    """The detail of one adapter."""
+    why, rank = adapter_words.resize_refusal(row), row["rank"] or 8
+    hint = f'<p class="st-hint">{esc(why)}</p>'
+    found: dict[Any, Any] = {
+        parts.chosen: row["id"],
+        parts.column: gr.Column(visible=True),
+        parts.head: adapter_words.detail(row),
+        parts.fault: gr.HTML(visible=False),
+        parts.name: row["name"],
+        parts.mix: gr.Button(interactive=not mixing.refusal(row)),
+        parts.compare: gr.Button(visible=bool(row["run_id"])),
+        parts.confirm: gr.Row(visible=False),
+        parts.forms: adapter_words.exports(row),
+        parts.ranks: gr.Accordion(open=False),
+        parts.no_ranks: gr.HTML(hint, visible=bool(why)),
+        parts.rank_form: gr.Column(visible=not why),
+        parts.rank: gr.Slider(maximum=max(16, min(4 * rank, adapting.LARGEST_RANK)), value=max(1, rank // 2)),
+        parts.cost: "",
+        parts.resized: "",
+        parts.errors: None,
+    }
+    for form, button in parts.export.items():
+        found[button] = gr.Button(interactive=not adapter_words.export_refusal(row, form))
+    return found
+
+
+def hidden(parts: Parts) -> dict[Any, Any]:
+    """No adapter is chosen."""
+    return {parts.column: gr.Column(visible=False), parts.chosen: ""}
+
+
+def wire(page: Page, parts: Parts, started: Callable[[str], dict[Any, Any]], more: list[Any]) -> None:
+    """Connect what starts work: exports and ranks.
+
+    Args:
+        page: the page.
+        parts: its widgets.
+        started: what the page shows of a work that has begun.
+        more: the widgets that `started` changes.
+    """
+    studio = page.studio
+
+    def export(form: str) -> Callable[[str], dict[Any, Any]]:
+        def begin(adapter: str) -> dict[Any, Any]:
+            """Export the chosen adapter."""
+            try:
+                return {**started(adapting.export(studio, adapter, form)), parts.fault: gr.HTML(visible=False)}
+            except EngineError as fault:
+                return {parts.fault: gr.HTML(error(fault, "This cannot be exported now"), visible=True)}
+
+        return begin
+
+    def cost(adapter: str, rank: float, errors: list[float] | None) -> dict[Any, Any]:
+        """What the rank on the slider would cost."""
+        try:
+            row = studio.library.usable(adapter)
+            errors = errors or adapting.rank_errors(studio, adapter)
+        except EngineError as fault:
+            return {parts.cost: error(fault, "The cost is not known")}
+        label = f"Save rank {int(rank)} as a new adapter"
+        same = int(rank) == row["rank"]
+        return {
+            parts.errors: errors,
+            parts.cost: adapter_words.rank_chart(errors, int(rank), row["colour"]),
+            parts.resize: gr.Button(label, interactive=not same),
+        }
+
+    def resize(adapter: str, rank: float, name: str) -> dict[Any, Any]:
+        try:
+            return {**started(adapting.resize(studio, adapter, rank, name)), parts.fault: gr.HTML(visible=False)}
+        except EngineError as fault:
+            return {parts.fault: gr.HTML(error(fault, "The rank was not changed"), visible=True)}
+
+    outputs = [parts.fault, *more]
+    for form, button in parts.export.items():
+        button.click(export(form), parts.chosen, outputs, trigger_mode="once", **HIDDEN)
+    parts.ranks.expand(
+        cost, [parts.chosen, parts.rank, parts.errors], [parts.errors, parts.cost, parts.resize], **HIDDEN
+    )
+    parts.rank.release(
+        cost,
+        [parts.chosen, parts.rank, parts.errors],
+        [parts.errors, parts.cost, parts.resize],
+        trigger_mode="always_last",
+        **HIDDEN,
+    )
+    parts.resize.click(resize, [parts.chosen, parts.rank, parts.resized], outputs, trigger_mode="once", **HIDDEN)

@@ -1,0 +1,419 @@
+"""Adapters: the library, one of them in detail, the mixer, the bin."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from engine.errors import EngineError
+from studio import adapter_panel, adapter_words, adapting, mixer, mixing, states
+from studio.adapter_api import served
+from studio.library import PAGE
+from studio.markup import error, esc, notice
+from studio.page import ADAPTERS, COMPARE, HIDDEN, START, Page, go, message
+
+ID = ADAPTERS
+TITLE = "Adapters"
+FIRST = 6
+"""So many cards at first: the mixer below stays near."""
+
+_PICK = """element.addEventListener('click', (event) => {
+  const named = event.target.closest('[data-adapter], [data-mix]');
+  if (named) trigger('click', {adapter: named.dataset.adapter || '', mix: named.dataset.mix || ''});
+});"""
+_SEE = "() => setTimeout(() => document.getElementById('adapter-detail')?.scrollIntoView({behavior: 'smooth'}), 150)"
+_MIX = "() => setTimeout(() => document.getElementById('adapters-mixer')?.scrollIntoView({behavior: 'smooth'}), 150)"
+
+
+@dataclass
+class Parts:
+    """The widgets of this tab."""
+
+    work: gr.HTML
+    work_row: gr.Row
+    stop: gr.Button
+    download: gr.DownloadButton
+    dismiss: gr.Button
+    empty: gr.HTML
+    to_start: gr.Button
+    shelf: gr.Column
+    search: gr.Textbox
+    base: gr.Dropdown
+    cards: gr.HTML
+    count: gr.HTML
+    more: gr.Button
+    to_mixer: gr.Button
+    fault: gr.HTML
+    undo_row: gr.Row
+    undo_told: gr.HTML
+    undo: gr.Button
+    files: gr.File
+    import_name: gr.Textbox
+    import_base: gr.Dropdown
+    bring_in: gr.Button
+    import_fault: gr.HTML
+    mixing: gr.Column
+    bin: gr.Accordion
+    bin_choice: gr.Dropdown
+    restore: gr.Button
+    empty_bin: gr.Button
+    empty_row: gr.Row
+    empty_yes: gr.Button
+    empty_no: gr.Button
+    limit: gr.State
+    binned: gr.State
+    seen: gr.State
+    dismissed: gr.State
+    timer: gr.Timer
+
+
+@dataclass
+class Whole:
+    """The tab with its two panels."""
+
+    tab: Parts
+    detail: adapter_panel.Parts
+    mixer: mixer.Parts
+
+
+def build(page: Page) -> None:
+    """Lay out the library, the detail, the mixer and the bin."""
+    gr.HTML('<h2 class="page-title">What your models have learned</h2>')
+    with gr.Column(elem_id="adapters-work"):
+        work = gr.HTML(visible=False)
+        with gr.Row(visible=False) as work_row:
+            stop = gr.Button("Stop", size="sm", visible=False, elem_id="work-stop")
+            download = gr.DownloadButton("Download", size="sm", visible=False, elem_id="work-download")
+            dismiss = gr.Button("Close", size="sm", visible=False, elem_id="work-close")
+    empty = gr.HTML(visible=False, elem_id="adapters-empty")
+    to_start = gr.Button("Start with a sample", variant="primary", visible=False)
+    with gr.Column(visible=False) as shelf:
+        with gr.Row():
+            search = gr.Textbox(
+                label="Search",
+                placeholder="Name, base, method, targets, data",
+                elem_id="adapters-search",
+                scale=3,
+            )
+            base = gr.Dropdown([("every base", "")], value="", label="Base", elem_id="adapters-base", scale=1)
+        fault = gr.HTML(visible=False, elem_id="adapters-fault")
+        with gr.Row(visible=False) as undo_row:
+            undo_told = gr.HTML()
+            undo = gr.Button("Take it out again", size="sm", elem_id="adapters-undo")
+        cards = gr.HTML(js_on_load=_PICK, elem_id="adapters-cards")
+        count = gr.HTML(elem_id="adapters-count")
+        with gr.Row():
+            more = gr.Button("Show more", visible=False, elem_id="adapters-more")
+            to_mixer = gr.Button("To the mixer", visible=False, elem_id="adapters-to-mixer")
+    with gr.Accordion("Import an adapter", open=False, elem_id="adapters-import"):
+        gr.HTML(
+            "<p class='st-hint'>A zip, PEFT's two files (adapter_config.json and adapter_model.safetensors), or a kohya"
+            " or diffusers file. Safetensors only: a pickle could run code, and is never opened.</p>"
+        )
+        files = gr.File(label="Files", file_count="multiple", type="filepath", height=140, elem_id="import-files")
+        with gr.Row():
+            import_name = gr.Textbox(label="Name", placeholder="The file's own", elem_id="import-name")
+            import_base = gr.Dropdown(
+                [],
+                value="",
+                allow_custom_value=True,
+                label="Base",
+                info="Left empty: what its file says.",
+                elem_id="import-base",
+            )
+        bring_in = gr.Button("Import", elem_id="import-start")
+        import_fault = gr.HTML(visible=False, elem_id="import-fault")
+    detail = adapter_panel.build()
+    with gr.Column(visible=False, elem_id="adapters-mixer") as mixing_part:
+        gr.HTML(
+            '<h2 class="page-title">Mix adapters</h2><p class="st-lead">Each slider says how much of an adapter'
+            " answers; below 0 it is taken away. Let go of one and the answer comes anew; nothing is loaded again.</p>"
+        )
+        panel = mixer.build()
+    with gr.Accordion("Bin", open=False, visible=False, elem_id="adapters-bin") as bin_part:
+        bin_choice = gr.Dropdown([], label="In the bin", elem_id="adapters-bin-choice")
+        with gr.Row():
+            restore = gr.Button("Take it out", elem_id="adapters-restore")
+            empty_bin = gr.Button("Empty the bin", elem_id="adapters-bin-empty")
+        with gr.Row(visible=False) as empty_row:
+            gr.HTML('<p class="st-hint">This removes the adapters in the bin with their files, for good.</p>')
+            empty_yes = gr.Button("Yes, remove for good", variant="stop", elem_id="adapters-bin-yes")
+            empty_no = gr.Button("Keep them")
+    tab = Parts(
+        work,
+        work_row,
+        stop,
+        download,
+        dismiss,
+        empty,
+        to_start,
+        shelf,
+        search,
+        base,
+        cards,
+        count,
+        more,
+        to_mixer,
+        fault,
+        undo_row,
+        undo_told,
+        undo,
+        files,
+        import_name,
+        import_base,
+        bring_in,
+        import_fault,
+        mixing_part,
+        bin_part,
+        bin_choice,
+        restore,
+        empty_bin,
+        empty_row,
+        empty_yes,
+        empty_no,
+        gr.State(FIRST),
+        gr.State(""),
+        gr.State(""),
+        gr.State(""),
+        gr.Timer(0.7, active=False),
+    )
+    page.parts[ID] = Whole(tab, detail, panel)
+
+
+def wire(page: Page) -> None:
+    """Connect the library, the work, the bin, and both panels."""
+    whole: Whole = page.parts[ID]
+    parts, detail, mixed = whole.tab, whole.detail, whole.mixer
+    studio, library = page.studio, page.studio.library
+    mine = list(vars(parts).values())
+    mixers = [mixed.chosen, mixed.mixes, mixed.forget]
+    outputs = [*mine, *detail.widgets, *mixers]
+
+    def shelf(search: str, base: str, limit: float, chosen: str, inside: list[str]) -> dict[Any, Any]:
+        """The cards that fit the search."""
+        limit = min(int(limit or FIRST), 5000)
+        rows = library.rows(search, base or "", limit=limit)
+        total = library.count(search, base or "")
+        names = [row["id"] for row in rows]
+        return {
+            parts.cards: adapter_words.cards(rows, chosen, inside or []),
+            parts.count: adapter_words.shown_of(len(names), total, (search or "").strip()),
+            parts.more: gr.Button(visible=len(names) < total),
+            parts.to_mixer: gr.Button(f"To the mixer ({len(inside or [])})", visible=bool(inside)),
+            parts.limit: limit,
+        }
+
+    def listing(search: str, base: str, limit: float, chosen: str, inside: list[str]) -> dict[Any, Any]:
+        """Everything as it is now, for whoever arrives or has changed something."""
+        cards = shelf(search, base, limit, chosen, inside)
+        gone, bases = library.rows(deleted=True), library.bases()
+        none = not library.count()
+        tip = notice(
+            "info",
+            "No adapters yet.",
+            "An adapter is what a run has learned: a small file that changes how its base answers.",
+            "Train one, or import one below.",
+        )
+        first = mixer._there(studio, inside[0]) if inside else None
+        return {
+            **cards,
+            **bin_shown(gone),
+            parts.empty: gr.HTML(tip, visible=none),
+            parts.to_start: gr.Button(visible=none),
+            parts.shelf: gr.Column(visible=not none or bool(gone)),
+            parts.base: gr.Dropdown(
+                [("every base", ""), *((it, it) for it in bases)], value=base if base in bases else ""
+            ),
+            parts.import_base: gr.Dropdown([("as its file says", ""), *((it, it) for it in adapting.bases(studio))]),
+            parts.mixing: gr.Column(visible=not none),
+            mixed.chosen: gr.Dropdown(mixer.choices(studio, first)),
+            **mixer.offered(studio, mixed),
+        }
+
+    def bin_shown(gone: list[Any]) -> dict[Any, Any]:
+        return {
+            parts.bin: gr.Accordion(f"Bin ({len(gone)})", visible=bool(gone)),
+            parts.bin_choice: gr.Dropdown(
+                [(row["name"], row["id"]) for row in gone], value=gone[0]["id"] if gone else None
+            ),
+            parts.empty_row: gr.Row(visible=False),
+        }
+
+    def worked(dismissed: str) -> dict[Any, Any]:
+        """The work that is under way, or what came of the newest."""
+        row = studio.works.newest()
+        told = adapter_words.work(row, dismissed)
+        live = row is not None and row["state"] in (states.STARTING, states.RUNNING)
+        path = None
+        if row and told and row["kind"] == "export" and row["state"] == states.DONE:
+            with contextlib.suppress(EngineError):
+                path = served(parts.download, adapting.exported(studio, row["id"]))
+        return {
+            parts.work: gr.HTML(told, visible=bool(told)),
+            parts.work_row: gr.Row(visible=bool(told)),
+            parts.stop: gr.Button(visible=live),
+            parts.download: gr.DownloadButton(value=path, visible=path is not None),
+            parts.dismiss: gr.Button(visible=bool(told) and not live),
+            parts.timer: gr.Timer(active=live),
+            parts.seen: row["id"] if row and live else "",
+        }
+
+    def started(work: str) -> dict[Any, Any]:
+        return worked("")
+
+    view = [parts.search, parts.base, parts.limit, detail.chosen, mixed.chosen]
+
+    def arrive(search: str, base: str, limit: float, chosen: str, inside: list[str], dismissed: str) -> dict[Any, Any]:
+        newest = studio.works.newest()
+        # What ended before this page was opened is no news.
+        old = newest["id"] if newest and newest["ended"] and not dismissed else dismissed
+        return {**listing(search, base, limit, chosen, inside), **worked(old), parts.dismissed: old}
+
+    def tick(seen: str, search: str, base: str, limit: float, chosen: str, inside: list[str]) -> dict[Any, Any]:
+        """The progress; when the work has ended, what came of it, and the library with it."""
+        found = worked("")
+        return (
+            found if found[parts.seen] == seen and seen else {**found, **listing(search, base, limit, chosen, inside)}
+        )
+
+    def pick(
+        search: str, base: str, limit: float, chosen: str, inside: list[str], event: gr.EventData
+    ) -> dict[Any, Any]:
+        """A card's name was pressed, or its place in the mix."""
+        asked = event._data or {}
+        inside = list(inside or [])
+        key = str(asked.get("mix") or asked.get("adapter") or "")
+        try:
+            row = library.usable(key)
+        except EngineError as fault:
+            return {parts.fault: gr.HTML(error(fault), visible=True)}
+        if not asked.get("mix"):
+            return {**adapter_panel.shown(detail, row), **shelf(search, base, limit, key, inside)}
+        return into_mix(row, inside, search, base, limit, chosen)
+
+    def into_mix(
+        row: dict[str, Any], inside: list[str], search: str, base: str, limit: float, chosen: str
+    ) -> dict[Any, Any]:
+        """Put an adapter into the mix, or take it out."""
+        inside = [it for it in inside if it != row["id"]] if row["id"] in inside else [*inside, row["id"]]
+        try:
+            mixing.check(studio, [(it, 1.0) for it in inside]) if inside else None
+        except EngineError as fault:
+            return {parts.fault: gr.HTML(error(fault, "It does not go into this mix"), visible=True)}
+        return {
+            **shelf(search, base, limit, chosen, inside),
+            parts.fault: gr.HTML(visible=False),
+            mixed.chosen: gr.Dropdown(value=inside),
+        }
+
+    def mix_this(search: str, base: str, limit: float, chosen: str, inside: list[str]) -> dict[Any, Any]:
+        """The adapter in detail, into the mix."""
+        try:
+            row = library.usable(chosen)
+        except EngineError as fault:
+            return {detail.fault: gr.HTML(error(fault), visible=True)}
+        found = into_mix(row, list(inside or []), search, base, limit, chosen) if chosen not in (inside or []) else {}
+        # Said where it was asked.
+        return {detail.fault: found[parts.fault], **found} if parts.fault in found else found
+
+    def rename(name: str, search: str, base: str, limit: float, chosen: str, inside: list[str]) -> dict[Any, Any]:
+        try:
+            library.rename(chosen, name)
+        except EngineError as fault:
+            return {detail.fault: gr.HTML(error(fault), visible=True)}
+        return {**adapter_panel.shown(detail, library.get(chosen)), **listing(search, base, limit, chosen, inside)}
+
+    def delete(search: str, base: str, limit: float, chosen: str, inside: list[str]) -> dict[Any, Any]:
+        try:
+            name = library.get(chosen)["name"]
+            library.bin(chosen)
+        except EngineError as fault:
+            return {detail.fault: gr.HTML(error(fault), visible=True), detail.confirm: gr.Row(visible=False)}
+        inside = [it for it in inside or [] if it != chosen]
+        return {
+            **adapter_panel.hidden(detail),
+            **listing(search, base, limit, "", inside),
+            mixed.chosen: gr.Dropdown(value=inside),
+            parts.undo_row: gr.Row(visible=True),
+            parts.undo_told: f'<p class="st-hint">{esc(name)} is in the bin.</p>',
+            parts.binned: chosen,
+        }
+
+    def restore(
+        key: str | None, search: str, base: str, limit: float, chosen: str, inside: list[str]
+    ) -> dict[Any, Any]:
+        if key:
+            # Another page may have emptied the bin since; the list that follows says so.
+            with contextlib.suppress(EngineError):
+                library.restore(key)
+        return {**listing(search, base, limit, chosen, inside), parts.undo_row: gr.Row(visible=False)}
+
+    def empty_bin(search: str, base: str, limit: float, chosen: str, inside: list[str]) -> dict[Any, Any]:
+        library.empty_bin()
+        return {**listing(search, base, limit, chosen, inside), parts.undo_row: gr.Row(visible=False)}
+
+    def bring_in(files: list[str] | None, name: str, base: str) -> dict[Any, Any]:
+        try:
+            work = adapting.bring_in(studio, [Path(it) for it in files or []], name, base or "")
+        except EngineError as fault:
+            return {parts.import_fault: gr.HTML(error(fault, "This cannot be imported"), visible=True)}
+        return {**started(work), parts.import_fault: gr.HTML(visible=False), parts.files: None, parts.import_name: ""}
+
+    def stop(dismissed: str) -> dict[Any, Any]:
+        studio.works.stop()
+        return worked(dismissed)
+
+    def dismiss() -> dict[Any, Any]:
+        row = studio.works.newest()
+        key = row["id"] if row else ""
+        return {**worked(key), parts.dismissed: key}
+
+    def compare(chosen: str) -> tuple[Any, Any]:
+        row = library.get(chosen)
+        return message(base=row["base"], runs=[row["run_id"]]), go(COMPARE)
+
+    page.tab[ID].select(arrive, [*view, parts.dismissed], outputs, **HIDDEN)
+    page.blocks.load(arrive, [*view, parts.dismissed], outputs, **HIDDEN)
+    parts.timer.tick(tick, [parts.seen, *view], outputs, **HIDDEN)
+    parts.cards.click(pick, view, outputs, **HIDDEN)
+    gr.on(
+        [parts.search.input, parts.base.input, mixed.chosen.change],
+        lambda search, base, limit, chosen, inside: shelf(search, base, FIRST if search else limit, chosen, inside),
+        view,
+        outputs,
+        trigger_mode="always_last",
+        **HIDDEN,
+    )
+    parts.more.click(
+        lambda search, base, limit, chosen, inside: shelf(search, base, limit + PAGE, chosen, inside),
+        view,
+        outputs,
+        **HIDDEN,
+    )
+    parts.to_mixer.click(None, None, None, js=_MIX, **HIDDEN)
+    parts.to_start.click(lambda: go(START), None, page.tabs, **HIDDEN)
+    detail.chosen.change(None, detail.chosen, None, js=f"(key) => {{ if (key) ({_SEE})(); }}", **HIDDEN)
+    detail.mix.click(mix_this, view, outputs, **HIDDEN).then(None, None, None, js=_MIX, **HIDDEN)
+    detail.compare.click(compare, detail.chosen, [page.comparison, page.tabs], **HIDDEN)
+    detail.rename.click(rename, [detail.name, *view], outputs, **HIDDEN)
+    detail.name.submit(rename, [detail.name, *view], outputs, **HIDDEN)
+    detail.close.click(lambda: adapter_panel.hidden(detail), None, detail.widgets, **HIDDEN)
+    detail.delete.click(lambda: gr.Row(visible=True), None, detail.confirm, **HIDDEN)
+    detail.kept.click(lambda: gr.Row(visible=False), None, detail.confirm, **HIDDEN)
+    detail.confirmed.click(delete, view, outputs, **HIDDEN)
+    parts.undo.click(restore, [parts.binned, *view], outputs, **HIDDEN)
+    parts.restore.click(restore, [parts.bin_choice, *view], outputs, **HIDDEN)
+    parts.empty_bin.click(lambda: gr.Row(visible=True), None, parts.empty_row, **HIDDEN)
+    parts.empty_no.click(lambda: gr.Row(visible=False), None, parts.empty_row, **HIDDEN)
+    parts.empty_yes.click(empty_bin, view, outputs, **HIDDEN)
+    parts.bring_in.click(
+        bring_in, [parts.files, parts.import_name, parts.import_base], outputs, trigger_mode="once", **HIDDEN
+    )
+    parts.stop.click(stop, parts.dismissed, outputs, **HIDDEN)
+    parts.dismiss.click(dismiss, None, outputs, **HIDDEN)
+    adapter_panel.wire(page, detail, started, mine)
+    mixer.wire(studio, mixed, started, mine)
