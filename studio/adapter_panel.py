@@ -57,7 +57,7 @@ def build() -> Parts:
         head = gr.HTML(elem_id="adapter-head")
         fault = gr.HTML(visible=False, elem_id="adapter-fault")
         with gr.Row():
-            mix = gr.Button("Add to the mix", elem_id="adapter-mix")
+            mix = gr.Button("Mix it", elem_id="adapter-mix")
             compare = gr.Button("Compare with its base", elem_id="adapter-compare")
             delete = gr.Button("Delete", elem_id="adapter-delete")
             close = gr.Button("Close", elem_id="adapter-close")
@@ -65,8 +65,8 @@ def build() -> Parts:
             gr.HTML('<p class="st-hint">Into the bin? It can be taken out again until the bin is emptied.</p>')
             confirmed = gr.Button("Yes, into the bin", variant="stop", elem_id="adapter-delete-yes")
             kept = gr.Button("Keep it")
-        with gr.Row(equal_height=True):
-            name = gr.Textbox(label="Name", elem_id="adapter-name", scale=3)
+        with gr.Row(elem_classes="ad-row"):
+            name = gr.Textbox(label="Name", elem_id="adapter-name", scale=3, min_width=240)
             rename = gr.Button("Rename", elem_id="adapter-rename", scale=1)
         with gr.Accordion("Export", open=False, elem_id="adapter-export"):
             forms = gr.HTML()
@@ -85,8 +85,8 @@ def build() -> Parts:
                     elem_id="adapter-rank",
                 )
                 cost = gr.HTML(elem_id="adapter-cost")
-                with gr.Row(equal_height=True):
-                    resized = gr.Textbox(label="Name", placeholder="The old name and the rank", scale=3)
+                with gr.Row(elem_classes="ad-row"):
+                    resized = gr.Textbox(label="Name", placeholder="The old name and the rank", scale=3, min_width=240)
                     resize = gr.Button("Save as a new adapter", elem_id="adapter-resize", scale=1)
     return Parts(
         column,

@@ -168,7 +168,7 @@ def rank_chart(errors: Sequence[float], rank: int, colour: str) -> str:
         charts.Curve("chosen", [(float(min(rank, len(errors))), chosen)], colour, "dots"),
     ]
     if rank < len(errors):
-        words = f"Rank {rank} keeps the nearest change: {percent(errors[rank - 1])} of it is lost."
+        words = f"Rank {rank} keeps the nearest change of weights; its error is {percent(errors[rank - 1])}."
     elif rank == len(errors):
         words = f"Rank {rank} is the one that it has."
     else:

@@ -31,6 +31,7 @@ class Parts:
     """The widgets of the mixer."""
 
     chosen: gr.Dropdown
+    shelf: gr.Column
     mixes: gr.Dropdown
     forget: gr.Button
     sliders: list[gr.Slider]
@@ -73,7 +74,7 @@ def build() -> Parts:
             elem_id="mix-chosen",
             scale=3,
         )
-        with gr.Column(scale=2, min_width=240):
+        with gr.Column(scale=2, min_width=240, visible=False) as shelf:
             mixes = gr.Dropdown([], value=None, label="Open a mix", info="Kept by name.", elem_id="mix-open")
             forget = gr.Button("Remove this mix", size="sm", visible=False, elem_id="mix-forget")
     with gr.Column(visible=False) as body:
@@ -135,13 +136,16 @@ def build() -> Parts:
                     visible=False,
                 )
         sampling = sampling_form.build("The same for base and mix.")
-        with gr.Row():
-            name = gr.Textbox(label="Name", placeholder="A name for what you hear", elem_id="mix-name", scale=2)
+        with gr.Row(elem_classes="ad-row"):
+            name = gr.Textbox(
+                label="Name", placeholder="A name for what you hear", elem_id="mix-name", scale=2, min_width=240
+            )
             save = gr.Button("Save as a new adapter", elem_id="mix-save", scale=1)
             keep = gr.Button("Keep as a mix", elem_id="mix-keep", scale=1)
         kept = gr.HTML(visible=False, elem_id="mix-kept")
     return Parts(
         chosen,
+        shelf,
         mixes,
         forget,
         sliders,
@@ -260,7 +264,8 @@ def offered(studio: Studio, parts: Parts, mix: Any = None) -> dict[Any, Any]:
     rows = studio.library.mixes()
     value = mix if mix in [row["id"] for row in rows] else None
     return {
-        parts.mixes: gr.Dropdown([(row["name"], row["id"]) for row in rows], value=value, visible=bool(rows)),
+        parts.shelf: gr.Column(visible=bool(rows)),
+        parts.mixes: gr.Dropdown([(row["name"], row["id"]) for row in rows], value=value),
         parts.forget: gr.Button(visible=value is not None),
     }
 
@@ -314,11 +319,11 @@ def wire(studio: Studio, parts: Parts, started: Callable[[str], dict[Any, Any]],
     inputs = [parts.known, parts.prompt, parts.picture, *parts.settings, *parts.sampling.inputs]
     outputs = [parts.answers, parts.fault, parts.stop, parts.known]
 
-    def ask(*values: Any, request: gr.Request) -> Iterator[dict[Any, Any]]:
+    def ask(request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
         """Answer with the mix as it stands."""
         yield from heard(*values, page=str(request.session_hash))
 
-    def move(*values: Any, request: gr.Request) -> Iterator[dict[Any, Any]]:
+    def move(request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
         """Answer anew where there is something to answer; a slider may be moved before a word is written."""
         if values[1] or values[2]:
             yield from heard(*values, page=str(request.session_hash))

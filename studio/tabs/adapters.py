@@ -190,7 +190,7 @@ def wire(page: Page) -> None:
     parts, detail, mixed = whole.tab, whole.detail, whole.mixer
     studio, library = page.studio, page.studio.library
     mine = list(vars(parts).values())
-    mixers = [mixed.chosen, mixed.mixes, mixed.forget]
+    mixers = [mixed.chosen, mixed.shelf, mixed.mixes, mixed.forget]
     outputs = [*mine, *detail.widgets, *mixers]
 
     def shelf(search: str, base: str, limit: float, chosen: str, inside: list[str]) -> dict[Any, Any]:
@@ -381,7 +381,7 @@ def wire(page: Page) -> None:
     parts.timer.tick(tick, [parts.seen, *view], outputs, **HIDDEN)
     parts.cards.click(pick, view, outputs, **HIDDEN)
     gr.on(
-        [parts.search.input, parts.base.input, mixed.chosen.change],
+        [parts.search.change, parts.base.input, mixed.chosen.change],
         lambda search, base, limit, chosen, inside: shelf(search, base, FIRST if search else limit, chosen, inside),
         view,
         outputs,
