@@ -173,6 +173,11 @@ class Inference:
         """
         return self._result({"op": "count", "base": base, "adapter": dict(adapter), "task": task}, None)
 
+    def holds(self, base: str) -> bool:
+        """Whether the process lives and was last asked for this base, so that an answer begins at once."""
+        child = self._child
+        return child is not None and child.base == base and child.popen.poll() is None
+
     def close(self) -> None:
         """End the process, if there is one."""
         with self._lock:

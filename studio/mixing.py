@@ -185,7 +185,9 @@ def answer(
     first = base_answer or Column(None, "base", BASE_COLOUR)
     mixed = Column("mix", headline(mixture), MIX_COLOUR)
     state = Answers([first, mixed], status="Waking the base")
-    yield state
+    if not studio.inference.holds(mixture.base):
+        # Else the first words come sooner than an empty column would be drawn.
+        yield state
     folders = {studio.library.version(row): studio.library.folder(row) for row in mixture.rows}
     messages = [{"role": "user", "content": prompt or "", **({"image": picture} if picture else {})}]
     inference, task, weights = studio.inference, mixture.task, list(mixture.blend.weights.values())
@@ -200,9 +202,10 @@ def answer(
 
 
 def _grow(state: Answers, column: Column, news: Any) -> Iterator[Answers]:
-    last = 0.0
+    last = time.monotonic()
     with closing(news) as stream:
         for message in stream:
+            silent = not column.text
             if message["type"] == "progress":
                 state.status, state.fraction = message["message"], message.get("fraction")
             else:
@@ -210,8 +213,8 @@ def _grow(state: Answers, column: Column, news: Any) -> Iterator[Answers]:
                 column.picture = message.get("picture", "")
                 column.done, column.reason = message["done"], message.get("reason") or ""
                 state.status, state.fraction = "", None
-            # The first words at once, later ones ten times a second.
-            if time.monotonic() - last >= 0.1:
+            # The first words at once; all else ten times a second.
+            if time.monotonic() - last >= 0.1 or (silent and column.text):
                 last = time.monotonic()
                 yield state
     column.done = True

@@ -53,9 +53,9 @@ def create_app(studio: Studio) -> gr.Blocks:
 def _lighten(blocks: gr.Blocks, place: gr.Component) -> None:
     """Let the hidden progress of every callback belong to one component.
 
-    At each change of a callback's state Gradio's page looks up, one by one, every component that any callback has written
-    to so far. With the hundreds of this page that is a third of a second between a click and the request it makes, for
-    progress that is never shown.
+    At each change of a callback's state Gradio's page looks up, one by one, every component that any callback has
+    written to so far. With the hundreds of this page that is a third of a second between a click and the request it
+    makes, for progress that is never shown.
     """
     for function in blocks.fns.values():
         if function.show_progress == "hidden":
