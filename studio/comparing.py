@@ -58,8 +58,9 @@ class Answers:
 
 
 def finished_runs(studio: Studio) -> list[Row]:
-    """The runs that have an adapter, newest first."""
-    return [row for row in studio.store.runs() if studio.jobs.has_adapter(row["id"])]
+    """The runs that have an adapter, newest first; not those whose adapter is in the bin."""
+    gone = {row["run_id"] for row in studio.library.rows(deleted=True)}
+    return [row for row in studio.store.runs() if row["id"] not in gone and studio.jobs.has_adapter(row["id"])]
 
 
 def task_of(studio: Studio, base: str | None) -> str:

@@ -37,7 +37,9 @@ def _open(home: str) -> None:
 
 def test_a_new_home_gets_every_table_in_wal_mode(store: Store) -> None:
     assert store.db.journal_mode == "wal"
-    assert {"runs", "events", "controls", "datasets", "comparisons", "scores"} <= set(store.db.table_names())
+    assert {"runs", "events", "controls", "datasets", "comparisons", "scores", "adapters", "mixes", "works"} <= set(
+        store.db.table_names()
+    )
     assert not migrations.pending(store.db)
 
 
@@ -50,7 +52,7 @@ def test_migrations_go_on_from_an_older_database(tmp_path: Path) -> None:
     store = Store(tmp_path)
     assert store.run("run-00000001")["name"] == "old"
     assert store.datasets() == []
-    assert [item.name for item in migrations.applied(store.db)][-1] == "0003_scores"
+    assert [item.name for item in migrations.applied(store.db)][-1] == "0004_adapters"
 
 
 def test_the_table_of_scores_comes_to_a_home_that_has_runs_and_events(tmp_path: Path) -> None:

@@ -10,8 +10,7 @@ from typing import Any
 import gradio as gr
 
 from engine.errors import EngineError
-from studio import adapter_panel, adapter_words, adapting, mixer, mixing, states
-from studio.adapter_api import served
+from studio import adapter_panel, adapter_words, adapting, mixer, mixing, work_panel
 from studio.library import PAGE
 from studio.markup import error, esc, notice
 from studio.page import ADAPTERS, COMPARE, HIDDEN, START, Page, go, message
@@ -33,11 +32,6 @@ _MIX = "() => setTimeout(() => document.getElementById('adapters-mixer')?.scroll
 class Parts:
     """The widgets of this tab."""
 
-    work: gr.HTML
-    work_row: gr.Row
-    stop: gr.Button
-    download: gr.DownloadButton
-    dismiss: gr.Button
     empty: gr.HTML
     to_start: gr.Button
     shelf: gr.Column
@@ -66,16 +60,14 @@ class Parts:
     empty_no: gr.Button
     limit: gr.State
     binned: gr.State
-    seen: gr.State
-    dismissed: gr.State
-    timer: gr.Timer
 
 
 @dataclass
 class Whole:
-    """The tab with its two panels."""
+    """The tab with its panels."""
 
     tab: Parts
+    work: work_panel.Parts
     detail: adapter_panel.Parts
     mixer: mixer.Parts
 
@@ -83,12 +75,7 @@ class Whole:
 def build(page: Page) -> None:
     """Lay out the library, the detail, the mixer and the bin."""
     gr.HTML('<h2 class="page-title">What your models have learned</h2>')
-    with gr.Column(elem_id="adapters-work"):
-        work = gr.HTML(visible=False)
-        with gr.Row(visible=False) as work_row:
-            stop = gr.Button("Stop", size="sm", visible=False, elem_id="work-stop")
-            download = gr.DownloadButton("Download", size="sm", visible=False, elem_id="work-download")
-            dismiss = gr.Button("Close", size="sm", visible=False, elem_id="work-close")
+    work = work_panel.build()
     empty = gr.HTML(visible=False, elem_id="adapters-empty")
     to_start = gr.Button("Start with a sample", variant="primary", visible=False)
     with gr.Column(visible=False) as shelf:
@@ -144,11 +131,6 @@ def build(page: Page) -> None:
             empty_yes = gr.Button("Yes, remove for good", variant="stop", elem_id="adapters-bin-yes")
             empty_no = gr.Button("Keep them")
     tab = Parts(
-        work,
-        work_row,
-        stop,
-        download,
-        dismiss,
         empty,
         to_start,
         shelf,
@@ -177,21 +159,18 @@ def build(page: Page) -> None:
         empty_no,
         gr.State(FIRST),
         gr.State(""),
-        gr.State(""),
-        gr.State(""),
-        gr.Timer(0.7, active=False),
     )
-    page.parts[ID] = Whole(tab, detail, panel)
+    page.parts[ID] = Whole(tab, work, detail, panel)
 
 
 def wire(page: Page) -> None:
     """Connect the library, the work, the bin, and both panels."""
     whole: Whole = page.parts[ID]
-    parts, detail, mixed = whole.tab, whole.detail, whole.mixer
+    parts, detail, mixed, box = whole.tab, whole.detail, whole.mixer, whole.work
     studio, library = page.studio, page.studio.library
     mine = list(vars(parts).values())
     mixers = [mixed.chosen, mixed.shelf, mixed.mixes, mixed.forget]
-    outputs = [*mine, *detail.widgets, *mixers]
+    outputs = [*mine, *box.widgets, *detail.widgets, *mixers]
 
     def shelf(search: str, base: str, limit: float, chosen: str, inside: list[str]) -> dict[Any, Any]:
         """The cards that fit the search."""
@@ -243,42 +222,13 @@ def wire(page: Page) -> None:
             parts.empty_row: gr.Row(visible=False),
         }
 
-    def worked(dismissed: str) -> dict[Any, Any]:
-        """The work that is under way, or what came of the newest."""
-        row = studio.works.newest()
-        told = adapter_words.work(row, dismissed)
-        live = row is not None and row["state"] in (states.STARTING, states.RUNNING)
-        path = None
-        if row and told and row["kind"] == "export" and row["state"] == states.DONE:
-            with contextlib.suppress(EngineError):
-                path = served(parts.download, adapting.exported(studio, row["id"]))
-        return {
-            parts.work: gr.HTML(told, visible=bool(told)),
-            parts.work_row: gr.Row(visible=bool(told)),
-            parts.stop: gr.Button(visible=live),
-            parts.download: gr.DownloadButton(value=path, visible=path is not None),
-            parts.dismiss: gr.Button(visible=bool(told) and not live),
-            parts.timer: gr.Timer(active=live),
-            parts.seen: row["id"] if row and live else "",
-        }
-
     def started(work: str) -> dict[Any, Any]:
-        return worked("")
+        return work_panel.shown(studio, box)
 
     view = [parts.search, parts.base, parts.limit, detail.chosen, mixed.chosen]
 
     def arrive(search: str, base: str, limit: float, chosen: str, inside: list[str], dismissed: str) -> dict[Any, Any]:
-        newest = studio.works.newest()
-        # What ended before this page was opened is no news.
-        old = newest["id"] if newest and newest["ended"] and not dismissed else dismissed
-        return {**listing(search, base, limit, chosen, inside), **worked(old), parts.dismissed: old}
-
-    def tick(seen: str, search: str, base: str, limit: float, chosen: str, inside: list[str]) -> dict[Any, Any]:
-        """The progress; when the work has ended, what came of it, and the library with it."""
-        found = worked("")
-        return (
-            found if found[parts.seen] == seen and seen else {**found, **listing(search, base, limit, chosen, inside)}
-        )
+        return {**listing(search, base, limit, chosen, inside), **work_panel.arrived(studio, box, dismissed)}
 
     def pick(
         search: str, base: str, limit: float, chosen: str, inside: list[str], event: gr.EventData
@@ -363,22 +313,12 @@ def wire(page: Page) -> None:
             return {parts.import_fault: gr.HTML(error(fault, "This cannot be imported"), visible=True)}
         return {**started(work), parts.import_fault: gr.HTML(visible=False), parts.files: None, parts.import_name: ""}
 
-    def stop(dismissed: str) -> dict[Any, Any]:
-        studio.works.stop()
-        return worked(dismissed)
-
-    def dismiss() -> dict[Any, Any]:
-        row = studio.works.newest()
-        key = row["id"] if row else ""
-        return {**worked(key), parts.dismissed: key}
-
     def compare(chosen: str) -> tuple[Any, Any]:
         row = library.get(chosen)
         return message(base=row["base"], runs=[row["run_id"]]), go(COMPARE)
 
-    page.tab[ID].select(arrive, [*view, parts.dismissed], outputs, **HIDDEN)
-    page.blocks.load(arrive, [*view, parts.dismissed], outputs, **HIDDEN)
-    parts.timer.tick(tick, [parts.seen, *view], outputs, **HIDDEN)
+    page.tab[ID].select(arrive, [*view, box.dismissed], outputs, **HIDDEN)
+    page.blocks.load(arrive, [*view, box.dismissed], outputs, **HIDDEN)
     parts.cards.click(pick, view, outputs, **HIDDEN)
     gr.on(
         [parts.search.change, parts.base.input, mixed.chosen.change],
@@ -413,7 +353,6 @@ def wire(page: Page) -> None:
     parts.bring_in.click(
         bring_in, [parts.files, parts.import_name, parts.import_base], outputs, trigger_mode="once", **HIDDEN
     )
-    parts.stop.click(stop, parts.dismissed, outputs, **HIDDEN)
-    parts.dismiss.click(dismiss, None, outputs, **HIDDEN)
-    adapter_panel.wire(page, detail, started, mine)
-    mixer.wire(studio, mixed, started, mine)
+    work_panel.wire(studio, box, listing, view, outputs)
+    adapter_panel.wire(page, detail, started, box.widgets)
+    mixer.wire(studio, mixed, started, box.widgets)
