@@ -345,14 +345,14 @@ def wire(studio: Studio, parts: Parts, started: Callable[[str], dict[Any, Any]],
             return {parts.kept: gr.HTML(error(fault), visible=True), **offered(studio, parts)}
         gone = notice("warn", f"{row['missing']} of its adapters are no longer here.", "The others are in the mix.")
         settings = row["settings"]
-        told, rank, density = typed(settings["how"])
+        how = settings["how"]
         return {
             **arranged(studio, parts, [adapter for adapter, _ in row["parts"]], dict(row["parts"]), prompt),
             **offered(studio, parts, row["id"]),
-            parts.how: settings["how"],
-            parts.rank: gr.Slider(value=settings["rank"] or 0, visible=rank["visible"]),
-            parts.density: gr.Slider(value=settings["density"], visible=density["visible"]),
-            parts.meaning: told,
+            parts.how: how,
+            parts.rank: gr.Slider(value=settings["rank"] or 0, visible=how.endswith("svd")),
+            parts.density: gr.Slider(value=settings["density"], visible=mixing.pruning(how)),
+            parts.meaning: meaning(how),
             parts.name: row["name"],
             parts.kept: gr.HTML(gone if row["missing"] else "", visible=bool(row["missing"])),
         }
