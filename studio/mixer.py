@@ -223,16 +223,26 @@ def asked(studio: Studio, values: Sequence[Any]) -> mixing.Mixture:
 
 
 def arranged(
-    studio: Studio, parts: Parts, chosen: Sequence[str], weights: Mapping[str, float], prompt: str
+    studio: Studio,
+    parts: Parts,
+    chosen: Sequence[str],
+    weights: Mapping[str, float],
+    prompt: str,
+    shown: Sequence[str] | None = None,
 ) -> dict[Any, Any]:
-    """The mixer for these adapters: sliders in their colours with their weights, and what the base is asked by."""
+    """The mixer for these adapters: sliders in their colours with their weights, and what the base is asked by.
+
+    `shown` are the adapters that the page has in the list already.
+    """
     rows = [row for row in map(lambda key: _there(studio, key), chosen[: mixing.MOST]) if row is not None]
     first = rows[0] if rows else None
     rows = [row for row in rows if first and (row["base"], row["task"]) == (first["base"], first["task"])]
+    ids, offered_now = [row["id"] for row in rows], choices(studio, first)
     found: dict[Any, Any] = {
-        parts.chosen: gr.Dropdown(choices(studio, first), value=[row["id"] for row in rows]),
+        # Written only where it has to differ: another adapter may have been chosen while this was made.
+        parts.chosen: gr.Dropdown(offered_now) if ids == shown else gr.Dropdown(offered_now, value=ids),
         parts.body: gr.Column(visible=bool(rows)),
-        parts.before: [row["id"] for row in rows],
+        parts.before: ids,
     }
     for number, widget in enumerate(parts.sliders):
         row = rows[number] if number < len(rows) else None
@@ -336,7 +346,7 @@ def wire(studio: Studio, parts: Parts, started: Callable[[str], dict[Any, Any]],
         """Other adapters are chosen: those that stay keep their weights."""
         if (chosen or []) == before:
             return gr.skip()
-        return arranged(studio, parts, chosen or [], dict(zip(before, weights, strict=False)), prompt)
+        return arranged(studio, parts, chosen or [], dict(zip(before, weights, strict=False)), prompt, chosen)
 
     def open_mix(mix: Any, prompt: str) -> dict[Any, Any]:
         try:
