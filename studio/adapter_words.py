@@ -41,7 +41,7 @@ def _card(row: Row, chosen: str, mixed: Sequence[str]) -> str:
     chips = "".join(f'<span class="ad-chip">{esc(fact)}</span>' for fact in facts)
     why = mixing.refusal(row)
     mix = (
-        f'<button type="button" class="ad-mix" disabled title="{esc(why)}">Not for mixing</button>'
+        f'<p class="ad-why">Not for mixing. {esc(why)}</p>'
         if why
         else f'<button type="button" class="ad-mix" data-mix="{key}" aria-pressed="{"true" if inside else "false"}">'
         f"{'In the mix' if inside else 'Add to the mix'}</button>"
