@@ -23,6 +23,7 @@ def write(folder: Path, config: Any, base: str = "tiny-llama", seed: int = 0, si
 
     drawn = BUILTIN[base].tasks == ("text_to_image",)
     model = load_pipeline(base, precision="fp32").unet if drawn else load_causal_lm(base, precision="fp32")[0]
+    torch.manual_seed(seed)
     made = get_peft_model(model, config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
