@@ -61,7 +61,7 @@ def heard(studio: Studio, how: str = LIVE, known: Any = None, **weights: float) 
 
 
 def alike(one: str, other: str) -> bool:
-    """The same answer but for rounding, which on a base in bf16 may change a late word; the tensors have tests of theirs."""
+    """The same answer but for rounding, which in bf16 may change a late word; the tensors have tests of their own."""
     return bool(one) and one.split()[:4] == other.split()[:4]
 
 
