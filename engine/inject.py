@@ -22,6 +22,7 @@ from engine.adapters.base import (
     layer_kind,
 )
 from engine.errors import TargetError
+from engine.kernels import gated
 from engine.layers import AdapterLayer, SavedModule, Wrapper
 
 # The attention projections that papers adapt, by the names that architectures give them. The first rule whose names
@@ -232,6 +233,7 @@ def wrap(model: nn.Module, name: str, switchboard: Switchboard) -> AdapterLayer:
     layer = AdapterLayer(module, switchboard, name)
     layer.train(module.training)
     replace_module(model, name, layer)
+    gated.install(unwrapped(module_at(model, name.rpartition(".")[0])))
     return layer
 
 

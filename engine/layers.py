@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine import bnb
+from engine import bnb, kernels
 from engine.adapters.base import CONV2D, AdapterWeights, Switchboard, layer_kind, master
 from engine.errors import EngineError, TargetError
 
@@ -96,6 +96,10 @@ class AdapterLayer(nn.Module):
         board = self.switchboard
         if board.disabled:
             return self.base_layer(x, *args, **kwargs)
+        if not (args or kwargs):
+            parts = self.parts(x)
+            if parts is not None:
+                return parts.output(x)
         y = self.base_layer(self._shifted(x) if self.shifting else x, *args, **kwargs)
         if board.rows is not None:
             return self._rows(x, y, board.rows)
@@ -108,6 +112,18 @@ class AdapterLayer(nn.Module):
                 if change is not None:
                     out = out + change.to(y.dtype)
         return out
+
+    def parts(self, x: Tensor) -> Any:
+        """The layer and its adapter as one autograd node, where one adapter is active here and its method has that."""
+        board = self.switchboard
+        if board.disabled or board.rows is not None or self.shifting or not kernels.enabled():
+            return None
+        here = [(name, weight) for name, weight in board.weights.items() if weight and self.holds(name)]
+        active = [(name, weight) for name, weight in here if name not in self.merged]
+        if len(active) != 1 or active[0][0] in self.biases:
+            return None
+        adapter, weight = active[0]
+        return self._weights(adapter).parts(x, self.base_layer, weight)
 
     def _shifted(self, x: Tensor) -> Tensor:
         """The base layer's input with what adapters add to it."""

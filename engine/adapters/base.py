@@ -333,6 +333,13 @@ class AdapterWeights(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} does not say what it adds to a layer's output")
 
+    def parts(self, x: Tensor, base: nn.Module, weight: float) -> Any:
+        """What makes base and adapter one autograd node (`engine.kernels.linear.Parts`), or None where `delta` serves.
+
+        The node's output must be that of the base plus `delta`.
+        """
+        return None
+
     def delta_weight(self, base: nn.Module) -> Tensor:
         """The change of the unmerged `base.weight` (its shape) that `delta` amounts to at weight 1, in float32."""
         raise TargetError(f"{type(self).__name__} cannot be merged into a weight.")

@@ -34,6 +34,7 @@ from engine.adapters.base import (
 )
 from engine.adapters.starts import NAMES, is_start, start_of, takes_from_base
 from engine.errors import TargetError
+from engine.kernels import linear
 
 # The methods that a LoRA config asks for by a field `use_<name>`, under their names in the registry.
 VARIANTS = ("dora", "qalora", "lorafa")
@@ -268,6 +269,20 @@ class LowRankLinear(LowRankWeights):
             h0 = F.linear(x, compute_cast(self.offset_A, x))
             out = out - F.linear(h0 * factor, compute_cast(self.offset_B, x))
         return out
+
+    def parts(self, x: Tensor, base: nn.Module, weight: float) -> linear.Parts | None:
+        # A subclass with another formula is not this node.
+        if type(self).delta is not LowRankLinear.delta or not linear.fits(base, x):
+            return None
+        return self._parts(base, weight)
+
+    def _parts(self, base: nn.Module, weight: float, m: Tensor | None = None, norm: Tensor | None = None) -> linear.Parts:
+        offset = None
+        if self.offset_A is not None and self.offset_B is not None:
+            offset = (self.offset_A, self.offset_B)
+        drop = self.dropout.p if isinstance(self.dropout, nn.Dropout) and self.dropout.training else 0.0
+        product = linear.Product(base, self.scale * weight, drop, offset, norm)
+        return linear.Parts(self.lora_A.weight, self.lora_B.weight, self.lora_B.bias, m, product)
 
     def delta_weight(self, base: nn.Module) -> Tensor:
         a, b = self.matrices()
