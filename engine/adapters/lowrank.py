@@ -276,7 +276,9 @@ class LowRankLinear(LowRankWeights):
             return None
         return self._parts(base, weight)
 
-    def _parts(self, base: nn.Module, weight: float, m: Tensor | None = None, norm: Tensor | None = None) -> linear.Parts:
+    def _parts(
+        self, base: nn.Module, weight: float, m: Tensor | None = None, norm: Tensor | None = None
+    ) -> linear.Parts:
         offset = None
         if self.offset_A is not None and self.offset_B is not None:
             offset = (self.offset_A, self.offset_B)

@@ -37,13 +37,12 @@ class GatedDown(torch.autograd.Function):
         product: Product,
     ) -> Tensor:
         y, h, v = product.forward(act(gate) * up, a, b, bias, m)
-        kept = v if product.keep else None
-        ctx.save_for_backward(gate, up, a, b, m, h, kept, frozen_weight(product.base))
+        ctx.save_for_backward(gate, up, a, b, m, h, v, frozen_weight(product.base))
         ctx.product, ctx.act = product, act
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, a, b, m, h, v, weight = ctx.saved_tensors
         inputs = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
@@ -61,17 +60,17 @@ class GatedDown(torch.autograd.Function):
         return dgate, dup, *others, None, None
 
 
-def forward(mlp: nn.Module, x: Tensor) -> Tensor:
+def forward(mlp: Any, x: Tensor) -> Tensor:
     """A gated MLP's forward pass, the second half fused where that is possible."""
     down, act = mlp.down_proj, mlp.act_fn
     if not (kernels.enabled() and torch.is_grad_enabled() and isinstance(down, AdapterLayer)):
         return type(mlp).forward(mlp, x)  # type: ignore[no-any-return]
-    gate: Tensor = mlp.gate_proj(x)  # type: ignore[operator]
-    up: Tensor = mlp.up_proj(x)  # type: ignore[operator]
+    gate, up = mlp.gate_proj(x), mlp.up_proj(x)
     parts = down.parts(gate)
     if parts is None:
         return down(act(gate) * up)  # type: ignore[no-any-return]
-    return GatedDown.apply(gate, up, parts.a, parts.b, parts.bias, parts.m, act, parts.product)  # type: ignore[no-any-return,no-untyped-call]
+    tensors = (parts.a, parts.b, parts.bias, parts.m)
+    return GatedDown.apply(gate, up, *tensors, act, parts.product)  # type: ignore[no-any-return]
 
 
 def install(mlp: nn.Module) -> bool:
@@ -80,9 +79,9 @@ def install(mlp: nn.Module) -> bool:
         return False
     if not isinstance(mlp.act_fn, nn.Module) or next(mlp.act_fn.parameters(), None) is not None:
         return False
-    if not _computes_gated(mlp):
+    if not _computes_gated(type(mlp), type(mlp.act_fn)):
         return False
-    mlp.forward = functools.partial(forward, mlp)  # type: ignore[method-assign]
+    mlp.forward = functools.partial(forward, mlp)
     return True
 
 
@@ -93,17 +92,21 @@ def remove(mlp: nn.Module) -> None:
         del mlp.__dict__["forward"]
 
 
-@torch.no_grad()
-def _computes_gated(mlp: Any) -> bool:
-    """Whether the module's own forward is the formula above: its class asked with stand-ins for its layers.
+_known: dict[tuple[type[nn.Module], type[nn.Module]], bool] = {}
 
-    Numbers stand for the projections, so no weight is read and models without storage can be asked too.
+
+def _computes_gated(mlp: type[nn.Module], act: type[nn.Module]) -> bool:
+    """Whether a class's own forward is the formula above: it is asked, with numbers for its layers.
+
+    So no weight is read, and a model without storage can be asked too.
     """
-    return bool(_class_computes_gated(type(mlp), type(mlp.act_fn)))
+    if (mlp, act) not in _known:
+        _known[mlp, act] = _asked(mlp, act)
+    return _known[mlp, act]
 
 
-@functools.lru_cache(maxsize=256)
-def _class_computes_gated(kind: type[nn.Module], act: type[nn.Module]) -> bool:
+@torch.no_grad()
+def _asked(mlp: Any, act: Any) -> bool:
     class Times(nn.Module):
         def __init__(self, factor: float) -> None:
             super().__init__()
@@ -113,7 +116,7 @@ def _class_computes_gated(kind: type[nn.Module], act: type[nn.Module]) -> bool:
             return x * self.factor + 1
 
     try:
-        probe = kind.__new__(kind)
+        probe = mlp.__new__(mlp)
         nn.Module.__init__(probe)
         probe.gate_proj, probe.up_proj, probe.down_proj, probe.act_fn = Times(2.0), Times(3.0), Times(5.0), act()
         x = torch.tensor([[[0.3, -0.7, 1.9]]], dtype=torch.float64)

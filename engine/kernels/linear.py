@@ -8,7 +8,9 @@ saves its output several times. Here a node saves x and h = A drop(x), (tokens, 
 
 - the mask of dropout is drawn again from the generator's state, and is the one that `nn.Dropout` would have drawn;
 - the thin products go into the base's output and into the input's gradient in place;
-- DoRA's v is computed again for the gradient of m, from the base's weight, or kept where `keep` says so.
+- DoRA's v, which the gradient of m needs, is kept where a layer has more inputs than outputs, so that it is small and
+  dear to compute again. Where it has more outputs, y is kept and v = y / g: the activation function that follows such a
+  layer keeps y anyway. In a square layer, or under a bias, v is computed again from the base's weight.
 
 A and B are float32 masters: they are cast to the input's type inside, and their gradients come back in their own.
 """
@@ -55,7 +57,6 @@ class Product:
         drop: the probability of dropout; 0 outside training.
         offset: PiSSA's A0 and B0, or None.
         norm: DoRA's n, (out), or None.
-        keep: DoRA: keep v for backward instead of computing it again.
         state: the generator's state before the mask was drawn.
     """
 
@@ -64,13 +65,12 @@ class Product:
     drop: float = 0.0
     offset: tuple[Tensor, Tensor] | None = None
     norm: Tensor | None = None
-    keep: bool = True
     state: Tensor | None = None
 
     def forward(
         self, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, m: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(y, h, v); v is None without DoRA."""
+        """(y, h, what DoRA's backward reads v from, or None)."""
         y = self.base(x).contiguous()
         flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         h = torch.mm(self._dropped(flat, draw=True), a.to(x.dtype).t())
@@ -87,7 +87,8 @@ class Product:
             return y, h, None
         # g - 1 before the cast: in bf16 a gain near 1 would lose its difference from 1.
         scaled = torch.addcmul(out, out, (self._gain(m) - 1).to(out.dtype))
-        return (scaled if own is None else scaled.add_(own.to(y.dtype))).view(y.shape), h, out
+        y = (scaled if own is None else scaled.add_(own.to(y.dtype))).view(y.shape)
+        return y, h, out if self._keeps_v(x, y) else y if self._keeps_y(x, y) else None
 
     def backward(
         self,
@@ -108,8 +109,7 @@ class Product:
         if m is not None:
             assert self.norm is not None
             if wanted[4]:
-                v = self._v(flat, b, h, weight) if v is None else v
-                dm = (_column_dots(dy, v) / self.norm).to(m.dtype)
+                dm = (_column_dots(dy, self._v(flat, grad, b, m, h, v, weight)) / self.norm).to(m.dtype)
             dy = torch.addcmul(dy, dy, (self._gain(m) - 1).to(dy.dtype))
         low, high = a.to(x.dtype), b.to(x.dtype)
         dh = torch.mm(dy.to(x.dtype), high)
@@ -140,8 +140,23 @@ class Product:
         assert self.norm is not None
         return m / self.norm
 
-    def _v(self, flat: Tensor, b: Tensor, h: Tensor, weight: Tensor | None) -> Tensor:
-        """DoRA's v again, without the base's bias."""
+    def _keeps_v(self, x: Tensor, y: Tensor) -> bool:
+        return x.shape[-1] > y.shape[-1]
+
+    def _keeps_y(self, x: Tensor, y: Tensor) -> bool:
+        # With a bias in it, y would have to be large beside it.
+        return x.shape[-1] < y.shape[-1] and getattr(self.base, "bias", None) is None
+
+    def _v(
+        self, flat: Tensor, y: Tensor, b: Tensor, m: Tensor, h: Tensor, kept: Tensor | None, weight: Tensor | None
+    ) -> Tensor:
+        """DoRA's v, (tokens, out); `y` has the output's shape."""
+        if kept is not None and self._keeps_v(flat, y):
+            return kept
+        gain = self._gain(m)
+        # A gain of 0 has taken v from y.
+        if kept is not None and bool((gain != 0).all()):
+            return kept.view(-1, kept.shape[-1]) / gain.to(kept.dtype)
         v = torch.mm(flat, self._matrix(weight, flat.dtype).t())
         return v.addmm_(h, b.to(h.dtype).t(), alpha=self.factor)
 
@@ -197,14 +212,12 @@ class AdaptedLinear(torch.autograd.Function):
     ) -> Tensor:
         y, h, v = product.forward(x, a, b, bias, m)
         need_x = ctx.needs_input_grad[1] or m is not None
-        ctx.save_for_backward(
-            x if need_x else None, a, b, m, h, v if product.keep else None, frozen_weight(product.base)
-        )
+        ctx.save_for_backward(x if need_x else None, a, b, m, h, v, frozen_weight(product.base))
         ctx.product, ctx.shape = product, x.shape
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b, m, h, v, weight = ctx.saved_tensors
         if x is None:
@@ -232,5 +245,5 @@ class Parts:
     def output(self, x: Tensor) -> Tensor:
         """The base layer's output with the adapter's."""
         if torch.is_grad_enabled():
-            return AdaptedLinear.apply(x, self.a, self.b, self.bias, self.m, self.product)  # type: ignore[no-any-return,no-untyped-call]
+            return AdaptedLinear.apply(x, self.a, self.b, self.bias, self.m, self.product)  # type: ignore[no-any-return]
         return self.product.forward(x, self.a, self.b, self.bias, self.m)[0]
