@@ -154,8 +154,8 @@ class Product:
         if kept is not None and self._keeps_v(flat, y):
             return kept
         gain = self._gain(m)
-        # A gain of 0 has taken v from y.
-        if kept is not None and bool((gain != 0).all()):
+        # A gain of 0 has taken v from y. (Shapes without numbers, engine.memory's, have none.)
+        if kept is not None and (type(kept).__name__ == "FakeTensor" or bool((gain != 0).all())):
             return kept.view(-1, kept.shape[-1]) / gain.to(kept.dtype)
         v = torch.mm(flat, self._matrix(weight, flat.dtype).t())
         return v.addmm_(h, b.to(h.dtype).t(), alpha=self.factor)
@@ -163,7 +163,7 @@ class Product:
     def _matrix(self, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The base's weight as (out, in)."""
         if weight is None:
-            return bnb.dequantized(self.base).to(dtype)
+            return bnb.dequantized(self.base, dtype)
         return weight.t() if layer_kind(self.base) != LINEAR else weight
 
     def _input_gradient(self, dy: Tensor, weight: Tensor | None) -> Tensor:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from engine.adapters.base import TaskType
@@ -22,7 +21,7 @@ from engine.tasks.sequences import (
     render,
     room,
     spans_of,
-    target_logits,
+    target_losses,
     tokens_in,
 )
 from engine.tasks.sequences import keeps_rows_apart as keeps_rows_apart
@@ -109,8 +108,8 @@ class CausalLM:
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
         """Cross-entropy summed over the targets, in float32."""
-        logits, targets = target_logits(model, batch), batch["targets"]
-        return LossSum(F.cross_entropy(logits.float(), targets, reduction="sum"), int(targets.numel()))
+        losses = target_losses(model, batch)
+        return LossSum(losses.sum(), int(losses.numel()))
 
     def reference(self, example: Mapping[str, Any]) -> tuple[str, str] | None:
         """Question and answer, where the row is one question with one answer."""

@@ -39,7 +39,7 @@ from engine.tasks.sequences import (
     batcher,
     load_decoder,
     room,
-    target_logits,
+    target_losses,
     tokens_in,
 )
 from engine.train.job import JobSpec, TrainingSpec
@@ -234,7 +234,7 @@ def _number(value: Any) -> bool:
 
 def log_probs(model: nn.Module, batch: Batch) -> Tensor:
     """(N, 2): the log-probabilities of the answers' tokens, summed, in float32."""
-    each = -F.cross_entropy(target_logits(model, batch).float(), batch["targets"], reduction="none")
+    each = -target_losses(model, batch)
     sums = each.new_zeros(len(batch["lengths"]))
     return sums.index_add(0, batch["owners"], each).view(-1, 2)
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from engine.adapters.base import TaskType
 from engine.checkpoint import write_text
 from engine.errors import CheckpointError, ConfigError, DataError
+from engine.kernels.loss import token_losses
 from engine.tasks.base import Batch, Encoded, Loaded, LossSum, Progress
 from engine.train.job import JobSpec, TrainingSpec
 
@@ -172,8 +172,14 @@ class Seq2Seq:
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         labels = batch["labels"]
         kept = labels != IGNORED
-        logits = model(**inputs, use_cache=False).logits[:, -labels.shape[1] :]
-        return LossSum(F.cross_entropy(logits[kept].float(), labels[kept], reduction="sum"), int(kept.sum()))
+        # Virtual tokens stand before the decoder's own in some methods.
+        losses = token_losses(
+            model,
+            lambda: model(**inputs, use_cache=False),
+            lambda values: values[:, -labels.shape[1] :][kept],
+            labels[kept],
+        )
+        return LossSum(losses.sum(), int(losses.numel()))
 
     def reference(self, example: Mapping[str, Any]) -> tuple[str, str] | None:
         """The source and its target, for metrics of texts."""

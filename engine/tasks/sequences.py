@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import DataError
+from engine.kernels.loss import token_losses
 from engine.tasks.base import Batch, Loaded, Progress
 from engine.train.job import JobSpec, TrainingSpec
 
@@ -163,22 +164,26 @@ def tokens_in(batch: Batch) -> int:
     return int(batch["input_ids"].numel() if mask is None else mask.sum())
 
 
-def target_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """(targets, vocabulary): the logits where the batch has targets, in its order."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+def target_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """(targets,): the cross-entropy of each target, float32, in the batch's order."""
+    names: tuple[str, ...] = ("input_ids", "attention_mask", "position_ids")
+    inputs = {name: batch[name] for name in names if name in batch}
     sources = batch["sources"]
     count, width = batch["input_ids"].shape
-    logits: Tensor
-    if not takes(model, "logits_to_keep"):
-        # Virtual tokens have logits too, before the row's own.
-        logits = model(**inputs, use_cache=False).logits[:, -width:].flatten(0, 1)[sources]
-    elif count == 1:
-        logits = model(**inputs, use_cache=False, logits_to_keep=sources).logits[0]
-    else:
+    rows, places = sources // width, sources % width
+    keeps = takes(model, "logits_to_keep")
+    if keeps:
         # The columns in which any row has a target.
-        columns, places = torch.unique(sources % width, return_inverse=True)
-        logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits[sources // width, places]
-    return logits
+        columns, places = torch.unique(places, return_inverse=True) if count > 1 else (sources, places)
+        inputs["logits_to_keep"] = columns
+
+    def pick(values: Tensor) -> Tensor:
+        if keeps and count == 1:
+            return values[0]
+        # Without logits_to_keep virtual tokens have values too, before the row's own.
+        return (values if keeps else values[:, -width:])[rows, places]
+
+    return token_losses(model, lambda: model(**inputs, use_cache=False), pick, batch["targets"])
 
 
 def answered(model: nn.Module, loaded: Loaded, prompt: str, temperature: float = 0.0, max_new_tokens: int = 48) -> str:
