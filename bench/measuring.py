@@ -26,7 +26,7 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate")
 
 @dataclass(frozen=True)
 class Measured:
-    """A process that ended well: seconds from its start to its end, CPU seconds, bytes it held at the most, its output."""
+    """A process that ended well: its wall and CPU seconds, the bytes it held at the most, and its output."""
 
     seconds: float
     cpu: float
@@ -128,8 +128,9 @@ def command_line(doc: str, rows: Callable[[], list[dict[str, Any]]]) -> None:
 def told(found: dict[str, Any]) -> str:
     """A row as a line for a person."""
     low, high = found["spread"]
+    mine, other = (amount(found[side], found["unit"]) for side in ("ours", "peer"))
     return (
-        f"{found['name']:50} ours {amount(found['ours'], found['unit']):>10}  peer {amount(found['peer'], found['unit']):>10}"
+        f"{found['name']:50} ours {mine:>10}  peer {other:>10}"
         f"  ratio {found['ratio']:.3f} ({low:.3f} to {high:.3f})  target {found['target']:.2f}"
         f"  {'met' if met(found) else 'MISSED'}"
     )

@@ -18,8 +18,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from bench.measuring import ROOT, Measured, command_line, row, run_child
 from engine.models import DEFAULT
 
@@ -61,7 +59,7 @@ def job(chats: Path) -> dict[str, Any]:
 
 
 def prepare(folder: Path, count: int) -> None:
-    """Into `folder`: our job, the peer's rows in our order, the adapter that both start with, and what there is to learn.
+    """Into `folder`: our job, the peer's rows in our order, the adapter both start with, and what there is to learn.
 
     Runs in a process of its own (it loads the model), and makes the adapter as our worker does: from the job's seed,
     after the base is loaded. That it is the same shows in the first step's gradient norm.
@@ -127,10 +125,8 @@ def marked(template: str) -> str:
 
 def ours(folder: Path, number: int) -> Measured:
     """One run of our worker."""
-    return run_child(
-        [sys.executable, "-m", "engine", "train", str(folder / "job.yaml"), "--out", str(folder / f"ours-{number}")]
-        + ["--json"]
-    )
+    out = str(folder / f"ours-{number}")
+    return run_child([sys.executable, "-m", "engine", "train", str(folder / "job.yaml"), "--out", out, "--json"])
 
 
 def peers(folder: Path, setting: str, number: int, count: int | None = None) -> Measured:
