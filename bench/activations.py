@@ -168,4 +168,4 @@ def _trained(attach: Callable[..., Any], model: Any, config: Any) -> Any:
 
 
 if __name__ == "__main__":
-    command_line(__doc__ or "", rows)
+    command_line(__doc__, rows)

@@ -18,8 +18,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate")
 
@@ -59,20 +60,36 @@ def run_child(command: Sequence[str], extra: dict[str, str] | None = None) -> Me
     return Measured(seconds, usage.ru_utime + usage.ru_stime, peak, text)
 
 
-def in_turns(ours: Callable[[], float], peer: Callable[[], float], rounds: int) -> tuple[list[float], list[float]]:
-    """Figures of both in turns, A B, B A, A B, ..., so that a machine that grows slower or faster favours neither."""
-    found: tuple[list[float], list[float]] = ([], [])
+def in_turns(ours: Callable[[], T], peer: Callable[[], T], rounds: int) -> tuple[list[T], list[T]]:
+    """What both give, in turns, A B, B A, A B, ..., so that a machine that grows slower or faster favours neither."""
+    found: tuple[list[T], list[T]] = ([], [])
     for number in range(rounds):
         for which in (0, 1) if number % 2 == 0 else (1, 0):
             found[which].append((ours, peer)[which]())
     return found
 
 
-def timed(call: Callable[[], Any]) -> float:
-    """Seconds that a call takes."""
-    started = time.perf_counter()
+class Timing(NamedTuple):
+    """Wall and CPU seconds of a call in this process; the second says more on a machine that others use."""
+
+    wall: float
+    cpu: float
+
+
+def timed(call: Callable[[], Any]) -> Timing:
+    """How long a call takes."""
+    wall, cpu = time.perf_counter(), time.process_time()
     call()
-    return time.perf_counter() - started
+    return Timing(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def timing_row(
+    name: str, ours: Sequence[Timing], peer: Sequence[Timing], target: float, note: str = ""
+) -> dict[str, Any]:
+    """A row of wall seconds; its note gives the ratio of the CPU seconds too."""
+    cpu = statistics.median(mine.cpu / other.cpu for mine, other in zip(ours, peer, strict=True))
+    notes = [part for part in (f"of CPU time {cpu:.3f}", note) if part]
+    return row(name, [one.wall for one in ours], [one.wall for one in peer], target, "s", "; ".join(notes))
 
 
 def row(
@@ -107,22 +124,33 @@ def met(found: dict[str, Any]) -> bool:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on, as `engine doctor` tells it, with the peers' versions."""
+    """What the figures are measured on, as `engine doctor` tells it, with the peers' versions."""
     told = json.loads(run_child([sys.executable, "-m", "engine", "doctor", "--json"]).output)
     kept = {key: told[key] for key in ("system", "python", "processor", "cores", "threads", "memory")}
-    return {**kept, "packages": {name: version(name) for name in PACKAGES}}
+    return {**kept, "waiting": os.environ.get("OMP_WAIT_POLICY", ""), "packages": {p: version(p) for p in PACKAGES}}
 
 
-def command_line(doc: str, rows: Callable[[], list[dict[str, Any]]]) -> None:
-    """`python -m bench.X [--json FILE]`: measure, print a line a row, keep them."""
+def command_line(
+    doc: str | None, rows: Callable[..., list[dict[str, Any]]], *arguments: tuple[str, dict[str, Any]]
+) -> None:
+    """`python -m bench.X [--json FILE]`: measure, print a line a row, keep them.
+
+    Args:
+        doc: the help.
+        rows: called with `arguments` by their names.
+        arguments: further arguments of the command, each a name or flag and argparse's settings of it.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for flag, settings in arguments:
+        parser.add_argument(flag, **settings)
     parser.add_argument("--json", type=Path, help="keep the rows there")
-    options = parser.parse_args()
-    found = rows()
+    options = vars(parser.parse_args())
+    path: Path | None = options.pop("json")
+    found = rows(**options)
     for one in found:
         print(told(one))
-    if options.json:
-        write(options.json, {"rows": found})
+    if path:
+        write(path, {"rows": found})
 
 
 def told(found: dict[str, Any]) -> str:

@@ -10,7 +10,6 @@ counted as tokens and targets is compared, and so are their losses: the numbers 
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -192,7 +191,7 @@ def rows(pairs: int = 3, chats: int = 128) -> list[dict[str, Any]]:
     """Time and memory of whole runs, in turns."""
     with tempfile.TemporaryDirectory(prefix="bench-sft-") as name:
         folder = Path(name)
-        run_child([sys.executable, "-m", "bench.sft", "--prepare", name, "--chats", str(chats)])
+        run_child([sys.executable, "-m", "bench.sft", "--prepare", name, str(chats)])
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         setting, tried = trial(folder)
         found: list[tuple[Measured, Measured]] = []
@@ -232,17 +231,11 @@ def rows(pairs: int = 3, chats: int = 128) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """The pairs, or (`--prepare`) what they need."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--prepare", type=Path)
-    parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--chats", type=int, default=128)
-    options, rest = parser.parse_known_args()
-    if options.prepare:
-        prepare(options.prepare, options.chats)
+    """The pairs, or (`--prepare FOLDER CHATS`, for a process of its own) what they need."""
+    if sys.argv[1:2] == ["--prepare"]:
+        prepare(Path(sys.argv[2]), int(sys.argv[3]))
         return
-    sys.argv[1:] = rest
-    command_line(__doc__ or "", lambda: rows(options.pairs, options.chats))
+    command_line(__doc__, rows, ("--pairs", {"type": int, "default": 3}), ("--chats", {"type": int, "default": 128}))
 
 
 if __name__ == "__main__":
