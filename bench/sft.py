@@ -1,6 +1,6 @@
 """Fine-tuning end to end, ours against TRL and PEFT: wall time and peak resident memory of whole processes.
 
-    python -m bench.sft [--pairs 3] [--chats 128] [--json FILE]
+    python -m bench.sft [--pairs 3] [--chats 128] [--setting "bf16, padded"] [--json FILE]
 
 Both sides learn the same chats in the same order and batches, with the same start of the adapter, learning rate and
 schedule, on the same targets (the assistant's words), and save the adapter. Ours is `python -m engine train`, the peer
@@ -153,17 +153,21 @@ def peers(folder: Path, setting: str, number: int, count: int | None = None) -> 
     return run_child([sys.executable, "-m", "bench.sft_trl", str(path)], offline)
 
 
-def trial(folder: Path) -> tuple[str, dict[str, float]]:
-    """The peer's fastest setting on a few batches, and the seconds of all; those that fail are left out."""
-    found: dict[str, float] = {}
+def trial(folder: Path) -> tuple[str, str]:
+    """The peer's fastest setting on a few batches, and what all took; those that fail are left out.
+
+    Fastest by CPU time: one run each is too little for wall time on a machine that others use.
+    """
+    found: dict[str, Measured] = {}
     for number, setting in enumerate(SETTINGS):
         try:
-            found[setting] = peers(folder, setting, -1 - number, TRIAL).seconds
+            one = found[setting] = peers(folder, setting, -1 - number, TRIAL)
         except SystemExit as error:
             print(f"{setting}: does not run here: {str(error)[-300:]}", file=sys.stderr)
             continue
-        print(f"trial of {TRIAL} chats, {setting}: {found[setting]:.1f} s", file=sys.stderr, flush=True)
-    return min(found, key=found.__getitem__), found
+        print(f"trial, TRL {setting}: {one.seconds:.1f} s, of CPU {one.cpu:.1f} s", file=sys.stderr, flush=True)
+    told = ", ".join(f"{setting} {one.cpu:.0f} s {one.peak / 1e9:.1f} GB" for setting, one in found.items())
+    return min(found, key=lambda setting: found[setting].cpu), f"CPU time and peak on {TRIAL} chats: {told}"
 
 
 def compared(mine: Measured, other: Measured, about: dict[str, Any]) -> dict[str, float]:
@@ -187,13 +191,13 @@ def compared(mine: Measured, other: Measured, about: dict[str, Any]) -> dict[str
     return {"ours": losses[0], "peer": losses[1], "norm_ours": norms[0], "norm_peer": norms[1]}
 
 
-def rows(pairs: int = 3, chats: int = 128) -> list[dict[str, Any]]:
-    """Time and memory of whole runs, in turns."""
+def rows(pairs: int = 3, chats: int = 128, setting: str | None = None) -> list[dict[str, Any]]:
+    """Time and memory of whole runs, in turns; without a `setting` TRL takes part with its fastest."""
     with tempfile.TemporaryDirectory(prefix="bench-sft-") as name:
         folder = Path(name)
         run_child([sys.executable, "-m", "bench.sft", "--prepare", name, str(chats)])
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        setting, tried = trial(folder)
+        setting, tried = (setting, "") if setting else trial(folder)
         found: list[tuple[Measured, Measured]] = []
         for number in range(pairs):
             if number % 2 == 0:
@@ -202,19 +206,14 @@ def rows(pairs: int = 3, chats: int = 128) -> list[dict[str, Any]]:
             else:
                 other = peers(folder, setting, number)
                 found.append((ours(folder, number), other))
-            print(
-                f"pair {number + 1}: " + ", ".join(f"{one.seconds:.1f} s {one.peak / 1e9:.2f} GB" for one in found[-1]),
-                file=sys.stderr,
-                flush=True,
-            )
+            both = (f"{one.seconds:.1f} s (CPU {one.cpu:.1f} s) {one.peak / 1e9:.2f} GB" for one in found[-1])
+            print(f"pair {number + 1}: " + ", ".join(both), file=sys.stderr, flush=True)
         same = compared(*found[-1], about)
     cpu = [statistics.median(pair[side].cpu for pair in found) for side in (0, 1)]
     note = (
         f"{about['tokens']:,} tokens, {about['targets']:,} targets on both sides; last loss {same['ours']:.4f} and "
         f"{same['peer']:.4f}, first gradient norm {same['norm_ours']:.3f} and {same['norm_peer']:.3f}; CPU time "
-        f"{cpu[0]:.1f} s and {cpu[1]:.1f} s; TRL with {setting}, the fastest of "
-        + ", ".join(f"{name} ({seconds:.0f} s)" for name, seconds in tried.items())
-        + f" on {TRIAL} chats"
+        f"{cpu[0]:.1f} s and {cpu[1]:.1f} s; TRL with {setting}{tried and f', the fastest of its settings ({tried})'}"
     )
     title = f"SFT end to end, {chats} short chats"
     return [
