@@ -234,7 +234,13 @@ def main() -> None:
     if sys.argv[1:2] == ["--prepare"]:
         prepare(Path(sys.argv[2]), int(sys.argv[3]))
         return
-    command_line(__doc__, rows, ("--pairs", {"type": int, "default": 3}), ("--chats", {"type": int, "default": 128}))
+    command_line(
+        __doc__,
+        rows,
+        ("--pairs", {"type": int, "default": 3}),
+        ("--chats", {"type": int, "default": 128}),
+        ("--setting", {"choices": tuple(SETTINGS), "help": "TRL's, instead of a trial of all"}),
+    )
 
 
 if __name__ == "__main__":
