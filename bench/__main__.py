@@ -37,7 +37,8 @@ def measure(name: str) -> dict[str, Any]:
         if ended.returncode or not path.exists():
             return {"left_out": f"it ended with status {ended.returncode}"}
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    return {"seconds": round(time.perf_counter() - started), "rows": rows}
+    seconds = round(time.perf_counter() - started)
+    return {"command": f"python -m bench.{name}", "seconds": seconds, "rows": rows}
 
 
 def environment() -> dict[str, str]:

@@ -58,7 +58,7 @@ def page(results: dict[str, Any]) -> str:
     for name, (title, intro) in BENCHES.items():
         found = results.get(name, {})
         if found.get("rows"):
-            parts += [f"## {title}\n", f"`python -m bench.{name}`. {intro}".strip() + "\n"]
+            parts += [f"## {title}\n", f"`{found['command']}`. {intro}".strip() + "\n"]
             parts += [_table(found["rows"]), _notes(found["rows"]), _measured_on(found)]
     missing = [
         f"{title} (`bench.{name}`): {results.get(name, {}).get('left_out', 'not run yet')}."

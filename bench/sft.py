@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.measuring import ROOT, Measured, command_line, row, run_child
+from bench.measuring import ROOT, Measured, command_line, in_turns, row, run_child
 from engine.models import DEFAULT
 
 CHATS = ROOT / "examples" / "lighthouse.jsonl"
@@ -122,19 +122,20 @@ def marked(template: str) -> str:
     return template.replace(whole, parts)
 
 
-def ours(folder: Path, number: int) -> Measured:
+def ours(folder: Path) -> Measured:
     """One run of our worker."""
-    out = str(folder / f"ours-{number}")
+    out = str(Path(tempfile.mkdtemp(dir=folder)) / "out")
     return run_child([sys.executable, "-m", "engine", "train", str(folder / "job.yaml"), "--out", out, "--json"])
 
 
-def peers(folder: Path, setting: str, number: int, count: int | None = None) -> Measured:
+def peers(folder: Path, setting: str, count: int | None = None) -> Measured:
     """One run of TRL's trainer; with `count`, on so many rows only."""
+    out = Path(tempfile.mkdtemp(dir=folder))
     about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-    rows, out = folder / "ordered.jsonl", folder / f"peer-{number}"
+    rows = folder / "ordered.jsonl"
     if count is not None:
         first = rows.read_text(encoding="utf-8").splitlines()[:count]
-        rows = folder / "trial.jsonl"
+        rows = out / "rows.jsonl"
         rows.write_text("".join(line + "\n" for line in first), encoding="utf-8")
     settings = {
         **SETTINGS[setting],
@@ -147,7 +148,7 @@ def peers(folder: Path, setting: str, number: int, count: int | None = None) -> 
         "batch": BATCH,
         "rate": RATE,
     }
-    path = folder / f"peer-{number}.json"
+    path = out / "settings.json"
     path.write_text(json.dumps(settings), encoding="utf-8")
     offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     return run_child([sys.executable, "-m", "bench.sft_trl", str(path)], offline)
@@ -159,9 +160,9 @@ def trial(folder: Path) -> tuple[str, str]:
     Fastest by CPU time: one run each is too little for wall time on a machine that others use.
     """
     found: dict[str, Measured] = {}
-    for number, setting in enumerate(SETTINGS):
+    for setting in SETTINGS:
         try:
-            one = found[setting] = peers(folder, setting, -1 - number, TRIAL)
+            one = found[setting] = peers(folder, setting, TRIAL)
         except SystemExit as error:
             print(f"{setting}: does not run here: {str(error)[-300:]}", file=sys.stderr)
             continue
@@ -191,41 +192,35 @@ def compared(mine: Measured, other: Measured, about: dict[str, Any]) -> dict[str
     return {"ours": losses[0], "peer": losses[1], "norm_ours": norms[0], "norm_peer": norms[1]}
 
 
+def _said(one: Measured) -> Measured:
+    print(f"{one.seconds:.1f} s, of CPU {one.cpu:.1f} s, {one.peak / 1e9:.2f} GB", file=sys.stderr, flush=True)
+    return one
+
+
+def _both(found: tuple[list[Measured], list[Measured]], figure: str) -> tuple[list[float], list[float]]:
+    mine, other = ([getattr(one, figure) for one in side] for side in found)
+    return mine, other
+
+
 def rows(pairs: int = 3, chats: int = 128, setting: str | None = None) -> list[dict[str, Any]]:
     """Time and memory of whole runs, in turns; without a `setting` TRL takes part with its fastest."""
     with tempfile.TemporaryDirectory(prefix="bench-sft-") as name:
         folder = Path(name)
         run_child([sys.executable, "-m", "bench.sft", "--prepare", name, str(chats)])
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        setting, tried = (setting, "") if setting else trial(folder)
-        found: list[tuple[Measured, Measured]] = []
-        for number in range(pairs):
-            if number % 2 == 0:
-                mine = ours(folder, number)
-                found.append((mine, peers(folder, setting, number)))
-            else:
-                other = peers(folder, setting, number)
-                found.append((ours(folder, number), other))
-            both = (f"{one.seconds:.1f} s (CPU {one.cpu:.1f} s) {one.peak / 1e9:.2f} GB" for one in found[-1])
-            print(f"pair {number + 1}: " + ", ".join(both), file=sys.stderr, flush=True)
-        same = compared(*found[-1], about)
-    cpu = [statistics.median(pair[side].cpu for pair in found) for side in (0, 1)]
+        chosen, tried = (setting, "") if setting else trial(folder)
+        found = in_turns(lambda: _said(ours(folder)), lambda: _said(peers(folder, chosen)), pairs)
+        same = [compared(mine, other, about) for mine, other in zip(*found, strict=True)][-1]
+    cpu = [statistics.median(one.cpu for one in side) for side in found]
     note = (
         f"{about['tokens']:,} tokens, {about['targets']:,} targets on both sides; last loss {same['ours']:.4f} and "
         f"{same['peer']:.4f}, first gradient norm {same['norm_ours']:.3f} and {same['norm_peer']:.3f}; CPU time "
-        f"{cpu[0]:.1f} s and {cpu[1]:.1f} s; TRL with {setting}{tried and f', the fastest of its settings ({tried})'}"
+        f"{cpu[0]:.1f} s and {cpu[1]:.1f} s; TRL with {chosen}{tried and f', the fastest of its settings ({tried})'}"
     )
     title = f"SFT end to end, {chats} short chats"
     return [
-        row(f"{title}: wall time", [m.seconds for m, _ in found], [p.seconds for _, p in found], 0.45, "s", note),
-        row(
-            f"{title}: peak memory",
-            [m.peak for m, _ in found],
-            [p.peak for _, p in found],
-            0.33,
-            "bytes",
-            "the same runs; largest resident memory of the process",
-        ),
+        row(f"{title}: wall time", *_both(found, "seconds"), 0.45, "s", note),
+        row(f"{title}: peak memory", *_both(found, "peak"), 0.33, "bytes", "the same runs"),
     ]
 
 

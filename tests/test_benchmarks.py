@@ -13,7 +13,7 @@ from bench import activations, bench_page, measuring, sft
 
 def _results(**rows: Any) -> dict[str, Any]:
     about = {"date": "2026-01-02", "threads": 1, "cores": 2, "processor": "a processor", "memory": 2**34}
-    about |= {"system": "Linux", "python": "3.11", "packages": {"peft": "0.21.2"}}
+    about |= {"system": "Linux", "python": "3.11", "packages": {"peft": "0.21.2"}, "command": "python -m bench.x"}
     return {name: {**about, **found} for name, found in rows.items()}
 
 
