@@ -136,6 +136,7 @@ class Preference:
 
     def collator(self, loaded: Loaded) -> Callable[[list[Pair]], Batch]:
         together = batcher(loaded)
+        length: Any = getattr(together, "length", None)
 
         def collate(pairs: list[Pair]) -> Batch:
             answers = [tokens for pair in pairs for tokens in (pair.chosen, pair.rejected)]
@@ -147,6 +148,9 @@ class Preference:
                 "reference": torch.tensor([pair.reference for pair in pairs]),
             }
 
+        if length is not None:
+            # Both answers stand in one block.
+            collate.length = lambda pair: max(length(pair.chosen), length(pair.rejected))  # type: ignore[attr-defined]
         return collate
 
     def targets(self, batch: Batch) -> int:

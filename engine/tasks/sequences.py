@@ -105,10 +105,20 @@ def spans_of(text: str, spans: list[tuple[int, int | None]], tokenizer: Any, los
 
 def batcher(loaded: Loaded) -> Callable[[list[Tokens]], Batch]:
     """What makes a batch of rows, in the layout that the model takes."""
-    if keeps_rows_apart(loaded.model):
-        return pack
-    pad = loaded.processor.pad_token_id
-    return lambda rows: pad_rows(rows, pad)
+    return pack if keeps_rows_apart(loaded.model) else Padding(loaded.processor.pad_token_id)
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Makes padded batches; `length` lets the loop put rows of like length together."""
+
+    pad: int
+
+    def __call__(self, rows: Sequence[Tokens]) -> Batch:
+        return pad_rows(rows, self.pad)
+
+    def length(self, row: Tokens) -> int:
+        return len(row.ids)
 
 
 def pack(rows: Sequence[Tokens]) -> Batch:

@@ -63,6 +63,7 @@ def _run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool) -
     from engine.tasks import get_task
     from engine.tasks.base import Fitting, Joining, Prompting
     from engine.train.loop import Run, encode_parts, fit
+    from engine.train.optim import check_optimizer
     from engine.train.parallel import Group, Silent
     from engine.train.trainee import AdapterTrainee, FullTrainee, Trainee
 
@@ -89,6 +90,7 @@ def _run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool) -
     if config is not None:
         config.check_steps(_most_steps(spec, train))
     accelerator = Accelerator(mixed_precision="no")
+    check_optimizer(spec.training, accelerator.device.type)
     group = Group.current(accelerator)
     tell("loading", None, f"Loading {spec.model}")
     loading, compute = _full_precision(spec, accelerator.device) if spec.full else (spec, None)
