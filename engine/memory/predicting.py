@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +104,7 @@ class Job:
         self.spec, self.device = spec, device
         self.rows: Rows = like.rows if like else reading.read(spec, get_task(spec.task, spec.options))
         self.model = shaped(spec, self.rows.task, device)
-        self.encoded: list[Any] = like.encoded if like else reading.encoded(self.rows, self.model.loaded, spec)
+        self.encoded: Sequence[Any] = like.encoded if like else reading.encoded(self.rows, self.model.loaded, spec)
         self.simulation = Simulation(spec, self.rows.task, self.model, device)
         self._found: dict[tuple[int, int | None], Prediction] = {}
 

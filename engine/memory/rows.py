@@ -67,7 +67,7 @@ def _with_two_labels(task: Any) -> Task:
     return task.fitted([{"text": "", "labels": [label]} for label in labels])
 
 
-def encoded(rows: Rows, loaded: Loaded, spec: JobSpec) -> list[Any]:
+def encoded(rows: Rows, loaded: Loaded, spec: JobSpec) -> Sequence[Any]:
     """The rows as the model takes them; empty where there are none."""
     if not rows.examples:
         return []
@@ -75,7 +75,7 @@ def encoded(rows: Rows, loaded: Loaded, spec: JobSpec) -> list[Any]:
     if spec.task == "preference":
         # The reference's opinion takes numbers, not memory: it is computed before, without gradients.
         task = dataclasses.replace(task, loss_kind="orpo", label_smoothing=0.0)
-    found: list[Any] = task.encode(rows.examples, loaded, spec.training, lambda phase, share, message: None).rows
+    found: Sequence[Any] = task.encode(rows.examples, loaded, spec.training, lambda phase, share, message: None).rows
     return found
 
 

@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from engine.errors import CheckpointError, DataError, EngineError, TrainingError
+from engine.records import in_order
 from engine.sheets import write_picture
 from engine.tasks.base import (
     Batch,
@@ -75,8 +76,8 @@ class Run:
     loaded: Loaded
     trainee: Trainee
     accelerator: Accelerator
-    train_rows: list[Any]
-    eval_rows: list[Any]
+    train_rows: Sequence[Any]
+    eval_rows: Sequence[Any]
     sink: Sink
     control: Control
     compute: torch.dtype | None = None
@@ -89,7 +90,7 @@ class Run:
         self.collate: Callable[[list[Any]], Batch] = self.task.collator(self.loaded)
         length = length_of(self.task, self.collate)
         if length is not None:
-            self.eval_rows = sorted(self.eval_rows, key=length)
+            self.eval_rows = in_order(self.eval_rows, length)
         self.length = length if self.spec.training.group_by_length else None
         self.trainee.prepare(self.total_steps)
         self.parameters = self.trainee.parameters()
@@ -275,13 +276,14 @@ def evaluate(run: Run) -> str | None:
         run.wrapped.eval()
         scored: list[tuple[float, int, Any]] = []
         size, group = run.spec.training.batch_size, run.group
-        batches = [run.eval_rows[start : start + size] for start in range(0, len(run.eval_rows), size)]
+        batches = [(start, start + size) for start in range(0, len(run.eval_rows), size)]
         for start in range(0, len(batches), group.size):
             asked = asked or run.control.poll()
             if asked in ("stop", "pause"):
                 return asked
             # Each process takes one batch; where none is left it reads the last one again, and that is not counted.
-            part = run.loss(run.collate(batches[min(start + group.rank, len(batches) - 1)]))
+            first, last = batches[min(start + group.rank, len(batches) - 1)]
+            part = run.loss(run.collate(list(run.eval_rows[first:last])))
             scored += group.gathered((float(part.total), part.count, part.outcome))
         del scored[len(batches) :]
         count = sum(part[1] for part in scored)
