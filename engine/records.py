@@ -16,6 +16,7 @@ import zlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import IO, Any, Generic, TypeVar, overload
 
@@ -69,6 +70,10 @@ class Rows(Sequence[T]):
     def one(self, number: int) -> T:
         raise NotImplementedError
 
+    def raws(self) -> Callable[[int], bytes] | None:
+        """What gives a row's bytes by its number, where rows are held as bytes."""
+        return None
+
     @overload
     def __getitem__(self, index: int) -> T: ...
     @overload
@@ -112,8 +117,10 @@ class Records(Rows[T]):
     def __len__(self) -> int:
         return self._count
 
-    def raw(self, number: int) -> bytes:
-        """A row's bytes."""
+    def raws(self) -> Callable[[int], bytes]:
+        return self._raw
+
+    def _raw(self, number: int) -> bytes:
         if isinstance(self._offsets, array):
             assert isinstance(self._data, bytes | bytearray)
             return bytes(self._data[self._offsets[number] : self._offsets[number + 1]])
@@ -127,7 +134,7 @@ class Records(Rows[T]):
             return bytes(file.read(size))
 
     def one(self, number: int) -> T:
-        return self.codec.from_bytes(self.raw(number))
+        return self.codec.from_bytes(self._raw(number))
 
 
 class Chosen(Rows[T]):
@@ -140,11 +147,9 @@ class Chosen(Rows[T]):
     def __len__(self) -> int:
         return len(self.order)
 
-    def raw(self, number: int) -> bytes:
-        """A row's bytes, where `rows` has them."""
-        rows: Any = self.rows
-        found: bytes = rows.raw(self.order[number])
-        return found
+    def raws(self) -> Callable[[int], bytes] | None:
+        found = self.rows.raws() if isinstance(self.rows, Rows) else None
+        return None if found is None else lambda number: found(self.order[number])
 
     def one(self, number: int) -> T:
         return self.rows[self.order[number]]
@@ -169,11 +174,11 @@ class Writer(Generic[T]):
             handle, name = tempfile.mkstemp(prefix=".draft-", dir=path.parent)
             self._draft, self._file = Path(name), os.fdopen(handle, "w+b")
         self._memory = bytearray()
-        self._offsets = array("Q", [0])
+        self._lengths = array("I")
         self._check = 0
 
     def __len__(self) -> int:
-        return len(self._offsets) - 1
+        return len(self._lengths)
 
     def append(self, row: T) -> None:
         self.append_raw(self.codec.to_bytes(row))
@@ -185,7 +190,7 @@ class Writer(Generic[T]):
         else:
             self._file.write(raw)
             self._check = zlib.crc32(raw, self._check)
-        self._offsets.append(self._offsets[-1] + len(raw))
+        self._lengths.append(len(raw))
 
     def close(self, info: Any = None) -> Records[T]:
         """The rows, to be read; with a path, from the file that now is there.
@@ -198,19 +203,25 @@ class Writer(Generic[T]):
         """
         count = len(self)
         if self._file is None:
-            return Records(self.codec, count, info, self._memory, self._offsets)
+            return Records(self.codec, count, info, self._memory, array("Q", self._starts()))
         said = json_bytes(info)
-        for part in (memoryview(self._offsets).cast("B"), said):
+        at = self._file.tell()
+        starts = self._starts()
+        blocks = iter(lambda: array("Q", islice(starts, _BLOCK // 8)).tobytes(), b"")
+        for part in chain(blocks, [said]):
             self._file.write(part)
             self._check = zlib.crc32(part, self._check)
         self._file.write(_END.pack(count, len(said), self._check, _MARK))
         self._file.flush()
-        at = self._offsets[-1]
         if self._draft is None or self.path is None:
             return Records(self.codec, count, info, self._file, at)
         self._file.close()
         os.replace(self._draft, self.path)
         return Records(self.codec, count, info, open(self.path, "rb", buffering=0), at)
+
+    def _starts(self) -> Iterator[int]:
+        """Where each row starts, and the last one ends."""
+        return accumulate(self._lengths, initial=0)
 
     def drop(self) -> None:
         """Take the unfinished file away."""

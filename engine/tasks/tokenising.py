@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.paths import studio_home
-from engine.records import Chosen, Codec, Records, Writer, json_bytes, open_records
+from engine.records import Codec, Records, Rows, Writer, json_bytes, open_records
 from engine.tasks.base import Loaded, Progress
 
 Example = Mapping[str, Any]
@@ -126,7 +126,7 @@ def _key(examples: Sequence[Example], tokenizer: Any, settings: Mapping[str, Any
     template = getattr(tokenizer, "chat_template", None)
     said = [versions, type(tokenizer).__name__, plain, template, special, dict(settings)]
     found.update(json.dumps(said, sort_keys=True, default=str).encode())
-    raw: Any = examples.raw if isinstance(examples, Records | Chosen) else None
+    raw = examples.raws() if isinstance(examples, Rows) else None
     for number in range(len(examples)):
         row = raw(number) if raw else json_bytes(examples[number])
         found.update(len(row).to_bytes(8, "little") + row)
