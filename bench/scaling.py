@@ -2,9 +2,9 @@
 
 python -m bench.scaling [--lengths 128 256 512 1024 2048] [--rows 1000 10000 100000 1000000] [--json FILE]
 
-Lengths: training passes of LoRA on a small random Llama over packed batches of `TOKENS` tokens, whatever a row's length;
-best of `REPEATS`. Rows: whole runs of three steps on the built-in tiny-llama over a jsonl file of so many short rows, from
-reading to saving; the largest resident memory of the process. Each number comes from a process of its own.
+Lengths: training passes of LoRA on a small random Llama over packed batches of `TOKENS` tokens, whatever a row's
+length; best of `REPEATS`. Rows: whole runs of three steps on the built-in tiny-llama over a jsonl file of so many short
+rows, from reading to saving; the largest resident memory of the process. Each number is another process's.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def tokens_a_second(length: int) -> dict[str, float]:
     return {"tokens_per_s": TOKENS / best}
 
 
-def run_over(path: Path, count: int, out: Path) -> dict[str, float]:
+def run_over(count: int, path: Path, out: Path) -> dict[str, float]:
     from engine.train.events import Recorder
     from engine.train.job import JobSpec
     from engine.train.worker import run
@@ -89,9 +89,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         kind, count, *places = args.child
-        made = (
-            tokens_a_second(int(count)) if kind == "length" else run_over(Path(places[0]), int(count), Path(places[1]))
-        )
+        measure = tokens_a_second if kind == "length" else run_over
+        made = measure(int(count), *map(Path, places))
         print(json.dumps(made))
         return
     results: dict[str, Any] = {"lengths": {}, "rows": {}}
