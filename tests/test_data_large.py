@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from engine.data import held, load, read, split
+from engine.data import FileError, held, load, read, split
 from engine.data.held import Held, repeats
 from engine.data.split import _question
 from engine.records import Chosen
@@ -97,6 +97,14 @@ def test_the_split_is_the_one_by_questions(questions: int) -> None:
         train, evaluation = split(examples, share, seed)
         assert evaluation == [example for number, example in enumerate(examples) if number in expected]
         assert train == [example for number, example in enumerate(examples) if number not in expected]
+
+
+def test_a_disk_without_room_is_told(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "rows.jsonl", rows(20))
+    monkeypatch.setattr(held, "MOST", 7)
+    (home / "cache").write_text("a file where the folder should be")
+    with pytest.raises(FileError, match="through a temporary file"):
+        load(path)
 
 
 def test_repeats_name_the_first_of_each_key() -> None:

@@ -8,12 +8,20 @@ from array import array
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+from engine.data.errors import FileError
 from engine.paths import studio_home
 from engine.records import Codec, Records, Rows, Writer, json_bytes
 
 T = TypeVar("T")
 MOST = 20_000
 """So many rows are held as they are."""
+
+
+def _no_room(error: OSError) -> FileError:
+    return FileError(
+        f"More than {MOST:,} rows go through a temporary file, which cannot be written: {error.strerror or error}.",
+        "Free some space, or set STUDIO_HOME to a folder on a larger disk.",
+    )
 
 
 def json_of(raw: bytes) -> Any:
@@ -30,7 +38,9 @@ class Held(Rows[T]):
     Args:
         codec: how a row is written to the file, where there are more than `MOST`.
 
-    Appending after the first row was read from the file is an error (ValueError).
+    Raises:
+        FileError: (any use) the file cannot be written.
+        ValueError: (`append`) a row was read from the file already.
     """
 
     def __init__(self, codec: Codec[T] = OF_JSON) -> None:
@@ -45,15 +55,22 @@ class Held(Rows[T]):
         if self._writer is None and len(self._few) < MOST:
             self._few.append(row)
             return
-        if self._writer is None:
-            folder = studio_home() / "cache"
-            folder.mkdir(exist_ok=True)
-            # It has no name, so that it is gone with the process, however that ends.
-            self._writer = Writer(self._codec, file=tempfile.TemporaryFile(dir=folder))  # noqa: SIM115
-            for former in self._few:
-                self._writer.append(former)
-            self._few = []
-        self._writer.append(row)
+        try:
+            if self._writer is None:
+                self._writer = self._spilled()
+            self._writer.append(row)
+        except OSError as error:
+            raise _no_room(error) from error
+
+    def _spilled(self) -> Writer[T]:
+        folder = studio_home() / "cache"
+        folder.mkdir(exist_ok=True)
+        # It has no name, so that it is gone with the process, however that ends.
+        writer = Writer(self._codec, file=tempfile.TemporaryFile(dir=folder))  # noqa: SIM115
+        for former in self._few:
+            writer.append(former)
+        self._few = []
+        return writer
 
     def settled(self) -> Held[T] | list[T]:
         """The list, of few rows; of many this."""
@@ -65,7 +82,10 @@ class Held(Rows[T]):
     def _records(self) -> Records[T]:
         if self._many is None:
             assert self._writer is not None
-            self._many = self._writer.close()
+            try:
+                self._many = self._writer.close()
+            except OSError as error:
+                raise _no_room(error) from error
         return self._many
 
     def one(self, number: int) -> T:
