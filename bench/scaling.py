@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-TOKENS = 4096
+TOKENS = 2048
 REPEATS = 3
 HELD_BACK = 64
 
