@@ -41,12 +41,8 @@ from engine.tasks.sequences import (
     batcher,
     load_decoder,
     room,
-<<<<<<< HEAD
     target_losses,
-=======
-    target_logits,
     tokens_from,
->>>>>>> optim
     tokens_in,
     tokens_of,
 )

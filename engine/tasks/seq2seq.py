@@ -16,11 +16,8 @@ from torch import Tensor, nn
 from engine.adapters.base import TaskType
 from engine.checkpoint import write_text
 from engine.errors import CheckpointError, ConfigError, DataError
-<<<<<<< HEAD
 from engine.kernels.loss import token_losses
-=======
 from engine.records import numbers
->>>>>>> optim
 from engine.tasks.base import Batch, Encoded, Loaded, LossSum, Progress
 from engine.tasks.tokenising import ids_of, tokenised
 from engine.train.job import JobSpec, TrainingSpec

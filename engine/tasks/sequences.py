@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import DataError
+from engine.kernels import packed
 from engine.kernels.loss import token_losses
 from engine.records import numbers
 from engine.tasks.base import Batch, Loaded, Progress
@@ -149,7 +150,12 @@ def _learned(offsets: Sequence[tuple[int, int]], spans: Spans) -> list[bool]:
 
 def batcher(loaded: Loaded) -> Callable[[list[Tokens]], Batch]:
     """What makes a batch of rows, in the layout that the model takes."""
-    return pack if keeps_rows_apart(loaded.model) else Padding(loaded.processor.pad_token_id)
+    if not keeps_rows_apart(loaded.model):
+        return Padding(loaded.processor.pad_token_id)
+    if not packed.install(loaded.model):
+        return pack
+    limit = packed.longest(loaded.model)
+    return lambda rows: pack(rows, apart=limit is None or max(len(row.ids) for row in rows) <= limit)
 
 
 @dataclass(frozen=True)
@@ -165,8 +171,11 @@ class Padding:
         return len(row.ids)
 
 
-def pack(rows: Sequence[Tokens]) -> Batch:
-    """One row of all sequences end to end, (1, T), positions restarting; `sources` are positions in it."""
+def pack(rows: Sequence[Tokens], apart: bool = False) -> Batch:
+    """One row of all sequences end to end, (1, T), positions restarting; `sources` are positions in it.
+
+    `apart` adds the rows' lengths, for a model whose attention takes them (engine.kernels.packed).
+    """
     ids: list[int] = []
     positions: list[int] = []
     sources: list[int] = []
@@ -184,6 +193,7 @@ def pack(rows: Sequence[Tokens]) -> Batch:
         "position_ids": torch.tensor([positions]),
         "sources": torch.tensor(sources),
         "targets": torch.tensor(targets),
+        **({"row_lengths": torch.tensor([len(row.ids) for row in rows])} if apart else {}),
     }
 
 
@@ -221,6 +231,8 @@ def target_losses(model: nn.Module, batch: Batch) -> Tensor:
     """(targets,): the cross-entropy of each target, float32, in the batch's order."""
     names: tuple[str, ...] = ("input_ids", "attention_mask", "position_ids")
     inputs = {name: batch[name] for name in names if name in batch}
+    if "row_lengths" in batch:
+        inputs["attention_mask"] = packed.as_mask(batch["row_lengths"])
     sources = batch["sources"]
     count, width = batch["input_ids"].shape
     rows, places = sources // width, sources % width
