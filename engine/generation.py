@@ -109,8 +109,10 @@ def decode(
     device = next(model.parameters()).device
     # An adapter that is attached and switched on must not answer for the base.
     extra = {"adapter_names": list(who)} if who and hasattr(model, "switchboard") else {}
+    # Only where it changes something: switching the mode forgets what layers keep from call to call.
     was_training = model.training
-    model.eval()
+    if was_training:
+        model.eval()
     try:
         step = ids.to(device).expand(columns, -1)
         seen = step
@@ -143,7 +145,8 @@ def decode(
             step = torch.tensor(tokens, device=device)[:, None]
             seen = torch.cat([seen, step], dim=1)
     finally:
-        model.train(was_training)
+        if was_training:
+            model.train()
 
 
 def _room(ids: Tensor, context: int | None, wanted: int, virtual: int = 0) -> int:

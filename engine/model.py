@@ -24,6 +24,7 @@ from engine.inject import find_targets, module_at, unwrapped, wrap, wrap_saved, 
 from engine.layers import AdapterLayer, Wrapper
 from engine.model_state import BaseModel
 from engine.model_state import spec_of as spec_of
+from engine.rows import Row
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 # torch's containers keep their entries as attributes, so these names are taken: "half", "train", "update" and others.
@@ -212,8 +213,9 @@ class PeftModel(PeftCalls):
     # --- running ----------------------------------------------------------------------------------------------
 
     @BaseSignature
-    def forward(self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
-        """The base's forward. `adapter_names` gives each batch row its own adapter (None or `__base__`: the base).
+    def forward(self, *args: Any, adapter_names: Sequence[Row] | None = None, **kwargs: Any) -> Any:
+        """The base's forward. `adapter_names` gives each batch row its own adapter, or a mix as name -> weight (None or
+        `__base__`: the base).
 
         In training, the loss of a method that has a term of its own (AdaLoRA) contains it.
         """
@@ -226,25 +228,27 @@ class PeftModel(PeftCalls):
                     outputs.loss = outputs.loss + extra
         return outputs
 
-    def generate(self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
-        """The base's generate, each batch row through its own adapter where `adapter_names` is given."""
+    def generate(self, *args: Any, adapter_names: Sequence[Row] | None = None, **kwargs: Any) -> Any:
+        """The base's generate, each batch row through its own adapter or mix where `adapter_names` is given."""
         with self._mixed(adapter_names, args, kwargs):
             if self.prompts:
                 return prompts.generate(self, args, kwargs)
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 
-    def virtual_tokens(self, adapter_names: Sequence[str | None] | None = None) -> int:
+    def virtual_tokens(self, adapter_names: Sequence[Row] | None = None) -> int:
         """The places that virtual tokens take in the context, with the active adapters or with these of a batch."""
         return prompts.virtual_tokens(self, adapter_names)
 
-    def _mixed(self, names: Sequence[str | None] | None, args: Any, kwargs: Any) -> AbstractContextManager[None]:
+    def _mixed(self, names: Sequence[Row] | None, args: Any, kwargs: Any) -> AbstractContextManager[None]:
         """The rows' adapters for the time of a call."""
         if names is None:
             return nullcontext()
-        chosen = [None if name == "__base__" else name for name in names]
-        for name in chosen:
-            if name is not None:
-                self._known(name)
+        for row in names:
+            if isinstance(row, str) and row != "__base__":
+                self._known(row)
+            elif row is not None and not isinstance(row, str):
+                check_weights(self, row)
+        chosen = [rows.mix_of(row) for row in names]
         rows.check_count(chosen, args, kwargs)
         return rows.mixed(self.switchboard, self.get_base_model(), chosen)
 

@@ -282,18 +282,22 @@ def _ending(key: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({key})$")
 
 
+Mix = tuple[tuple[str, float], ...]
+"""((adapter, weight), ...) of one batch row; () is the base alone."""
+
+
 @dataclass
 class Switchboard:
     """Which adapters contribute, with which weight, to which rows; one object shared by all layers of a model.
 
     Attributes:
         weights: active adapter -> weight; a dictionary lookup is all that switching and mixing cost.
-        rows: the adapter of each batch row (None for the base alone), or None when all rows use `weights`.
+        rows: the adapters of each batch row with their weights, or None when all rows use `weights`.
         disabled: True leaves the base alone.
     """
 
     weights: dict[str, float] = field(default_factory=dict)
-    rows: list[str | None] | None = None
+    rows: list[Mix] | None = None
     disabled: bool = False
 
 
