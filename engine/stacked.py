@@ -15,8 +15,8 @@ its rows by itself.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,8 +97,8 @@ class Stack:
 
     def forget(self) -> None:
         self._rows: list[Mix] | None = None
-        self._made: list[tuple[str, LowRankLinear, float]] = []
-        self._marks: list[tuple[dict[str, Any], str, Any, int, int]] = []
+        self._made: dict[str, LowRankLinear] = {}
+        self._marks = _Marks()
         self.left: frozenset[str] = frozenset()
 
     def fitting(self, layer: AdapterLayer, x: Tensor, rows: list[Mix]) -> Stack | None:
@@ -112,17 +112,10 @@ class Stack:
         return self if self._made else None
 
     def _holds(self, layer: AdapterLayer, x: Tensor, rows: list[Mix]) -> bool:
-        if self._rows != rows or self._type != x.dtype or self._device != x.device:
+        if self._rows != rows or self._type is not x.dtype or self._device != x.device:
             return False
         here = layer.adapters._modules
-        for name, weights, scale in self._made:
-            if here.get(name) is not weights or weights.scale != scale or weights.training:
-                return False
-        for holder, name, mark, version, place in self._marks:
-            tensor = holder[name]
-            if tensor is not mark() or tensor._version != version or tensor.data_ptr() != place:
-                return False
-        return True
+        return all(map(is_, map(here.get, self._made), self._made.values())) and self._marks.hold()
 
     def _make(self, layer: AdapterLayer, x: Tensor, rows: list[Mix]) -> None:
         self.forget()
@@ -132,8 +125,7 @@ class Stack:
         self.left = frozenset(names) - fit.keys()
         if not fit:
             return
-        self._made = [(name, weights, weights.scale) for name, weights in fit.items()]
-        self._marks = [mark for weights in fit.values() for mark in _marks(weights)]
+        self._made, self._marks = fit, _Marks(list(fit.values()))
         # On a CPU products this thin are faster in float32, casts included.
         wide = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
         place = {"dtype": wide, "device": x.device}
@@ -157,17 +149,19 @@ class Stack:
 
     def added(self, x: Tensor, out: Tensor) -> Tensor:
         """`out` (rows * beams, ..., out) plus the change, for `x` (rows * beams, ..., in)."""
-        assert self._rows is not None
-        x = x.reshape(len(self._rows), -1, x.shape[-1]).to(self._wide)
-        y = out.reshape(len(self._rows), -1, out.shape[-1])
+        rows, y = len(self._a) if self._by_row else len(self._factors), out
+        if x.dim() != 3 or len(x) != rows:
+            x, y = x.reshape(rows, -1, x.shape[-1]), out.reshape(rows, -1, out.shape[-1])
+        if x.dtype is not self._wide:
+            x = x.to(self._wide)
         if self._by_row:
             h = torch.bmm(x, self._a)
-            found = torch.baddbmm(y, h, self._b) if y.dtype == h.dtype else y + torch.bmm(h, self._b).to(y.dtype)
+            found = torch.baddbmm(y, h, self._b) if y.dtype is h.dtype else y + torch.bmm(h, self._b).to(y.dtype)
         else:
             found = y + ((x @ self._a).mul_(self._factors) @ self._b).to(y.dtype)
         if self._bias is not None:
             found = found + self._bias.to(found.dtype)
-        return found.view(out.shape)
+        return found if y is out else found.view(out.shape)
 
 
 def _stackable(layer: AdapterLayer, name: str) -> LowRankLinear | None:
@@ -181,13 +175,30 @@ def _stackable(layer: AdapterLayer, name: str) -> LowRankLinear | None:
     return None if any(tensor.is_inference() for tensor in weights.state_dict(keep_vars=True).values()) else weights
 
 
-def _marks(weights: LowRankLinear) -> Iterator[tuple[dict[str, Any], str, Any, int, int]]:
-    """Where each tensor of the weights is held, by which name, and what it is now."""
-    for module in weights.modules():
-        for holder in (module._parameters, module._buffers):
-            for name, tensor in holder.items():
-                if tensor is not None:
-                    yield holder, name, weakref.ref(tensor), tensor._version, tensor.data_ptr()
+class _Marks:
+    """What adapters' weights at one layer were: scales, tensors, the tensors' versions and places in memory.
+
+    It is asked at each layer for each token, so it looks into the dictionaries that hold the tensors, not through modules.
+    """
+
+    def __init__(self, own: Sequence[LowRankLinear] = ()) -> None:
+        self._own = own
+        holders = [h for weights in own for module in weights.modules() for h in (module._parameters, module._buffers)]
+        self._slots: list[tuple[dict[str, Any], str]] = [(holder, name) for holder in holders for name in holder]
+        self._tensors = [holder[name] for holder, name in self._slots]
+        self._there = [tensor for tensor in self._tensors if tensor is not None]
+        self._versions, self._places, self._scales = self._now()
+
+    def hold(self) -> bool:
+        """Whether all is as it was. Changes through `.data` that stay in place escape this, as they escape autograd."""
+        if not all(map(is_, [holder[name] for holder, name in self._slots], self._tensors)):
+            return False
+        return (self._versions, self._places, self._scales) == self._now()
+
+    def _now(self) -> tuple[list[int], list[int], list[tuple[float, bool]]]:
+        there = self._there
+        scales = [(weights.scale, weights.training) for weights in self._own]
+        return [t._version for t in there], [t.data_ptr() for t in there], scales
 
 
 def _biases(own: Sequence[LowRankLinear], shares: Sequence[Sequence[float]], place: dict[str, Any]) -> Tensor | None:
