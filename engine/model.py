@@ -17,7 +17,7 @@ from torch import nn
 
 from engine import bnb, hooks, prompts, rows
 from engine.adapters.base import AdapterConfig, Switchboard, TaskType
-from engine.attaching import check_weights, oriented, own_biases, refuse_both, saved_names
+from engine.attaching import check_row, check_weights, oriented, own_biases, refuse_both, saved_names
 from engine.compat import BaseSignature, PeftCalls, check_loading, subfolder_of
 from engine.errors import ConfigError, EngineError
 from engine.inject import find_targets, module_at, unwrapped, wrap, wrap_saved, wrappers
@@ -244,10 +244,7 @@ class PeftModel(PeftCalls):
         if names is None:
             return nullcontext()
         for row in names:
-            if isinstance(row, str) and row != "__base__":
-                self._known(row)
-            elif row is not None and not isinstance(row, str):
-                check_weights(self, row)
+            check_row(self, row)
         chosen = [rows.mix_of(row) for row in names]
         rows.check_count(chosen, args, kwargs)
         return rows.mixed(self.switchboard, self.get_base_model(), chosen)

@@ -49,7 +49,7 @@ def mixed(board: Switchboard, base: nn.Module, rows: list[Mix]) -> Iterator[None
     """The switchboard with these rows inside the block, and in what is computed again for it later."""
     changed = [
         (module, name, function)
-        # Without gradients nothing is computed again, and looking through thousands of modules for each token takes long.
+        # Without gradients nothing is computed again, and a look at thousands of modules for each token takes long.
         for module in (base.modules() if torch.is_grad_enabled() else ())
         for name in _CHECKPOINTS
         if callable(function := module.__dict__.get(name))

@@ -5,8 +5,9 @@ batch row n the factors m_n: (R), which are w_nj s_j at adapter j's places, 0 fo
 
     y_n += ((x_n A^T) * m_n) B + sum_j w_nj s_j b_j
 
-That is one pair of products where a loop over adapters takes 2 k, or, where rows have few adapters each, a pair of batched
-products in which each row meets its own part of A and B alone. PiSSA's offset counts as more rank, [A; A0] and [B, -B0].
+That is one pair of products where a loop over adapters takes 2 k, or, where rows have few adapters each, a pair of
+batched products in which each row meets its own part of A and B alone. PiSSA's offset counts as more rank: [A; A0] and
+[B, -B0].
 
 The stacks are kept while the rows and the adapters' tensors stay as they are, as from one generated token to the next.
 They carry no gradient: where one is wanted, in training, and for all other methods, each adapter computes its change of
@@ -128,11 +129,11 @@ class Stack:
         self._made, self._marks = fit, _Marks(list(fit.values()))
         # On a CPU products this thin are faster in float32, casts included.
         wide = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
-        place = {"dtype": wide, "device": x.device}
+        place: dict[str, Any] = {"dtype": wide, "device": x.device}
         matrices = [weights.matrices() for weights in fit.values()]
         a = torch.cat([a for a, _ in matrices]).to(**place)
         b = torch.cat([b.T for _, b in matrices]).to(**place)
-        shares = [[sum(w for n, w in mix if n == name) * weights.scale for name, weights in fit.items()] for mix in rows]
+        shares = [[dict(mix).get(name, 0.0) * weights.scale for name, weights in fit.items()] for mix in rows]
         owner = [j for j, (matrix, _) in enumerate(matrices) for _ in range(len(matrix))]
         factors = torch.tensor([[share[j] for j in owner] for share in shares], **place)
         own = [[i for i, j in enumerate(owner) if share[j]] for share in shares]
@@ -178,7 +179,7 @@ def _stackable(layer: AdapterLayer, name: str) -> LowRankLinear | None:
 class _Marks:
     """What adapters' weights at one layer were: scales, tensors, the tensors' versions and places in memory.
 
-    It is asked at each layer for each token, so it looks into the dictionaries that hold the tensors, not through modules.
+    It is asked at each layer for each token, so it looks into the dictionaries that hold the tensors.
     """
 
     def __init__(self, own: Sequence[LowRankLinear] = ()) -> None:
