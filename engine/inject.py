@@ -220,7 +220,9 @@ def module_at(model: nn.Module, name: str) -> nn.Module:
     """The module at a dotted name of the base, looking through wrappers on the way."""
     module = model
     for part in name.split(".") if name else ():
-        module = getattr(unwrapped(module), part)
+        module = unwrapped(module)
+        # Past torch's __getattr__, which costs more than all else of an adapter's way into a large model.
+        module = module._modules.get(part) or getattr(module, part)
     return module
 
 

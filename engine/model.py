@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from engine import bnb, hooks, prompts, rows
-from engine.adapters.base import AdapterConfig, Switchboard, TaskType
+from engine.adapters.base import AdapterConfig, Switchboard, TaskType, filled_from_file
 from engine.attaching import check_row, check_weights, oriented, own_biases, refuse_both, saved_names
 from engine.compat import BaseSignature, PeftCalls, check_loading, subfolder_of
 from engine.errors import ConfigError, EngineError
@@ -292,7 +292,8 @@ class PeftModel(PeftCalls):
         tensors = read_weights(model_id)
         config = as_trained(model, config, tensors).replace(inference_mode=True)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        peft_model = model_class(config)(model, config, adapter_name)
+        with filled_from_file():
+            peft_model = model_class(config)(model, config, adapter_name)
         try:
             write_weights(peft_model, adapter_name, tensors)
             config = peft_model.peft_config[adapter_name]

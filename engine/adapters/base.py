@@ -11,7 +11,9 @@ import difflib
 import enum
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -371,6 +373,23 @@ class AdapterWeights(nn.Module):
 
     def restored(self) -> None:
         """Called after tensors were read into these weights, from a file or a checkpoint."""
+
+
+_FROM_FILE: ContextVar[bool] = ContextVar("from_file", default=False)
+
+
+@contextmanager
+def filled_from_file() -> Iterator[None]:
+    """Inside the block adapters are built only to be filled from a file, so that methods may leave out their start."""
+    before = _FROM_FILE.set(True)
+    try:
+        yield
+    finally:
+        _FROM_FILE.reset(before)
+
+
+def fills_from_file() -> bool:
+    return _FROM_FILE.get()
 
 
 class SharedState(nn.Module):
