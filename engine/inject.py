@@ -232,7 +232,8 @@ def wrap(model: nn.Module, name: str, switchboard: Switchboard) -> AdapterLayer:
     if isinstance(module, AdapterLayer):
         return module
     layer = AdapterLayer(module, switchboard, name)
-    layer.train(module.training)
+    # The layer's own parts alone: what it wraps has its modes already.
+    layer.training = layer.adapters.training = layer.biases.training = module.training
     replace_module(model, name, layer)
     return layer
 

@@ -124,7 +124,8 @@ class PeftModel(PeftCalls):
         layers: list[Wrapper] = []
         for name, weights in built:
             layer = wrap(model, name, self.switchboard)
-            weights.train(self.training)
+            if not self.training:
+                weights.eval()
             layer.attach(adapter_name, weights)
             layers.append(layer)
         for name in saved:

@@ -170,11 +170,12 @@ def test_stacks_follow_their_tensors() -> None:
     agree(model.double(), rows, 1e-10)
 
 
-def test_training_goes_by_the_loop() -> None:
+@pytest.mark.parametrize("mode", [True, False])
+def test_gradients_go_by_the_loop(mode: bool) -> None:
     model = loras(tiny.llama(), LINEARS)
     model.set_adapter(["plain", "wide"])
     x, rows = tiny.ids(3), ["plain", {"wide": -0.5, "plain": 1.0}, None]
-    model.train()
+    model.train(mode)
     model(input_ids=x, labels=x, adapter_names=rows).loss.backward()
     assert not stacks(model)
     assert all(p.grad is not None and p.grad.any() for p in model.adapter_parameters("plain").values())
