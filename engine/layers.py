@@ -228,13 +228,15 @@ class AdapterLayer(nn.Module):
                         f"{self.module_name} has no bias to merge {adapter!r}'s bias into.",
                         "Keep the adapter unmerged.",
                     )
-                change = change * weight
+                if weight != 1:
+                    change = change * weight
                 changes[name] = changes[name] + change if name in changes else change
         merged: dict[str, Tensor] = {}
         for name, change in changes.items():
             tensor = getattr(base, name)
             merged[name] = (master(tensor) + change.to(tensor.device)).to(tensor.dtype)
-            if not torch.isfinite(merged[name]).all():
+            # A sum is finite only over finite values; it makes no second matrix, as looking at each value does.
+            if not torch.isfinite(merged[name].sum()) and not torch.isfinite(merged[name]).all():
                 raise EngineError(
                     f"Merging {' and '.join(map(repr, weights))} into {self.module_name} gives values that are not "
                     "finite; nothing is merged.",
