@@ -28,6 +28,7 @@ from engine.adapters.base import (
     by_pattern,
     compute_cast,
     features,
+    fills_from_file,
     layer_kind,
     master,
     target_faults,
@@ -218,7 +219,11 @@ class LowRankLinear(LowRankWeights):
         assert isinstance(weight, Tensor)
         self.transposed = layer_kind(base) == CONV1D
         n_in, n_out = self.sides(base, config, module)
-        place = {"device": weight.device, "dtype": torch.float32}
+        place: dict[str, Any] = {"device": weight.device, "dtype": torch.float32}
+        if fills_from_file() and not is_start(config.init_lora_weights):
+            self.lora_A = _undrawn(n_in, self.r, False, place)
+            self.lora_B = _undrawn(self.r, n_out, config.lora_bias, place)
+            return
         self.lora_A = nn.Linear(n_in, self.r, bias=False, **place)
         self.lora_B = nn.Linear(self.r, n_out, bias=config.lora_bias, **place)
         self._initialise(config.init_lora_weights, weight, module)
@@ -300,6 +305,16 @@ class LowRankLinear(LowRankWeights):
         if self.lora_B.bias is not None:
             tensors["lora_B.bias"] = self.lora_B.bias
         return tensors
+
+
+def _undrawn(n_in: int, n_out: int, bias: bool, place: Mapping[str, Any]) -> nn.Linear:
+    """A linear layer of zeros: drawing one only for a file to replace it is most of what loading would cost."""
+    linear = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(linear)
+    linear.__dict__.update(in_features=n_in, out_features=n_out)
+    linear._parameters["weight"] = nn.Parameter(torch.zeros(n_out, n_in, **place))
+    linear._parameters["bias"] = nn.Parameter(torch.zeros(n_out, **place)) if bias else None
+    return linear
 
 
 class LowRankEmbedding(LowRankWeights):
