@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 PORT ?= 7860
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help run test check lint types pytest test-slow chromium format clean
+.PHONY: help run test check lint types pytest test-slow bench chromium format clean
 
 help:
 	@echo "make run      make a virtual environment, install, open the studio (PORT=$(PORT))"
 	@echo "make test     install what the tests need, then lint, types and tests"
 	@echo "make check    lint, types and tests, nothing installed"
 	@echo "make test-slow  also the long tests (fetches the 135M model)"
+	@echo "make bench    speed and memory against PEFT and TRL; writes docs/benchmarks.md (half an hour or so)"
 	@echo "make format   let ruff format the code"
 
 $(BIN)/python:
@@ -49,6 +50,9 @@ pytest:
 
 test-slow: $(VENV)/.dev-stamp
 	$(BIN)/python -m pytest -m slow
+
+bench: $(VENV)/.dev-stamp
+	$(BIN)/python -m bench $(ARGS)
 
 format: $(VENV)/.dev-stamp
 	$(BIN)/python -m ruff check --fix .

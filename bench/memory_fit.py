@@ -20,11 +20,11 @@ from typing import Any
 
 import yaml
 
+from bench.measuring import ROOT, run_child
 from engine import threads
 from engine.memory import predict
 from engine.train.job import JobSpec
 
-ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 SMOL, TINY = "smollm2-135m-instruct", "tiny-llama"
 _LINEAR = {"target_modules": "all-linear"}
@@ -84,7 +84,9 @@ def run_case(name: str, job: dict[str, Any], folder: Path) -> dict[str, Any]:
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(job), encoding="utf-8")
     predicted = _predict(path)
-    measured = _peak([sys.executable, "-m", "engine", "train", str(path), "--out", str(folder / name), "--json"])
+    measured = run_child(
+        [sys.executable, "-m", "engine", "train", str(path), "--out", str(folder / name), "--json"]
+    ).peak
     return {"measured": measured, "predicted": predicted}
 
 
@@ -95,22 +97,6 @@ def _predict(path: Path) -> dict[str, Any]:
         raise SystemExit(f"{path.name}: {result.stderr[-2000:]}")
     found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return found
-
-
-def _peak(command: list[str]) -> int:
-    """The largest resident memory of a command, in bytes.
-
-    This process stays small, since Linux counts what the parent held when it started the command.
-    """
-    with tempfile.TemporaryFile() as output:
-        child = subprocess.Popen(command, cwd=ROOT, env=dict(os.environ), stdout=output, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-        if child.returncode:
-            output.seek(0)
-            raise SystemExit(f"{' '.join(command)}: {output.read().decode()[-2000:]}")
-    # Kilobytes on Linux, bytes on a Mac.
-    return int(usage.ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
 
 
 def _long_rows(folder: Path, count: int = 24) -> Path:

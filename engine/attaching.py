@@ -14,6 +14,7 @@ from engine.errors import ConfigError, TargetError
 from engine.inject import HEADS, base_modules, module_at, unwrapped, wrap
 from engine.layers import AdapterLayer, SavedModule, Wrapper
 from engine.model_state import ModelState, spec_of
+from engine.rows import Row
 
 
 def refuse_both(model: nn.Module, targets: Sequence[str], saved: Sequence[str]) -> None:
@@ -79,6 +80,18 @@ def check_weights(model: ModelState, weights: Mapping[str, float]) -> None:
             raise ConfigError(f"{name!r} is a {spec.title} adapter, which cannot be mixed with others.")
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ConfigError(f"The weight of {name!r} is {value!r}; needed: a finite number.")
+
+
+def check_row(model: ModelState, row: Row) -> None:
+    """Whether a row of a batch can have this adapter or mix.
+
+    Raises:
+        ConfigError: an adapter is not attached, or see `check_weights`.
+    """
+    if isinstance(row, str) and row != "__base__":
+        model._known(row)
+    elif row is not None and not isinstance(row, str):
+        check_weights(model, row)
 
 
 def own_biases(

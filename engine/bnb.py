@@ -227,16 +227,18 @@ def steady(model: nn.Module) -> nn.Module:
     return model
 
 
-def dequantized(layer: nn.Module) -> Tensor:
-    """The weight that a quantised layer stands for, (out, in), float32."""
+def dequantized(layer: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight that a quantised layer stands for, (out, in)."""
     from bitsandbytes import functional
 
     weight: Any = layer.weight
     if type(layer).__name__ == FOUR:
-        full: Tensor = functional.dequantize_4bit(weight.data, weight.quant_state)
-        return full.float()
+        # Shapes without numbers (engine.memory) have the scales at the layer alone.
+        state: Any = getattr(weight, "quant_state", None) or layer.quant_state
+        full: Tensor = functional.dequantize_4bit(weight.data, state)
+        return full.to(dtype)
     codes, scales = _int8_parts(layer)
-    return codes.float() * (scales.float() / 127).unsqueeze(1)
+    return (codes.float() * (scales.float() / 127).unsqueeze(1)).to(dtype)
 
 
 def dense(layer: nn.Module) -> nn.Linear:

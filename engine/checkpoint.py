@@ -30,6 +30,7 @@ from engine.adapters.base import (
     PeftType,
     SharedState,
     features,
+    filled_from_file,
     layer_kind,
 )
 from engine.adapters.virtual import EMBEDDINGS, VirtualTokens
@@ -415,7 +416,8 @@ def load_adapter(model: PeftModel, model_id: str | Path, adapter_name: str, is_t
     config, tensors = read_config(model_id), read_weights(model_id)
     config = as_trained(model.get_base_model(), config, tensors)
     # Frozen until the file's tensors are in: no start is drawn (or a tokenizer fetched for it) only to be replaced.
-    model.add_adapter(adapter_name, config.replace(inference_mode=True))
+    with filled_from_file():
+        model.add_adapter(adapter_name, config.replace(inference_mode=True))
     try:
         write_weights(model, adapter_name, tensors)
         model.peft_config[adapter_name] = model.peft_config[adapter_name].replace(inference_mode=not is_trainable)

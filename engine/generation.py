@@ -1,7 +1,8 @@
 """Answering prompts with a base and its adapters, side by side in one batch, word by word.
 
-All columns share one prompt and one key-value cache; each batch row goes through its own adapter, and each has its own
-random generator with the same seed, so a column's answer does not depend on which others stand beside it.
+All columns share one prompt and one key-value cache; each batch row goes through its own adapter or mix of adapters
+(`engine.stacked`), and each has its own random generator with the same seed, so a column's answer does not depend on
+which others stand beside it.
 """
 
 from __future__ import annotations
@@ -15,11 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import ConfigError, PromptError
+from engine.rows import Row, mix_of
 
 if TYPE_CHECKING:
     from engine.model import PeftModel
 
+# So many answers stand side by side; each is a row of the cache.
+MOST_COLUMNS = 8
 _UNFINISHED = "\ufffd"
+# Among so many of the likeliest tokens lies top_p of the probability nearly always, and nothing else has to be sorted.
+_LIKELIEST = 256
 
 
 @dataclass(frozen=True)
@@ -91,20 +97,24 @@ def encode_prompt(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> Tens
 
 
 @torch.no_grad()
-def decode(
-    model: nn.Module, tokenizer: Any, ids: Tensor, who: Sequence[str | None], sampling: Sampling
-) -> Iterator[Piece]:
+def decode(model: nn.Module, tokenizer: Any, ids: Tensor, who: Sequence[Row], sampling: Sampling) -> Iterator[Piece]:
     """Generate for each column of `who`; an empty `who` is one column with the model as it is switched.
+
+    All columns are one batch with one cache. A column ends at its own end token and has a generator of its own, so that
+    it says what it would say alone. Adapters with virtual tokens and modules trained in full take part.
 
     Args:
         ids: the prompt, (1, T).
-        who: an adapter's name or None (the base) for each column.
+        who: an adapter's name, a mix (name -> weight) or None (the base) for each column; at most MOST_COLUMNS.
 
     Raises:
+        ConfigError: there are too many columns, or an adapter is not attached or cannot be mixed so.
         PromptError: the prompt leaves no room in the model's context.
+        EngineError: the base takes no positions and columns have unequal numbers of virtual tokens; ask one at a time.
     """
     from engine.models.loading import context_length
 
+    _check_columns(model, who)
     columns = max(len(who), 1)
     virtual: Any = getattr(model, "virtual_tokens", None)
     before = virtual(list(who) or None) if virtual else 0
@@ -112,8 +122,10 @@ def decode(
     device = next(model.parameters()).device
     # An adapter that is attached and switched on must not answer for the base.
     extra = {"adapter_names": list(who)} if who and hasattr(model, "switchboard") else {}
+    # Only where it changes something: switching the mode forgets what layers keep from call to call.
     was_training = model.training
-    model.eval()
+    if was_training:
+        model.eval()
     try:
         step = ids.to(device).expand(columns, -1)
         seen = step
@@ -146,7 +158,26 @@ def decode(
             step = torch.tensor(tokens, device=device)[:, None]
             seen = torch.cat([seen, step], dim=1)
     finally:
-        model.train(was_training)
+        if was_training:
+            model.train()
+
+
+def _check_columns(model: nn.Module, who: Sequence[Row]) -> None:
+    from engine.attaching import check_row
+
+    if len(who) > MOST_COLUMNS:
+        raise ConfigError(
+            f"{len(who)} columns were asked for; needed: at most {MOST_COLUMNS}.", "Answer them in several turns."
+        )
+    board: Any = getattr(model, "switchboard", None)
+    for row in who:
+        if board is not None:
+            check_row(model, row)  # type: ignore[arg-type]
+        elif row not in (None, "__base__"):
+            raise ConfigError(
+                f"{row!r} cannot answer: the model carries no adapters.",
+                "Attach them with PeftModel.from_pretrained or load_adapter first.",
+            )
 
 
 def _room(ids: Tensor, context: int | None, wanted: int, virtual: int = 0) -> int:
@@ -190,13 +221,27 @@ def pick(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Gene
     if sampling.temperature == 0:
         return int(scores.argmax())
     scores = scores / sampling.temperature
-    ordered, order = scores.sort(descending=True)
-    if sampling.top_k:
-        ordered, order = ordered[: sampling.top_k], order[: sampling.top_k]
-    probabilities = ordered.softmax(-1)
+    probabilities, order = _likeliest(scores, sampling)
+    below = probabilities.cumsum(-1)
     # A token stays while the likelier ones before it make up less than top_p; the first always stays.
-    probabilities[probabilities.cumsum(-1) - probabilities >= sampling.top_p] = 0
-    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+    last = int((below - probabilities < sampling.top_p).sum()) - 1
+    # One number for each token, however many tokens it could be.
+    drawn = torch.rand((), generator=generator, dtype=torch.float64) * below[last]
+    return int(order[min(int(torch.searchsorted(below, drawn, right=True)), last)])
+
+
+def _likeliest(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """(probabilities, tokens) from the likeliest down, as far as top_k and top_p can reach."""
+    if sampling.top_k:
+        found, order = scores.topk(min(sampling.top_k, len(scores)))
+        return found.double().softmax(-1), order
+    whole = scores.double().logsumexp(-1)
+    found, order = scores.topk(min(_LIKELIEST, len(scores)))
+    probabilities = (found.double() - whole).exp()
+    if len(found) < len(scores) and float(probabilities.sum()) < sampling.top_p:
+        found, order = scores.sort(descending=True)
+        probabilities = (found.double() - whole).exp()
+    return probabilities, order
 
 
 class Answerer:
@@ -280,11 +325,11 @@ class Answerer:
             return
         yield from decode(self.model, self.tokenizer, encode_prompt(self.tokenizer, messages), (), sampling)
 
-    def _asked(self, prompt: str, who: Sequence[str | None], name: str | None) -> str:
+    def _asked(self, prompt: str, who: Sequence[Row], own: Row) -> str:
         """The prompt with the words that the adapter was trained with; the base gets those of the first adapter."""
         from engine.tasks.seq2seq import TASK
 
-        adapter = name or next((other for other in who if other is not None), None)
+        adapter = next((name for row in (own, *who) for name, _ in mix_of(row)), None)
         if adapter is None or not prompt.strip():
             return prompt
         task = TASK.restored(self._attached[adapter])
@@ -292,16 +337,16 @@ class Answerer:
         return prompt if before and prompt.startswith(before) else task.asked(prompt)
 
     def stream(
-        self, messages: Sequence[Mapping[str, str]], who: Sequence[str | None], sampling: Sampling
+        self, messages: Sequence[Mapping[str, str]], who: Sequence[Row], sampling: Sampling
     ) -> Generator[Piece, None, None]:
-        """The answers of the base (None) and of attached adapters to one conversation.
+        """The answers of the base (None), of attached adapters and of mixes (name -> weight) to one conversation.
 
         Raises:
             PromptError: the prompt is empty or does not fit into the context.
-            ConfigError: a name in `who` is not attached.
+            ConfigError: a name in `who` is not attached, or cannot be mixed so; see `decode`.
         """
-        for name in who:
-            if name is not None and name not in self._attached:
+        for name in dict.fromkeys(name for row in who for name, _ in mix_of(row)):
+            if name not in self._attached:
                 raise ConfigError(
                     f"There is no adapter {name!r} here.", f"Attached: {', '.join(self._attached) or 'none'}."
                 )
@@ -311,7 +356,7 @@ class Answerer:
             # Such a model knows no turns: it reads one text.
             prompt = str(messages[-1].get("content", "")) if messages else ""
             yield from answers(
-                self.model, self.tokenizer, [self._asked(prompt, who, name) for name in who], who, sampling
+                self.model, self.tokenizer, [self._asked(prompt, who, row) for row in who], who, sampling
             )
             return
         ids = encode_prompt(self.tokenizer, messages)

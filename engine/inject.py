@@ -22,6 +22,7 @@ from engine.adapters.base import (
     layer_kind,
 )
 from engine.errors import TargetError
+from engine.kernels import gated
 from engine.layers import AdapterLayer, SavedModule, Wrapper
 
 # The attention projections that papers adapt, by the names that architectures give them. The first rule whose names
@@ -220,7 +221,9 @@ def module_at(model: nn.Module, name: str) -> nn.Module:
     """The module at a dotted name of the base, looking through wrappers on the way."""
     module = model
     for part in name.split(".") if name else ():
-        module = getattr(unwrapped(module), part)
+        module = unwrapped(module)
+        # Past torch's __getattr__, which costs more than all else of an adapter's way into a large model.
+        module = module._modules.get(part) or getattr(module, part)
     return module
 
 
@@ -230,8 +233,10 @@ def wrap(model: nn.Module, name: str, switchboard: Switchboard) -> AdapterLayer:
     if isinstance(module, AdapterLayer):
         return module
     layer = AdapterLayer(module, switchboard, name)
-    layer.train(module.training)
+    # The layer's own parts alone: what it wraps has its modes already.
+    layer.training = layer.adapters.training = layer.biases.training = module.training
     replace_module(model, name, layer)
+    gated.install(unwrapped(module_at(model, name.rpartition(".")[0])))
     return layer
 
 

@@ -6,13 +6,13 @@ model's one `Switchboard` which adapters contribute, so switching and mixing tou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from engine import bnb
+from engine import bnb, kernels, stacked
 from engine.adapters.base import CONV2D, AdapterWeights, Switchboard, layer_kind, master
 from engine.errors import EngineError, TargetError
 
@@ -36,6 +36,7 @@ class AdapterLayer(nn.Module):
         merged: adapter name -> the weight it was merged with.
         merge_error: what the last merge into a quantised weight cost; None otherwise.
         shifting: the adapters that also change the base layer's input.
+        stack: what a mixed batch's adapters amount to here, between two calls.
     """
 
     def __init__(self, base: nn.Module, switchboard: Switchboard, name: str) -> None:
@@ -48,6 +49,7 @@ class AdapterLayer(nn.Module):
         self.merged: dict[str, float] = {}
         self.shifting: set[str] = set()
         self.merge_error: bnb.MergeError | None = None
+        self.stack = stacked.Stack()
         self._before: dict[str, Tensor] = {}
         self._codes_before: tuple[Tensor, Any] | None = None
 
@@ -91,17 +93,27 @@ class AdapterLayer(nn.Module):
         self.adapters[adapter] = weights
         if weights.shifts_input:
             self.shifting.add(adapter)
+        self.stack.forget()
+
+    def train(self, mode: bool = True) -> AdapterLayer:
+        super().train(mode)
+        self.stack.forget()
+        return self
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         board = self.switchboard
         if board.disabled:
             return self.base_layer(x, *args, **kwargs)
+        if not (args or kwargs):
+            parts = self.parts(x)
+            if parts is not None:
+                return parts.output(x)
         y = self.base_layer(self._shifted(x) if self.shifting else x, *args, **kwargs)
-        if board.rows is not None:
-            return self._rows(x, y, board.rows)
         out = y
         if self.shifting and self._reads_output():
             y = self.base_layer(x, *args, **kwargs)
+        if board.rows is not None:
+            return stacked.changed(self, x, y, out, board.rows)
         for adapter, weight in board.weights.items():
             if weight and adapter not in self.merged:
                 change = self._change(adapter, x, y, weight)
@@ -109,13 +121,25 @@ class AdapterLayer(nn.Module):
                     out = out + change.to(y.dtype)
         return out
 
+    def parts(self, x: Tensor) -> Any:
+        """The layer and its adapter as one autograd node, where one adapter is active here and its method has that."""
+        board = self.switchboard
+        if board.disabled or board.rows is not None or self.shifting or not kernels.enabled():
+            return None
+        here = [(name, weight) for name, weight in board.weights.items() if weight and self.holds(name)]
+        active = [(name, weight) for name, weight in here if name not in self.merged]
+        if len(active) != 1 or active[0][0] in self.biases:
+            return None
+        adapter, weight = active[0]
+        return self._weights(adapter).parts(x, self.base_layer, weight)
+
     def _shifted(self, x: Tensor) -> Tensor:
         """The base layer's input with what adapters add to it."""
         board, y = self.switchboard, x
         if board.rows is not None:
-            for adapter, index in self._row_index(x, board.rows):
+            for adapter, weight, index in stacked.parts(self, x, board.rows):
                 if adapter in self.shifting:
-                    y = y.index_add(0, index, self._shift_of(adapter, x.index_select(0, index), 1.0))
+                    y = y.index_add(0, index, self._shift_of(adapter, x.index_select(0, index), weight))
             return y
         for adapter, weight in board.weights.items():
             if weight and adapter in self.shifting and adapter not in self.merged:
@@ -124,9 +148,13 @@ class AdapterLayer(nn.Module):
 
     def _reads_output(self) -> bool:
         """Whether an input is shifted beside an adapter that reads the output for the input as it came."""
-        active = [name for name, weight in self.switchboard.weights.items() if weight and name in self.adapters]
-        weights = [self._weights(name) for name in active if name not in self.merged]
-        return any(w.shifts_input for w in weights) and any(w.reads_base and not w.shifts_input for w in weights)
+        board = self.switchboard
+        for mix in [tuple(board.weights.items())] if board.rows is None else board.rows:
+            active = [name for name, weight in mix if weight and name in self.adapters and name not in self.merged]
+            weights = [self._weights(name) for name in active]
+            if any(w.shifts_input for w in weights) and any(w.reads_base and not w.shifts_input for w in weights):
+                return True
+        return False
 
     def _weights(self, adapter: str) -> AdapterWeights:
         weights = self.adapters[adapter]
@@ -159,31 +187,6 @@ class AdapterLayer(nn.Module):
         assert isinstance(base_bias, Tensor)
         own: Tensor = self.biases[adapter]
         return own.float() - base_bias.float().to(own.device)
-
-    def _row_index(self, x: Tensor, rows: list[str | None]) -> Iterator[tuple[str, Tensor]]:
-        """(adapter, its batch rows); a batch that is n times as long holds n beams a row, in order."""
-        if self.merged:
-            raise EngineError(
-                f"A mixed batch needs unmerged adapters; {', '.join(self.merged)} is merged.",
-                "Call unmerge_adapter() first.",
-            )
-        if x.shape[0] % len(rows):
-            raise EngineError(
-                f"adapter_names has {len(rows)} names and the batch {x.shape[0]} rows; needed: one name a row."
-            )
-        times = x.shape[0] // len(rows)
-        for adapter in dict.fromkeys(rows):
-            if adapter is not None and self.holds(adapter):
-                index = [i * times + k for i, name in enumerate(rows) if name == adapter for k in range(times)]
-                yield adapter, torch.tensor(index, device=x.device)
-
-    def _rows(self, x: Tensor, y: Tensor, rows: list[str | None]) -> Tensor:
-        """Each batch row through its own adapter."""
-        for adapter, index in self._row_index(x, rows):
-            change = self._change(adapter, x.index_select(0, index), y.index_select(0, index), 1.0)
-            if change is not None:
-                y = y.index_add(0, index, change.to(y.dtype).expand(len(index), *y.shape[1:]))
-        return y
 
     @torch.no_grad()
     def merge(self, weights: Mapping[str, float], keep: bool = True) -> None:
@@ -241,13 +244,15 @@ class AdapterLayer(nn.Module):
                         f"{self.module_name} has no bias to merge {adapter!r}'s bias into.",
                         "Keep the adapter unmerged.",
                     )
-                change = change * weight
+                if weight != 1:
+                    change = change * weight
                 changes[name] = changes[name] + change if name in changes else change
         merged: dict[str, Tensor] = {}
         for name, change in changes.items():
             tensor = getattr(base, name)
             merged[name] = (master(tensor) + change.to(tensor.device)).to(tensor.dtype)
-            if not torch.isfinite(merged[name]).all():
+            # A sum is finite only over finite values; it makes no second matrix, as looking at each value does.
+            if not torch.isfinite(merged[name].sum()) and not torch.isfinite(merged[name]).all():
                 raise EngineError(
                     f"Merging {' and '.join(map(repr, weights))} into {self.module_name} gives values that are not "
                     "finite; nothing is merged.",
@@ -289,6 +294,7 @@ class AdapterLayer(nn.Module):
             if adapter in holder:
                 del holder[adapter]
         self.shifting.discard(adapter)
+        self.stack.forget()
 
 
 class SavedModule(nn.Module):
@@ -317,10 +323,11 @@ class SavedModule(nn.Module):
 
     def current(self) -> nn.Module:
         board = self.switchboard
-        here = {name: weight for name, weight in board.weights.items() if name in self.copies and weight}
-        if board.disabled or not here:
-            return self.original_module
-        return self.copies[max(here, key=lambda name: abs(here[name]))]
+        return self.original_module if board.disabled else self._answering(board.weights.items())
+
+    def _answering(self, mix: Iterable[tuple[str, float]]) -> nn.Module:
+        here = {name: weight for name, weight in mix if name in self.copies and weight}
+        return self.copies[max(here, key=lambda name: abs(here[name]))] if here else self.original_module
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         rows = self.switchboard.rows
@@ -328,10 +335,9 @@ class SavedModule(nn.Module):
             return self.current()(x, *args, **kwargs)
         times = x.shape[0] // len(rows)
         parts, order = [], []
-        for adapter in dict.fromkeys(rows):
-            index = [i * times + k for i, name in enumerate(rows) if name == adapter for k in range(times)]
-            copied = adapter is not None and adapter in self.copies
-            module = self.copies[str(adapter)] if copied else self.original_module
+        answering = [self._answering(mix) for mix in rows]
+        for module in dict.fromkeys(answering):
+            index = [i * times + k for i, own in enumerate(answering) if own is module for k in range(times)]
             parts.append(module(x[index], *args, **kwargs))
             order += index
         return torch.cat(parts)[torch.argsort(torch.tensor(order, device=x.device))]

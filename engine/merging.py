@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from engine.errors import ConfigError, TargetError
-from engine.inject import base_modules, replace_module, unwrapped
+from engine.inject import base_modules, module_at, replace_module, unwrapped
+from engine.kernels import gated
 from engine.layers import AdapterLayer
 from engine.model_state import ModelState, spec_of
 
@@ -177,6 +178,7 @@ class Merging(ModelState):
         for name, layer in list(self.wrappers()):
             if isinstance(layer, AdapterLayer):
                 replace_module(model, name, layer.base_layer)
+                gated.remove(module_at(model, name.rpartition(".")[0]))
             else:
                 copies = [layer.copies[adapter] for adapter in keep if adapter in layer.copies]
                 replace_module(model, name, copies[0] if copies else layer.original_module)

@@ -16,14 +16,15 @@ from typing import Any
 from torch import nn
 
 from engine import bnb, hooks, prompts, rows
-from engine.adapters.base import AdapterConfig, Switchboard, TaskType
-from engine.attaching import check_weights, oriented, own_biases, refuse_both, saved_names
+from engine.adapters.base import AdapterConfig, Switchboard, TaskType, filled_from_file
+from engine.attaching import check_row, check_weights, oriented, own_biases, refuse_both, saved_names
 from engine.compat import BaseSignature, PeftCalls, check_loading, subfolder_of
 from engine.errors import ConfigError, EngineError
 from engine.inject import find_targets, module_at, unwrapped, wrap, wrap_saved, wrappers
 from engine.layers import AdapterLayer, Wrapper
 from engine.model_state import BaseModel
 from engine.model_state import spec_of as spec_of
+from engine.rows import Row
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 # torch's containers keep their entries as attributes, so these names are taken: "half", "train", "update" and others.
@@ -123,7 +124,8 @@ class PeftModel(PeftCalls):
         layers: list[Wrapper] = []
         for name, weights in built:
             layer = wrap(model, name, self.switchboard)
-            weights.train(self.training)
+            if not self.training:
+                weights.eval()
             layer.attach(adapter_name, weights)
             layers.append(layer)
         for name in saved:
@@ -212,8 +214,9 @@ class PeftModel(PeftCalls):
     # --- running ----------------------------------------------------------------------------------------------
 
     @BaseSignature
-    def forward(self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
-        """The base's forward. `adapter_names` gives each batch row its own adapter (None or `__base__`: the base).
+    def forward(self, *args: Any, adapter_names: Sequence[Row] | None = None, **kwargs: Any) -> Any:
+        """The base's forward. `adapter_names` gives each batch row its own adapter, or a mix as name -> weight (None or
+        `__base__`: the base).
 
         In training, the loss of a method that has a term of its own (AdaLoRA) contains it.
         """
@@ -226,25 +229,24 @@ class PeftModel(PeftCalls):
                     outputs.loss = outputs.loss + extra
         return outputs
 
-    def generate(self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
-        """The base's generate, each batch row through its own adapter where `adapter_names` is given."""
+    def generate(self, *args: Any, adapter_names: Sequence[Row] | None = None, **kwargs: Any) -> Any:
+        """The base's generate, each batch row through its own adapter or mix where `adapter_names` is given."""
         with self._mixed(adapter_names, args, kwargs):
             if self.prompts:
                 return prompts.generate(self, args, kwargs)
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 
-    def virtual_tokens(self, adapter_names: Sequence[str | None] | None = None) -> int:
+    def virtual_tokens(self, adapter_names: Sequence[Row] | None = None) -> int:
         """The places that virtual tokens take in the context, with the active adapters or with these of a batch."""
         return prompts.virtual_tokens(self, adapter_names)
 
-    def _mixed(self, names: Sequence[str | None] | None, args: Any, kwargs: Any) -> AbstractContextManager[None]:
+    def _mixed(self, names: Sequence[Row] | None, args: Any, kwargs: Any) -> AbstractContextManager[None]:
         """The rows' adapters for the time of a call."""
         if names is None:
             return nullcontext()
-        chosen = [None if name == "__base__" else name for name in names]
-        for name in chosen:
-            if name is not None:
-                self._known(name)
+        for row in names:
+            check_row(self, row)
+        chosen = [rows.mix_of(row) for row in names]
         rows.check_count(chosen, args, kwargs)
         return rows.mixed(self.switchboard, self.get_base_model(), chosen)
 
@@ -291,7 +293,8 @@ class PeftModel(PeftCalls):
         tensors = read_weights(model_id)
         config = as_trained(model, config, tensors).replace(inference_mode=True)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        peft_model = model_class(config)(model, config, adapter_name)
+        with filled_from_file():
+            peft_model = model_class(config)(model, config, adapter_name)
         try:
             write_weights(peft_model, adapter_name, tensors)
             config = peft_model.peft_config[adapter_name]

@@ -25,6 +25,7 @@ from engine.adapters.prefix_tuning import PrefixTokens
 from engine.adapters.virtual import VirtualTokens
 from engine.errors import ConfigError, EngineError
 from engine.prefixes import compute_type, filled, kept_under_checkpointing
+from engine.rows import Row, mix_of
 
 if TYPE_CHECKING:
     from engine.model import PeftModel
@@ -55,9 +56,9 @@ class Rows:
                 raise EngineError(
                     f"adapter_names has {len(board.rows)} names and the batch {batch} rows; needed: one name a row."
                 )
-            names = list(dict.fromkeys(board.rows))
-            groups = [(_tokens(model, n),) if n is not None and n in model.prompts else () for n in names]
-            places = torch.tensor([names.index(name) for name in board.rows], device=device)
+            mixes = list(dict.fromkeys(board.rows))
+            groups = [tuple(_tokens(model, name) for name, _ in mix if name in model.prompts) for mix in mixes]
+            places = torch.tensor([mixes.index(mix) for mix in board.rows], device=device)
             self.index = places.repeat_interleave(batch // len(board.rows))
         self.prompts = [[t for t in group if t.before_input] for group in groups]
         self.prefixes = [[t for t in group if isinstance(t, PrefixTokens)] for group in groups]
@@ -128,11 +129,12 @@ def active_prompts(model: PeftModel) -> list[str]:
     return [name for name, weight in model.switchboard.weights.items() if weight and name in model.prompts]
 
 
-def virtual_tokens(model: PeftModel, names: Sequence[str | None] | None = None) -> int:
-    """How many places virtual tokens take in the context: of the active adapters, or at most of one of `names`."""
+def virtual_tokens(model: PeftModel, names: Sequence[Row] | None = None) -> int:
+    """How many places virtual tokens take in the context: of the active adapters, or at most in one of the rows."""
     if names is None:
         return sum(_tokens(model, name).count for name in active_prompts(model))
-    return max((_tokens(model, n).count for n in names if n is not None and n in model.prompts), default=0)
+    mixes = [mix_of(row) for row in names]
+    return max((sum(_tokens(model, n).count for n, _ in mix if n in model.prompts) for mix in mixes), default=0)
 
 
 def check_weight(adapter: str, title: str, weight: float) -> None:
@@ -189,7 +191,7 @@ def _wanted(model: PeftModel) -> list[str]:
         return []
     if board.rows is None:
         return active_prompts(model)
-    return [name for name in dict.fromkeys(board.rows) if name is not None and name in model.prompts]
+    return list(dict.fromkeys(name for mix in board.rows for name, _ in mix if name in model.prompts))
 
 
 def extended(model: PeftModel, call: Call, forgetful: bool = False) -> tuple[Call, Any]:

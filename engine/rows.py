@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from engine.adapters.base import Switchboard
+from engine.adapters.base import Mix, Switchboard
 from engine.errors import EngineError
 
+Row = str | Mapping[str, float] | None
+"""What a caller gives for a batch row: an adapter's name, a mix as name -> weight, or None for the base alone."""
 _CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
 # What a model reads first, in the order in which it counts as the batch.
 _INPUTS = (
@@ -32,12 +35,22 @@ _INPUTS = (
 )
 
 
+def mix_of(row: Row) -> Mix:
+    """A row's adapters with their weights; those of weight 0 are none."""
+    if row is None or row == "__base__":
+        return ()
+    if isinstance(row, str):
+        return ((row, 1.0),)
+    return tuple((name, float(weight)) for name, weight in row.items() if weight)
+
+
 @contextmanager
-def mixed(board: Switchboard, base: nn.Module, rows: list[str | None]) -> Iterator[None]:
+def mixed(board: Switchboard, base: nn.Module, rows: list[Mix]) -> Iterator[None]:
     """The switchboard with these rows inside the block, and in what is computed again for it later."""
     changed = [
         (module, name, function)
-        for module in base.modules()
+        # Without gradients nothing is computed again, and a look at thousands of modules for each token takes long.
+        for module in (base.modules() if torch.is_grad_enabled() else ())
         for name in _CHECKPOINTS
         if callable(function := module.__dict__.get(name))
     ]
@@ -52,7 +65,7 @@ def mixed(board: Switchboard, base: nn.Module, rows: list[str | None]) -> Iterat
             setattr(module, name, function)
 
 
-def _with_rows(board: Switchboard, rows: list[str | None], checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+def _with_rows(board: Switchboard, rows: list[Mix], checkpoint: Callable[..., Any]) -> Callable[..., Any]:
     def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         def again(*inner: Any, **named: Any) -> Any:
             before, board.rows = board.rows, rows
@@ -66,7 +79,7 @@ def _with_rows(board: Switchboard, rows: list[str | None], checkpoint: Callable[
     return run
 
 
-def check_count(rows: Sequence[str | None], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+def check_count(rows: Sequence[Mix], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """One name for each row of the call's input.
 
     Raises:
@@ -76,7 +89,7 @@ def check_count(rows: Sequence[str | None], args: Sequence[Any], kwargs: Mapping
     if batch is not None and batch != len(rows):
         raise EngineError(
             f"adapter_names has {len(rows)} names and the batch {batch} rows; needed: one name a row.",
-            "Name an adapter for each row, None or '__base__' for the base alone.",
+            "Name an adapter or a mix (name -> weight) for each row, None or '__base__' for the base alone.",
         )
 
 

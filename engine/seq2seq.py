@@ -12,14 +12,15 @@ from engine.errors import PromptError
 
 if TYPE_CHECKING:
     from engine.generation import Piece, Sampling
+    from engine.rows import Row
 
 
 @torch.no_grad()
-def write(model: nn.Module, tokenizer: Any, prompt: str, sampling: Sampling, who: str | None = "") -> tuple[str, bool]:
+def write(model: nn.Module, tokenizer: Any, prompt: str, sampling: Sampling, who: Row = "") -> tuple[str, bool]:
     """The answer to one prompt, and whether the model ended it.
 
     Args:
-        who: the adapter that answers, None for the base; left out, the model answers as it is switched.
+        who: the adapter or mix that answers, None for the base; left out, the model answers as it is switched.
         sampling: at temperature 0 the best of `sampling.beams` beams; otherwise drawn, each seed its own answer.
 
     Raises:
@@ -61,7 +62,7 @@ def write(model: nn.Module, tokenizer: Any, prompt: str, sampling: Sampling, who
 
 
 def answers(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[str], who: Sequence[str | None], sampling: Sampling
+    model: nn.Module, tokenizer: Any, prompts: Sequence[str], who: Sequence[Row], sampling: Sampling
 ) -> Iterator[Piece]:
     """One finished piece for each column, which has a prompt of its own.
 

@@ -92,6 +92,8 @@ def real(spec: JobSpec, like: Job) -> Shaped:
         ("causal_lm", {"method": "dora", "r": 4, "target_modules": "all-linear"}, {"gradient_checkpointing": True}),
         ("causal_lm", {"method": "prefix_tuning", "num_virtual_tokens": 8}, {}),
         ("causal_lm", {}, {"precision": "bf16"}),
+        ("causal_lm", {}, {"optimizer": "adafactor"}),
+        ("causal_lm", {}, {"optimizer": "adamw_8bit"}),
         ("preference", LORA, {}),
         ("seq2seq", LORA, {}),
     ],
@@ -199,6 +201,41 @@ def test_what_saves_memory_is_seen_to() -> None:
     short = everything.predict(batch_size=1, length=8)
     assert short.gradients > 0.8 * short.weights
     assert short.total < full.total
+
+
+def test_each_optimizers_state_is_its_own() -> None:
+    """Bytes a number: AdamW's two moments 8, in 8 bits 2 and a scale a block; Adafactor one for each row and column."""
+    state = {
+        name: Job(job(adapter={}, optimizer=name), device).simulation.state["optimizer"]
+        for name, device in (
+            ("adamw", "cpu"),
+            ("adamw_8bit", "cpu"),
+            ("adafactor", "cpu"),
+            ("paged_adamw_8bit", "cuda"),
+        )
+    }
+    assert 0.24 < state["adamw_8bit"] / state["adamw"] < 0.28
+    assert state["adafactor"] < 0.02 * state["adamw"]
+    # What is paged may leave the card; bitsandbytes keeps the small matrices' state there.
+    assert state["paged_adamw_8bit"] < 0.5 * state["adamw_8bit"]
+    with pytest.raises(ConfigError, match="moves its state between"):
+        predict(job(adapter=LORA, optimizer="paged_adamw_8bit"))
+
+
+def test_offloaded_activations_are_not_on_the_card() -> None:
+    kept, away = (
+        predict(job(adapter=LORA, activation_offload=on), device="cuda", batch_size=16, length=96)
+        for on in (False, True)
+    )
+    assert away.activations < 0.6 * kept.activations and away.weights == kept.weights
+
+
+def test_adafactor_is_a_remedy_where_the_optimizer_is_what_does_not_fit() -> None:
+    """One short row: nothing is left to save but the state, and a base in 4 bits cannot be trained whole."""
+    spec = job(adapter={}, batch_size=1, max_length=16)
+    budget = Job(spec).predict().peak - 8 * 10**6
+    cure = remedy(spec, budget)
+    assert cure is not None and cure.changes == {"training.optimizer": "adafactor"}
 
 
 def test_the_largest_batch_is_the_last_that_fits() -> None:

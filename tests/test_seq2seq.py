@@ -25,7 +25,7 @@ from engine.tasks.base import Loaded
 from engine.tasks.seq2seq import IGNORED, TASK, Pair, Seq2Seq
 from engine.train.events import Recorder
 from engine.train.job import JobSpec
-from engine.train.loop import step_rows
+from engine.train.order import step_rows
 from engine.train.worker import run
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -23,8 +23,9 @@ from engine.tasks.base import Loaded
 from engine.tasks.causal_lm import TASK, encode_example, keeps_rows_apart, pack, pad_rows
 from engine.train.events import Recorder
 from engine.train.job import JobSpec
-from engine.train.loop import encode_parts, step_rows
+from engine.train.loop import encode_parts
 from engine.train.optim import rate_at
+from engine.train.order import step_rows
 from engine.train.worker import run
 
 ROOT = Path(__file__).resolve().parent.parent

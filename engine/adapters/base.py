@@ -11,7 +11,9 @@ import difflib
 import enum
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -282,18 +284,22 @@ def _ending(key: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({key})$")
 
 
+Mix = tuple[tuple[str, float], ...]
+"""((adapter, weight), ...) of one batch row; () is the base alone."""
+
+
 @dataclass
 class Switchboard:
     """Which adapters contribute, with which weight, to which rows; one object shared by all layers of a model.
 
     Attributes:
         weights: active adapter -> weight; a dictionary lookup is all that switching and mixing cost.
-        rows: the adapter of each batch row (None for the base alone), or None when all rows use `weights`.
+        rows: the adapters of each batch row with their weights, or None when all rows use `weights`.
         disabled: True leaves the base alone.
     """
 
     weights: dict[str, float] = field(default_factory=dict)
-    rows: list[str | None] | None = None
+    rows: list[Mix] | None = None
     disabled: bool = False
 
 
@@ -333,6 +339,13 @@ class AdapterWeights(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} does not say what it adds to a layer's output")
 
+    def parts(self, x: Tensor, base: nn.Module, weight: float) -> Any:
+        """What makes base and adapter one autograd node (`engine.kernels.linear.Parts`), or None where `delta` serves.
+
+        The node's output must be that of the base plus `delta`.
+        """
+        return None
+
     def delta_weight(self, base: nn.Module) -> Tensor:
         """The change of the unmerged `base.weight` (its shape) that `delta` amounts to at weight 1, in float32."""
         raise TargetError(f"{type(self).__name__} cannot be merged into a weight.")
@@ -367,6 +380,23 @@ class AdapterWeights(nn.Module):
 
     def restored(self) -> None:
         """Called after tensors were read into these weights, from a file or a checkpoint."""
+
+
+_FROM_FILE: ContextVar[bool] = ContextVar("from_file", default=False)
+
+
+@contextmanager
+def filled_from_file() -> Iterator[None]:
+    """Inside the block adapters are built only to be filled from a file, so that methods may leave out their start."""
+    before = _FROM_FILE.set(True)
+    try:
+        yield
+    finally:
+        _FROM_FILE.reset(before)
+
+
+def fills_from_file() -> bool:
+    return _FROM_FILE.get()
 
 
 class SharedState(nn.Module):

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from engine.adapters.base import CONV1D, CONV2D, EMBEDDING, LINEAR, AdapterSpec, layer_kind
 from engine.adapters.lowrank import LowRankConfig, LowRankConv2d, LowRankEmbedding, LowRankLinear, LowRankWeights
 from engine.errors import TargetError
+from engine.kernels import linear
 
 # Rows of a half-precision weight that are brought to float32 at a time.
 _BLOCK = 1024
@@ -160,6 +161,12 @@ class DoRALinear(DoRAWeights, LowRankLinear):
 
     def _rows(self, weight: Tensor) -> Tensor:
         return weight.T if self.transposed else weight
+
+    def parts(self, x: Tensor, base: nn.Module, weight: float) -> linear.Parts | None:
+        # At another weight the gain's part and the product's are scaled apart.
+        if weight != 1 or not linear.fits(base, x):
+            return None
+        return self._parts(base, weight, self.lora_magnitude_vector, self.norm(base))
 
 
 class DoRAEmbedding(DoRAWeights, LowRankEmbedding):

@@ -28,12 +28,14 @@ from engine.adapters.base import (
     by_pattern,
     compute_cast,
     features,
+    fills_from_file,
     layer_kind,
     master,
     target_faults,
 )
 from engine.adapters.starts import NAMES, is_start, start_of, takes_from_base
 from engine.errors import TargetError
+from engine.kernels import linear
 
 # The methods that a LoRA config asks for by a field `use_<name>`, under their names in the registry.
 VARIANTS = ("dora", "qalora", "lorafa")
@@ -217,7 +219,11 @@ class LowRankLinear(LowRankWeights):
         assert isinstance(weight, Tensor)
         self.transposed = layer_kind(base) == CONV1D
         n_in, n_out = self.sides(base, config, module)
-        place = {"device": weight.device, "dtype": torch.float32}
+        place: dict[str, Any] = {"device": weight.device, "dtype": torch.float32}
+        if fills_from_file() and not is_start(config.init_lora_weights):
+            self.lora_A = _undrawn(n_in, self.r, False, place)
+            self.lora_B = _undrawn(self.r, n_out, config.lora_bias, place)
+            return
         self.lora_A = nn.Linear(n_in, self.r, bias=False, **place)
         self.lora_B = nn.Linear(self.r, n_out, bias=config.lora_bias, **place)
         self._initialise(config.init_lora_weights, weight, module)
@@ -269,6 +275,22 @@ class LowRankLinear(LowRankWeights):
             out = out - F.linear(h0 * factor, compute_cast(self.offset_B, x))
         return out
 
+    def parts(self, x: Tensor, base: nn.Module, weight: float) -> linear.Parts | None:
+        # A subclass with another formula is not this node.
+        if type(self).delta is not LowRankLinear.delta or not linear.fits(base, x):
+            return None
+        return self._parts(base, weight)
+
+    def _parts(
+        self, base: nn.Module, weight: float, m: Tensor | None = None, norm: Tensor | None = None
+    ) -> linear.Parts:
+        offset = None
+        if self.offset_A is not None and self.offset_B is not None:
+            offset = (self.offset_A, self.offset_B)
+        drop = self.dropout.p if isinstance(self.dropout, nn.Dropout) and self.dropout.training else 0.0
+        product = linear.Product(base, self.scale * weight, drop, offset, norm)
+        return linear.Parts(self.lora_A.weight, self.lora_B.weight, self.lora_B.bias, m, product)
+
     def delta_weight(self, base: nn.Module) -> Tensor:
         a, b = self.matrices()
         change = (b @ a) * self.scale
@@ -283,6 +305,16 @@ class LowRankLinear(LowRankWeights):
         if self.lora_B.bias is not None:
             tensors["lora_B.bias"] = self.lora_B.bias
         return tensors
+
+
+def _undrawn(n_in: int, n_out: int, bias: bool, place: Mapping[str, Any]) -> nn.Linear:
+    """A linear layer of zeros: drawing one only for a file to replace it is most of what loading would cost."""
+    linear = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(linear)
+    linear.__dict__.update(in_features=n_in, out_features=n_out)
+    linear._parameters["weight"] = nn.Parameter(torch.zeros(n_out, n_in, **place))
+    linear._parameters["bias"] = nn.Parameter(torch.zeros(n_out, **place)) if bias else None
+    return linear
 
 
 class LowRankEmbedding(LowRankWeights):

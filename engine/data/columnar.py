@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from engine.data.errors import EmptyError, ParquetError, TooLargeError
-from engine.data.table import Limits, Problem, ProblemLog, Row, Table
+from engine.data.table import Limits, Problem, ProblemLog, Row, Table, held_rows
 from engine.errors import DataError
 from engine.paths import REPOSITORY
 
@@ -24,7 +24,7 @@ _SECONDS = 300.0
 def read_parquet(path: Path, raw: bytes, limits: Limits) -> Table:
     """Raises: ParquetError, TooLargeError, EmptyError."""
     _check_frame(path.name, raw)
-    table = Table("parquet", [], [], ProblemLog("row"))
+    table = Table("parquet", [], held_rows(), ProblemLog("row"))
     ended = False
     with subprocess.Popen(
         [

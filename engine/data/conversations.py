@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from engine.data.formats import turns_of
@@ -128,7 +128,7 @@ def flatten_tree(prompt: Any) -> list[dict[str, Any]]:
 
 
 def flatten_trees(
-    rows: list[Row], columns: Mapping[str, str], log: ProblemLog
+    rows: Sequence[Row], columns: Mapping[str, str], log: ProblemLog
 ) -> list[tuple[int, list[dict[str, Any]]]]:
     """(line of the first message, turns) of the best path of each tree, where each row is one message.
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from engine.data.errors import DelimiterError, EmptyError, TooLargeError
 from engine.data.roles import KNOWN_NAMES, normal
-from engine.data.table import Limits, ProblemLog, Row, Scrubber, Table
+from engine.data.table import Limits, ProblemLog, Row, Scrubber, Table, held_rows
 
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
 
@@ -42,7 +42,7 @@ def read_csv(name: str, text: str, limits: Limits, tab_named: bool = False) -> T
         columns = _header(line, names, log)
     if len(columns) > limits.max_columns:
         raise TooLargeError(f"{name} has {len(columns):,} columns; at most {limits.max_columns:,} are read.")
-    table = Table("csv", columns, [], log, delimiter="" if delimiter == _ONE_COLUMN else delimiter)
+    table = Table("csv", columns, held_rows(), log, delimiter="" if delimiter == _ONE_COLUMN else delimiter)
     _fill(name, table, body, limits)
     return table
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from engine.data.delimited import read_csv
 from engine.data.encoding import decode
 from engine.data.errors import EmptyError, FileError, JsonError, KindError, TooLargeError
 from engine.data.images import read_pictures
-from engine.data.table import Limits, ProblemLog, Row, Scrubber, Table
+from engine.data.table import Limits, ProblemLog, Row, Scrubber, Table, held_rows
 
 KINDS: dict[str, str] = {
     ".csv": "csv",
@@ -31,6 +30,8 @@ KINDS: dict[str, str] = {
 """File name ending -> kind."""
 
 _ACCEPTED = "csv, tsv, json, jsonl, parquet, txt or (with pictures) zip"
+
+_ENDS = re.compile(r"\r\n|\r|\n")
 
 _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"PAR1", "a Parquet file"),
@@ -71,19 +72,11 @@ def read(path: str | Path, *, limits: Limits | None = None) -> Table:
     kind = _check_file(path, limits)
     if kind == "pictures":
         return read_pictures(path, limits)
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise FileError(f"{path.name} cannot be opened: {error.strerror or error}.", "Check its rights.") from error
-    if len(raw) > limits.max_bytes:
-        raise _too_many_bytes(path.name, len(raw), limits.max_bytes)
-    if not raw.strip():
-        raise EmptyError(f"{path.name} is empty.", "Give a file with at least one row.")
+    # The bytes are held by nobody here, so that they can go when they have become text.
     if kind == "parquet":
-        table = read_parquet(path, raw, limits)
+        table = read_parquet(path, _bytes_of(path, limits), limits)
     else:
-        _check_magic(path.name, raw)
-        table = _read_text(path, kind, raw, limits)
+        table = _read_text(path, kind, _bytes_of(path, limits), limits)
     if len(table.columns) > limits.max_columns:
         raise TooLargeError(
             f"{path.name} has {len(table.columns):,} different columns; at most {limits.max_columns:,} are read.",
@@ -91,6 +84,18 @@ def read(path: str | Path, *, limits: Limits | None = None) -> Table:
         )
     table.name = path.name
     return table
+
+
+def _bytes_of(path: Path, limits: Limits) -> bytes:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise FileError(f"{path.name} cannot be opened: {error.strerror or error}.", "Check its rights.") from error
+    if len(raw) > limits.max_bytes:
+        raise _too_many_bytes(path.name, len(raw), limits.max_bytes)
+    if not raw or raw.isspace():
+        raise EmptyError(f"{path.name} is empty.", "Give a file with at least one row.")
+    return raw
 
 
 def fingerprint(source: str | Path | bytes) -> str:
@@ -151,8 +156,10 @@ def _check_magic(name: str, raw: bytes) -> None:
 
 
 def _read_text(path: Path, kind: str, raw: bytes, limits: Limits) -> Table:
+    _check_magic(path.name, raw)
     text, encoding = decode(path.name, raw)
-    if not text.strip():
+    del raw
+    if not text or text.isspace():
         raise EmptyError(f"{path.name} holds only white space.", "Give a file with at least one row.")
     if kind == "csv":
         table = read_csv(path.name, text, limits, tab_named=path.suffix.lower() in (".tsv", ".tab"))
@@ -166,8 +173,13 @@ def _read_text(path: Path, kind: str, raw: bytes, limits: Limits) -> Table:
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
     r"""Physical lines with their numbers; `\n`, `\r\n` and `\r` end a line, U+2028 and form feeds do not."""
-    for number, line in enumerate(io.StringIO(text, newline=None), 1):
-        yield number, line.rstrip("\n")
+    start, number = 0, 1
+    # Piece by piece: a stream over the text would be a copy of four bytes a character.
+    for end in _ENDS.finditer(text):
+        yield number, text[start : end.start()]
+        start, number = end.end(), number + 1
+    if start < len(text):
+        yield number, text[start:]
 
 
 # --- txt -----------------------------------------------------------------------------------------------------------
@@ -179,7 +191,7 @@ def _read_txt(name: str, text: str, limits: Limits) -> Table:
     paragraphs = any(not line.strip() for _, line in _lines(body))
     log = ProblemLog("line")
     scrub = Scrubber(limits, log)
-    rows: list[Row] = []
+    rows = held_rows()
 
     def add(start: int, lines: list[str]) -> None:
         cells = scrub.row(start, {"text": "\n".join(lines)})
@@ -258,7 +270,7 @@ def _from_objects(name: str, content: Any, limits: Limits) -> Table:
         raise JsonError(f"{name} holds {what}, not rows.", 'Needed: [{...}, {...}] or {"data": [{...}, {...}]}.')
     _check_rows(name, len(content), limits)
     log = ProblemLog("row")
-    table = Table("json", [], [], log)
+    table = Table("json", [], held_rows(), log)
     scrub = Scrubber(limits, log)
     seen: dict[str, None] = {}
     for number, item in enumerate(content, 1):
@@ -294,7 +306,7 @@ def _first(log: ProblemLog) -> str:
 
 def _read_jsonl(name: str, text: str, limits: Limits) -> Table:
     log = ProblemLog("line")
-    table = Table("jsonl", [], [], log)
+    table = Table("jsonl", [], held_rows(), log)
     scrub = Scrubber(limits, log)
     seen: dict[str, None] = {}
     for number, line in _lines(text):

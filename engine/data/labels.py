@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -50,7 +50,7 @@ def labels_of(cells: Cells, columns: Mapping[str, str]) -> tuple[dict[str, Any],
     return {"text": text_of(cells, columns["text"]), "labels": labels}, fixes
 
 
-def check_classes(examples: list[dict[str, Any]], column: str, log: ProblemLog) -> None:
+def check_classes(examples: Sequence[dict[str, Any]], column: str, log: ProblemLog) -> None:
     """Whether there is something to tell apart; what is doubtful becomes a note.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 from engine.data.conversations import Fixes, RowFault, flatten_tree, flatten_trees, text_of, to_messages
 from engine.data.errors import NothingLeftError
 from engine.data.formats import columns_for
+from engine.data.held import Held, repeats
 from engine.data.ingest import read
 from engine.data.labels import check_classes, labels_of
 from engine.data.pairs import image_of, parallel_of, preference_of
@@ -51,7 +53,7 @@ class Prepared:
 
     format: str
     columns: Mapping[str, str]
-    examples: list[Example]
+    examples: Held[Example] | list[Example]
     problems: list[Problem] = field(default_factory=list)
     counts: Mapping[str, int] = field(default_factory=dict)
     total: int = 0
@@ -102,10 +104,16 @@ def prepare(
     assert found.name is not None
     log = ProblemLog(table.unit)
     log.extend(table.log)
+    examples: Held[Example] | list[Example]
     if found.name == "oasst":
         examples = _trees(table, found.columns, log)
     else:
-        examples = [example for row in table.rows if (example := _row(found.name, row, found.columns, log))]
+        kept = Held[Example]()
+        for row in table.rows:
+            example = _row(found.name, row, found.columns, log)
+            if example:
+                kept.append(example)
+        examples = kept.settled()
     total = len(examples) + log.skipped
     if not examples:
         raise _nothing_left(table, total, log)
@@ -177,16 +185,15 @@ def _trees(table: Table, columns: Mapping[str, str], log: ProblemLog) -> list[Ex
     return examples
 
 
-def _note_duplicates(examples: list[Example], log: ProblemLog) -> int:
-    seen: dict[int, int] = {}
+def _note_duplicates(examples: Sequence[Example], log: ProblemLog) -> int:
+    # Hashes instead of texts, eight bytes a row: a million rows would otherwise be held twice.
+    keys = array("q", (hash(repr([v for name, v in example.items() if name != "line"])) for example in examples))
     found = 0
-    for example in examples:
-        # A hash instead of the text: a million long rows would otherwise be held twice.
-        key = hash(repr([value for name, value in example.items() if name != "line"]))
-        first = seen.setdefault(key, example["line"])
-        if first != example["line"]:
+    for number, first in repeats(keys):
+        line, before = examples[number]["line"], examples[first]["line"]
+        if line != before:
             found += 1
-            log.note(example["line"], "", "duplicate", f"The same as {log.unit} {first}; both are kept.")
+            log.note(line, "", "duplicate", f"The same as {log.unit} {before}; both are kept.")
     return found
 
 

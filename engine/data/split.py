@@ -3,43 +3,62 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from engine.errors import ConfigError
+from engine.records import Chosen, Rows
 
 Example = dict[str, Any]
 
 
-def split(examples: Sequence[Example], share: float, seed: int = 0) -> tuple[list[Example], list[Example]]:
+def split(examples: Sequence[Example], share: float, seed: int = 0) -> tuple[Sequence[Example], Sequence[Example]]:
     """Hold back `share` of the examples (0 to 0.5) for evaluation.
 
     Examples with the same question go to the same side, or the evaluation would reward memory. Which side is decided
     by SHA-256 of seed and question, so neither platform nor process matters. Both parts keep the order they came in.
     With two questions or more and `share` above 0, each part has at least one example; where all examples share one
-    question they all go to training.
+    question they all go to training. Of many examples (`engine.data.held`) the parts are views.
 
     Raises:
         ConfigError: `share` is not within 0 to 0.5.
     """
     if not 0 <= share <= 0.5:
         raise ConfigError(f"The share held back is {share}; needed: 0 to 0.5.")
-    groups: dict[str, list[int]] = {}
-    for index, example in enumerate(examples):
-        groups.setdefault(_question(example), []).append(index)
-    if share == 0 or len(groups) < 2:
-        return list(examples), []
-    order = sorted(groups, key=lambda question: hashlib.sha256(f"{seed}\0{question}".encode()).digest())
-    wanted = max(1, round(share * len(examples)))
-    held: set[int] = set()
-    for question in order:
-        if len(held) + len(groups[question]) <= wanted:
-            held.update(groups[question])
-    if not held:
+    if share == 0 or not examples:
+        return _part(examples, range(len(examples))), []
+    import numpy as np
+
+    # A question stands for itself by the first eight bytes of its SHA-256, which order the questions too.
+    keys = np.fromiter((_place(seed, example) for example in examples), np.uint64, len(examples))
+    order = np.argsort(keys, kind="stable")
+    starts = np.flatnonzero(np.diff(keys[order], prepend=~keys[order[0]]) != 0)
+    counts = np.diff(starts, append=len(keys))
+    if len(starts) < 2:
+        return _part(examples, range(len(examples))), []
+    wanted, taken, held = max(1, round(share * len(examples))), 0, np.zeros(len(examples), dtype=bool)
+    for start, count in zip(starts, counts, strict=True):
+        if taken == wanted:
+            break
+        if taken + count <= wanted:
+            held[order[start : start + count]] = True
+            taken += count
+    if not taken:
         # Every question comes more often than rows were wanted: the rarest goes whole, the first of these by hash.
-        held.update(groups[min(order, key=lambda question: len(groups[question]))])
-    training = [example for index, example in enumerate(examples) if index not in held]
-    return training, [example for index, example in enumerate(examples) if index in held]
+        rarest = int(np.argmin(counts))
+        held[order[starts[rarest] : starts[rarest] + counts[rarest]]] = True
+    return _part(examples, np.flatnonzero(~held)), _part(examples, np.flatnonzero(held))
+
+
+def _place(seed: int, example: Example) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{_question(example)}".encode()).digest()[:8], "big")
+
+
+def _part(examples: Sequence[Example], numbers: Iterable[int]) -> Sequence[Example]:
+    if isinstance(examples, Rows):
+        return Chosen(examples, array("I", numbers))
+    return [examples[number] for number in numbers]
 
 
 def _question(example: Example) -> str:

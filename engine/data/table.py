@@ -6,6 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from engine.data.held import Held, json_of
+from engine.records import Codec, json_bytes
+
 Cells = dict[str, Any]
 
 
@@ -52,6 +55,15 @@ class Row(NamedTuple):
 
     line: int
     cells: Cells
+
+
+def _to_bytes(row: Row) -> bytes:
+    return json_bytes([row.line, row.cells])
+
+
+def held_rows() -> Held[Row]:
+    """Where a reader puts a table's rows."""
+    return Held(Codec(_to_bytes, lambda raw: Row(*json_of(raw))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +161,7 @@ class Table:
 
     kind: str
     columns: list[str]
-    rows: list[Row]
+    rows: Held[Row] | list[Row]
     log: ProblemLog
     delimiter: str = ""
     encoding: str = ""

@@ -29,8 +29,15 @@ def _gemm_4bit(arguments: Sequence[Any]) -> int:
     return int(math.prod(shape) * x.element_size())
 
 
-HIDDEN: Mapping[str, Callable[[Sequence[Any]], int]] = {"bitsandbytes::gemm_4bit": _gemm_4bit}
+def _update_8bit(arguments: Sequence[Any]) -> int:
+    """bitsandbytes' CPU step takes both moments, the gradient, the root and the quotient in float32 at once."""
+    return int(5 * 4 * arguments[2].numel())
+
+
+Hidden = Mapping[str, Callable[[Sequence[Any]], int]]
+HIDDEN: Hidden = {"bitsandbytes::gemm_4bit": _gemm_4bit}
 """Operators that allocate within themselves what torch is not told of -> bytes, from their arguments."""
+HIDDEN_ON_CPU: Hidden = {**HIDDEN, "bitsandbytes::optimizer_update_8bit_blockwise": _update_8bit}
 
 
 class Allocations(TorchDispatchMode):
@@ -43,8 +50,9 @@ class Allocations(TorchDispatchMode):
         part: what new storages are taken for; those whose last dimension is `vocabulary` are `logits`.
     """
 
-    def __init__(self, vocabulary: int = 0) -> None:
+    def __init__(self, vocabulary: int = 0, hidden: Hidden = HIDDEN_ON_CPU) -> None:
         super().__init__()
+        self.hidden = hidden
         self.vocabulary = vocabulary
         self.live: Counter[str] = Counter()
         self.peak = 0
@@ -87,7 +95,7 @@ class Allocations(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         name = func._schema.name
-        hidden = HIDDEN.get(name)
+        hidden = self.hidden.get(name)
         if hidden:
             self.touch(hidden(args))
         if name.startswith(("aten::index", "aten::_index_put")):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -104,8 +104,8 @@ class Job:
         self.spec, self.device = spec, device
         self.rows: Rows = like.rows if like else reading.read(spec, get_task(spec.task, spec.options))
         self.model = shaped(spec, self.rows.task, device)
-        self.encoded: list[Any] = like.encoded if like else reading.encoded(self.rows, self.model.loaded, spec)
-        self.simulation = Simulation(spec, self.rows.task, self.model)
+        self.encoded: Sequence[Any] = like.encoded if like else reading.encoded(self.rows, self.model.loaded, spec)
+        self.simulation = Simulation(spec, self.rows.task, self.model, device)
         self._found: dict[tuple[int, int | None], Prediction] = {}
 
     def predict(self, batch_size: int | None = None, length: int | None = None) -> Prediction:
@@ -189,9 +189,7 @@ def changed(spec: JobSpec, changes: Mapping[str, Any]) -> JobSpec:
 def _candidates(spec: JobSpec) -> Iterator[dict[str, Any]]:
     """Changes beside the batch's size, from the cheapest on; none at all comes first."""
     checkpointing = {} if spec.training.gradient_checkpointing else {"training.gradient_checkpointing": True}
-    # Once the jobs have a choice of optimizers.
-    choice = "optimizer" in {item.name for item in dataclasses.fields(TrainingSpec)}
-    adafactor = {"training.optimizer": "adafactor"} if choice else {}
+    adafactor = {} if spec.training.optimizer == "adafactor" else {"training.optimizer": "adafactor"}
     four = {"quantization": "nf4"} if not spec.full and spec.quantization in ("none", "int8") else {}
     seen: list[dict[str, Any]] = []
     for one in ({}, checkpointing, adafactor, {**checkpointing, **adafactor}, four, {**four, **checkpointing}):

@@ -67,7 +67,7 @@ def _with_two_labels(task: Any) -> Task:
     return task.fitted([{"text": "", "labels": [label]} for label in labels])
 
 
-def encoded(rows: Rows, loaded: Loaded, spec: JobSpec) -> list[Any]:
+def encoded(rows: Rows, loaded: Loaded, spec: JobSpec) -> Sequence[Any]:
     """The rows as the model takes them; empty where there are none."""
     if not rows.examples:
         return []
@@ -75,7 +75,7 @@ def encoded(rows: Rows, loaded: Loaded, spec: JobSpec) -> list[Any]:
     if spec.task == "preference":
         # The reference's opinion takes numbers, not memory: it is computed before, without gradients.
         task = dataclasses.replace(task, loss_kind="orpo", label_smoothing=0.0)
-    found: list[Any] = task.encode(rows.examples, loaded, spec.training, lambda phase, share, message: None).rows
+    found: Sequence[Any] = task.encode(rows.examples, loaded, spec.training, lambda phase, share, message: None).rows
     return found
 
 
@@ -87,7 +87,7 @@ def heaviest(task: Task, loaded: Loaded, own: Sequence[Any], spec: JobSpec, leng
         own: the job's rows, encoded; may be empty.
         length: every row is given this many tokens; None: the rows as they are (without rows: `max_length`).
     """
-    from engine.train.loop import step_rows
+    from engine.train.order import length_of, step_rows
 
     collate, training = task.collator(loaded), spec.training
     total = training.max_steps
@@ -97,7 +97,8 @@ def heaviest(task: Task, loaded: Loaded, own: Sequence[Any], spec: JobSpec, leng
         groups = [list(itertools.islice(itertools.cycle(rows), training.batch_size))]
     else:
         per_step = training.batch_size * training.gradient_accumulation
-        steps = step_rows(own, per_step, training.seed, 0, getattr(task, "length", None))
+        order = length_of(task, collate) if training.group_by_length else None
+        steps = step_rows(own, per_step, training.seed, 0, order)
         per_epoch = -(-len(own) // per_step)
         total = total or max(1, round(training.epochs * per_epoch))
         groups = [

@@ -37,13 +37,13 @@ class Linear4bit(nn.Linear):
         self.absmax2 = _empty(-(-blocks // _NESTED))
         self.offset, self.code, self.code2 = _empty(()), _empty(16), _empty(256)
 
-    def forward(self, x: Tensor) -> Tensor:
-        import bitsandbytes
+    @property
+    def quant_state(self) -> Any:
+        """The scales as bitsandbytes' functions take them."""
         from bitsandbytes import functional
 
-        library: Any = bitsandbytes
         inner = functional.QuantState(absmax=self.absmax2, code=self.code2, blocksize=_NESTED, dtype=torch.float32)
-        state = functional.QuantState(
+        return functional.QuantState(
             absmax=self.absmax,
             shape=torch.Size((self.out_features, self.in_features)),
             code=self.code,
@@ -53,8 +53,13 @@ class Linear4bit(nn.Linear):
             offset=self.offset,
             state2=inner,
         )
+
+    def forward(self, x: Tensor) -> Tensor:
+        import bitsandbytes
+
+        library: Any = bitsandbytes
         bias = None if self.bias is None else self.bias.to(self.compute)
-        product: Tensor = library.matmul_4bit(x.to(self.compute), self.weight, bias=bias, quant_state=state)
+        product: Tensor = library.matmul_4bit(x.to(self.compute), self.weight, bias=bias, quant_state=self.quant_state)
         return product.to(x.dtype)
 
 

@@ -10,11 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import saved_tensors_hooks
 
-from engine.memory.allocations import Allocations
+from engine.memory.allocations import HIDDEN, HIDDEN_ON_CPU, Allocations
 from engine.memory.shapes import Shaped
 from engine.tasks.base import Batch, Task
 from engine.train.job import JobSpec
+from engine.train.offload import SMALL
+
+PAGED_FROM = 100_000
+"""bitsandbytes pages the state of tensors of so many numbers."""
 
 
 class Simulation:
@@ -28,9 +34,10 @@ class Simulation:
         trained: bytes of what is trained.
     """
 
-    def __init__(self, spec: JobSpec, task: Task, model: Shaped) -> None:
-        from engine.train.optim import make_optimizer
+    def __init__(self, spec: JobSpec, task: Task, model: Shaped, device: str = "cpu") -> None:
+        from engine.train.optim import check_optimizer, make_optimizer
 
+        check_optimizer(spec.training, device)
         self.spec, self.task, self.model = spec, task, model
         trainee = model.trainee
         # AdaLoRA's schedule wants to know; the memory of a step does not depend on it.
@@ -39,13 +46,15 @@ class Simulation:
         self.parameters = list(parameters.values())
         self.trained = sum(p.numel() * p.element_size() for p in self.parameters)
         self.optimizer = make_optimizer(parameters, spec.training)
-        self.allocations = Allocations(_vocabulary(trainee.model))
+        self.allocations = Allocations(_vocabulary(trainee.model), HIDDEN_ON_CPU if device == "cpu" else HIDDEN)
         self.allocations.hold((*trainee.model.parameters(), *trainee.model.buffers()), "adapter")
         self.allocations.hold(model.base, "weights")
         for parameter in self.parameters:
             parameter.register_post_accumulate_grad_hook(self._got_gradient)
         with _quiet(), self.allocations:
             self._update()
+        if spec.training.optimizer.startswith("paged_"):
+            self._leave_the_card()
         self.state = Counter(self.allocations.live)
         self._updating = Counter(self.allocations.at_peak), self.allocations.peak
 
@@ -72,7 +81,8 @@ class Simulation:
 
     def _passes(self, batch: Batch) -> None:
         compute = self.model.compute
-        with torch.autocast("cpu", compute) if compute is not None else nullcontext():
+        casting = torch.autocast("cpu", compute) if compute is not None else nullcontext()
+        with casting, self._away() if self.spec.training.activation_offload else nullcontext():
             part = self.task.loss(self.model.trainee.model, dict(batch))
         (part.total / max(1, part.count)).backward()
 
@@ -87,6 +97,35 @@ class Simulation:
         self.allocations.hold((value for value in entries if isinstance(value, Tensor)), "optimizer")
         self.optimizer.zero_grad(set_to_none=True)
 
+    def _leave_the_card(self) -> None:
+        """Paged state goes to the machine's memory when the card is full, so that none of it has to fit there."""
+        for parameter, entry in self.optimizer.state.items():
+            for key in ("state1", "state2"):
+                if parameter.numel() >= PAGED_FROM:
+                    del entry[key]
+        allocations = self.allocations
+        allocations.at_peak, allocations.peak = Counter(allocations.live), allocations.total
+
+    def _away(self) -> saved_tensors_hooks:
+        """As `engine.train.offload`: what autograd saves ends, and is there again when it is asked for."""
+        trainee = self.model.trainee.model
+        own = {tensor.untyped_storage()._cdata for tensor in (*trainee.parameters(), *trainee.buffers())}
+
+        def pack(tensor: Tensor) -> Any:
+            stays = tensor.nbytes < SMALL or tensor.untyped_storage()._cdata in own
+            if stays or not isinstance(tensor, FakeTensor):
+                return tensor
+            return tensor.fake_mode, tensor.size(), tensor.dtype
+
+        def unpack(kept: Any) -> Tensor:
+            if isinstance(kept, Tensor):
+                return kept
+            mode, shape, dtype = kept
+            with mode:
+                return torch.empty(shape, dtype=dtype)
+
+        return saved_tensors_hooks(pack, unpack)
+
     def _got_gradient(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
         self.allocations.hold([parameter.grad], "gradients")
@@ -97,6 +136,7 @@ def _quiet() -> Iterator[None]:
     """DoRA asks where its tensors lie, to see whether they changed; tensors without data lie nowhere."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
         yield
 
 

@@ -36,7 +36,7 @@ class Loaded:
 class Encoded:
     """Rows as the model takes them, and what was cut or left out, in words."""
 
-    rows: list[Any]
+    rows: Sequence[Any]
     notes: tuple[str, ...] = ()
 
 

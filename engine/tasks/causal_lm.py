@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from engine.adapters.base import TaskType
 from engine.errors import ConfigError, DataError
 from engine.tasks.base import Batch, Encoded, Loaded, LossSum, Progress
-from engine.tasks.sequences import Tokens as Tokens
 from engine.tasks.sequences import (
-    answer_tokens,
+    TOKENS,
+    Spans,
+    answer_text,
     answered,
     batcher,
     load_decoder,
     render,
     room,
     spans_of,
-    target_logits,
+    target_losses,
     tokens_in,
+    tokens_of,
 )
+from engine.tasks.sequences import Tokens as Tokens
 from engine.tasks.sequences import keeps_rows_apart as keeps_rows_apart
 from engine.tasks.sequences import pack as pack
 from engine.tasks.sequences import pad_rows as pad_rows
+from engine.tasks.tokenising import tokenised
 from engine.train.job import JobSpec, TrainingSpec
 
 
@@ -73,19 +77,21 @@ class CausalLM:
         Raises:
             DataError: no row is left.
         """
-        rows: list[Tokens] = []
-        cut = empty = 0
         limit = room(loaded, training)
-        for number, example in enumerate(examples):
-            if number % 200 == 0:
-                on_progress("tokenising", number / len(examples), f"Tokenising row {number + 1} of {len(examples)}")
-            for tokens in encode_example(example, loaded.processor, training.loss_on):
-                cut += len(tokens.ids) > limit
+        tokenizer, loss_on = loaded.processor, training.loss_on
+
+        def encode(part: Sequence[Mapping[str, Any]], counts: Counter[str]) -> Iterator[Tokens]:
+            texts = [text for example in part for text in texts_of(example, tokenizer)]
+            for tokens in tokens_of(texts, tokenizer, loss_on):
+                counts["cut"] += len(tokens.ids) > limit
                 short = tokens.cut(limit)
+                counts["empty"] += not short.targets
                 if short.targets:
-                    rows.append(short)
-                else:
-                    empty += 1
+                    yield short
+
+        settings = {"task": self.name, "limit": limit, "loss_on": loss_on}
+        rows, counts = tokenised(examples, loaded, TOKENS, encode, settings, on_progress)
+        cut, empty = counts["cut"], counts["empty"]
         if not rows:
             raise DataError(
                 f"None of the {len(examples)} rows has an answer within {limit} tokens.",
@@ -109,8 +115,8 @@ class CausalLM:
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
         """Cross-entropy summed over the targets, in float32."""
-        logits, targets = target_logits(model, batch), batch["targets"]
-        return LossSum(F.cross_entropy(logits.float(), targets, reduction="sum"), int(targets.numel()))
+        losses = target_losses(model, batch)
+        return LossSum(losses.sum(), int(losses.numel()))
 
     def reference(self, example: Mapping[str, Any]) -> tuple[str, str] | None:
         """Question and answer, where the row is one question with one answer."""
@@ -130,41 +136,48 @@ TASK = CausalLM()
 
 
 def encode_example(example: Mapping[str, Any], tokenizer: Any, loss_on: str) -> Iterator[Tokens]:
-    """One row of `engine.data` as tokens.
+    """One row of `engine.data` as tokens (`texts_of`)."""
+    for text, spans in texts_of(example, tokenizer):
+        yield spans_of(text, spans, tokenizer, loss_on)
+
+
+def texts_of(example: Mapping[str, Any], tokenizer: Any) -> Iterator[tuple[str, Spans]]:
+    """The texts that one row of `engine.data` is to the model, and what of them is learned.
 
     - `messages`: rendered by the chat template; targets are the assistant's words and the token that ends its turn.
     - `prompt`, `completion`: a user's and an assistant's message, in the form in which prompts are asked later.
     - `text`: every token is a target.
     """
     if "messages" in example:
-        yield from _chat(example["messages"], tokenizer, loss_on)
+        yield from _chat(example["messages"], tokenizer)
     elif "prompt" in example:
         roles = (
             {"role": "user", "content": example["prompt"]},
             {"role": "assistant", "content": example["completion"]},
         )
-        yield from _chat(roles, tokenizer, loss_on)
+        yield from _chat(roles, tokenizer)
     else:
-        yield spans_of(example["text"] + (tokenizer.eos_token or ""), [(0, None)], tokenizer, loss_on)
+        yield example["text"] + (tokenizer.eos_token or ""), [(0, None)]
 
 
-def _chat(messages: Sequence[Mapping[str, str]], tokenizer: Any, loss_on: str) -> Iterator[Tokens]:
+def _chat(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> Iterator[tuple[str, Spans]]:
     whole = render(tokenizer, messages)
-    spans: list[tuple[int, int | None]] = []
+    spans: Spans = []
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         before = render(tokenizer, messages[:number], answer_next=True)
-        after = render(tokenizer, messages[: number + 1])
+        # Behind the last turn there is nothing more to render.
+        after = whole if number == len(messages) - 1 else render(tokenizer, messages[: number + 1])
         if not (whole.startswith(before) and whole.startswith(after)):
             # A template that rewrites earlier turns (one that drops reasoning, say): each answer becomes its own row.
-            yield from _turns_apart(messages, tokenizer, loss_on)
+            yield from _turns_apart(messages, tokenizer)
             return
         spans.append((len(before), len(after.rstrip())))
-    yield spans_of(whole, spans, tokenizer, loss_on)
+    yield whole, spans
 
 
-def _turns_apart(messages: Sequence[Mapping[str, str]], tokenizer: Any, loss_on: str) -> Iterator[Tokens]:
+def _turns_apart(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> Iterator[tuple[str, Spans]]:
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
-            yield answer_tokens(messages[:number], message["content"], tokenizer, loss_on)
+            yield answer_text(messages[:number], message["content"], tokenizer)

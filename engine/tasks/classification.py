@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,7 +22,9 @@ from engine.checkpoint import write_text
 from engine.errors import CheckpointError, ConfigError, DataError
 from engine.inject import HEADS
 from engine.metrics import accuracy, macro_f1
+from engine.records import numbers
 from engine.tasks.base import Batch, Encoded, Loaded, LossSum, Progress
+from engine.tasks.tokenising import ids_of, tokenised
 from engine.train.job import JobSpec, TrainingSpec
 
 LABELS = "labels.json"
@@ -36,6 +38,9 @@ class Labelled:
 
     ids: tuple[int, ...]
     labels: tuple[int, ...]
+
+
+LABELLED = numbers("ii", lambda row: (row.ids, row.labels), Labelled)
 
 
 @dataclass(frozen=True)
@@ -158,21 +163,29 @@ class Classifier(Classification):
         Raises:
             DataError: no row is left.
         """
-        numbers = {label: number for number, label in enumerate(self.labels)}
+        places = {label: number for number, label in enumerate(self.labels)}
         limit = _room(loaded.model, training.max_length)
-        rows, cut, unknown = [], 0, Counter[str]()
-        for number, example in enumerate(examples):
-            if number % 200 == 0:
-                on_progress("tokenising", number / len(examples), f"Tokenising row {number + 1} of {len(examples)}")
-            strange = [label for label in example["labels"] if label not in numbers]
-            if strange:
-                unknown[strange[0]] += 1
-                continue
-            ids = loaded.processor(example["text"])["input_ids"]
-            if len(ids) > limit:
-                cut += 1
-                ids = loaded.processor(example["text"], truncation=True, max_length=limit)["input_ids"]
-            rows.append(Labelled(tuple(ids), tuple(sorted({numbers[label] for label in example["labels"]}))))
+        tokenizer = loaded.processor
+
+        def encode(part: Sequence[Example], counts: Counter[str]) -> Iterator[Labelled]:
+            known = []
+            for example in part:
+                strange = [label for label in example["labels"] if label not in places]
+                if strange:
+                    counts["unknown:" + strange[0]] += 1
+                else:
+                    known.append(example)
+            every = ids_of(tokenizer, [example["text"] for example in known])
+            for example, ids in zip(known, every, strict=True):
+                if len(ids) > limit:
+                    counts["cut"] += 1
+                    ids = tokenizer(example["text"], truncation=True, max_length=limit)["input_ids"]
+                yield Labelled(tuple(ids), tuple(sorted({places[label] for label in example["labels"]})))
+
+        settings = {"task": self.name, "limit": limit, "labels": self.labels}
+        rows, counts = tokenised(examples, loaded, LABELLED, encode, settings, on_progress)
+        cut = counts["cut"]
+        unknown = Counter({key[8:]: count for key, count in counts.items() if key.startswith("unknown:")})
         if not rows:
             raise DataError(
                 f"None of the {len(examples)} rows has a label that occurs in training "

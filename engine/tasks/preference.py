@@ -16,7 +16,8 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,17 +32,21 @@ from torch import Tensor, nn
 from engine.adapters.base import TaskType
 from engine.checkpoint import write_safetensors
 from engine.errors import ConfigError, DataError
+from engine.records import Rows, numbers
 from engine.tasks.base import Batch, Encoded, Loaded, LossSum, Progress
 from engine.tasks.sequences import (
     Tokens,
-    answer_tokens,
+    answer_text,
     answered,
     batcher,
     load_decoder,
     room,
-    target_logits,
+    target_losses,
+    tokens_from,
     tokens_in,
+    tokens_of,
 )
+from engine.tasks.tokenising import tokenised
 from engine.train.job import JobSpec, TrainingSpec
 
 LOSSES = ("dpo", "ipo", "orpo")
@@ -54,6 +59,29 @@ class Pair:
     chosen: Tokens
     rejected: Tokens
     reference: tuple[float, float] = (0.0, 0.0)
+
+
+PAIR = numbers(
+    "ibib",
+    lambda row: (row.chosen.ids, row.chosen.learned, row.rejected.ids, row.rejected.learned),
+    lambda *parts: Pair(tokens_from(*parts[:2]), tokens_from(*parts[2:])),
+)
+"""How a pair is kept: without the reference's opinion, which is another model's."""
+
+
+class Judged(Rows[Pair]):
+    """Pairs with the reference's opinion of each, (N, 2)."""
+
+    def __init__(self, pairs: Sequence[Pair], reference: Tensor) -> None:
+        self.pairs = pairs
+        self.reference = reference
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def one(self, number: int) -> Pair:
+        chosen, rejected = self.reference[number].tolist()
+        return replace(self.pairs[number], reference=(chosen, rejected))
 
 
 @dataclass(frozen=True)
@@ -104,20 +132,24 @@ class Preference:
                 f"training.loss_on is {training.loss_on!r}; preferences are about answers.", "Set it to answers."
             )
         limit = room(loaded, training)
-        pairs: list[Pair] = []
-        cut = empty = same = 0
-        for number, example in enumerate(examples):
-            if number % 200 == 0:
-                on_progress("tokenising", number / len(examples), f"Tokenising row {number + 1} of {len(examples)}")
-            whole = [answer_tokens(example["prompt"], example[role], loaded.processor) for role in _ROLES]
-            cut += any(len(tokens.ids) > limit for tokens in whole)
-            chosen, rejected = (tokens.cut(limit) for tokens in whole)
-            if not (chosen.targets and rejected.targets):
-                empty += 1
-            elif chosen.ids == rejected.ids:
-                same += 1
-            else:
-                pairs.append(Pair(chosen, rejected))
+        tokenizer = loaded.processor
+
+        def encode(part: Sequence[Mapping[str, Any]], counts: Counter[str]) -> Iterator[Pair]:
+            texts = [answer_text(example["prompt"], example[role], tokenizer) for example in part for role in _ROLES]
+            every = tokens_of(texts, tokenizer, training.loss_on)
+            for whole in zip(every[0::2], every[1::2], strict=True):
+                counts["cut"] += any(len(tokens.ids) > limit for tokens in whole)
+                chosen, rejected = (tokens.cut(limit) for tokens in whole)
+                if not (chosen.targets and rejected.targets):
+                    counts["empty"] += 1
+                elif chosen.ids == rejected.ids:
+                    counts["same"] += 1
+                else:
+                    yield Pair(chosen, rejected)
+
+        pairs: Sequence[Pair]
+        pairs, counts = tokenised(examples, loaded, PAIR, encode, {"task": self.name, "limit": limit}, on_progress)
+        cut, empty, same = counts["cut"], counts["empty"], counts["same"]
         notes = []
         if cut:
             notes.append(f"{cut} of {len(examples)} pairs are longer than {limit} tokens and were cut.")
@@ -136,6 +168,7 @@ class Preference:
 
     def collator(self, loaded: Loaded) -> Callable[[list[Pair]], Batch]:
         together = batcher(loaded)
+        length: Any = getattr(together, "length", None)
 
         def collate(pairs: list[Pair]) -> Batch:
             answers = [tokens for pair in pairs for tokens in (pair.chosen, pair.rejected)]
@@ -147,6 +180,9 @@ class Preference:
                 "reference": torch.tensor([pair.reference for pair in pairs]),
             }
 
+        if length is not None:
+            # Both answers stand in one block.
+            collate.length = lambda pair: max(length(pair.chosen), length(pair.rejected))  # type: ignore[attr-defined]
         return collate
 
     def targets(self, batch: Batch) -> int:
@@ -193,7 +229,9 @@ class Preference:
         """The greedy answer to a prompt, at most 48 tokens."""
         return answered(model, loaded, prompt)
 
-    def _with_reference(self, pairs: list[Pair], loaded: Loaded, batch_size: int, on_progress: Progress) -> list[Pair]:
+    def _with_reference(
+        self, pairs: Sequence[Pair], loaded: Loaded, batch_size: int, on_progress: Progress
+    ) -> Sequence[Pair]:
         """The pairs with the base's log-probabilities, from the run's folder where they are there."""
         kept = loaded.cache / f"reference-{_digest(pairs, loaded.model)}.safetensors" if loaded.cache else None
         found = _read(kept, len(pairs)) if kept else None
@@ -202,10 +240,10 @@ class Preference:
             if kept:
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 write_safetensors(kept, {"reference": found})
-        return [replace(pair, reference=(c, r)) for pair, (c, r) in zip(pairs, found.tolist(), strict=True)]
+        return Judged(pairs, found)
 
     @torch.no_grad()
-    def _reference(self, pairs: list[Pair], loaded: Loaded, batch_size: int, on_progress: Progress) -> Tensor:
+    def _reference(self, pairs: Sequence[Pair], loaded: Loaded, batch_size: int, on_progress: Progress) -> Tensor:
         model, collate = loaded.model, self.collator(loaded)
         device = next(model.parameters()).device
         off: Any = getattr(model, "disable_adapter", nullcontext)
@@ -216,7 +254,7 @@ class Preference:
             with off():
                 for start in range(0, len(pairs), batch_size):
                     on_progress("reference", start / len(pairs), f"The base reads pair {start + 1} of {len(pairs)}")
-                    batch = collate(pairs[start : start + batch_size])
+                    batch = collate(list(pairs[start : start + batch_size]))
                     parts.append(log_probs(model, {name: value.to(device) for name, value in batch.items()}).cpu())
         finally:
             model.train(was_training)
@@ -234,7 +272,7 @@ def _number(value: Any) -> bool:
 
 def log_probs(model: nn.Module, batch: Batch) -> Tensor:
     """(N, 2): the log-probabilities of the answers' tokens, summed, in float32."""
-    each = -F.cross_entropy(target_logits(model, batch).float(), batch["targets"], reduction="none")
+    each = -target_losses(model, batch)
     sums = each.new_zeros(len(batch["lengths"]))
     return sums.index_add(0, batch["owners"], each).view(-1, 2)
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from engine.adapters.base import TaskType
 from engine.checkpoint import write_text
 from engine.errors import CheckpointError, ConfigError, DataError
+from engine.kernels.loss import token_losses
+from engine.records import numbers
 from engine.tasks.base import Batch, Encoded, Loaded, LossSum, Progress
+from engine.tasks.tokenising import ids_of, tokenised
 from engine.train.job import JobSpec, TrainingSpec
 
 IGNORED = -100
@@ -29,6 +32,9 @@ class Pair:
 
     source: tuple[int, ...]
     target: tuple[int, ...]
+
+
+PAIR = numbers("ii", lambda row: (row.source, row.target), Pair)
 
 
 @dataclass(frozen=True)
@@ -116,20 +122,23 @@ class Seq2Seq:
             DataError: no row has both a source and a target.
         """
         limit = _limit(loaded.model, training.max_length)
-        rows: list[Pair] = []
-        cut = empty = 0
-        for number, example in enumerate(examples):
-            if number % 200 == 0:
-                on_progress("tokenising", number / len(examples), f"Tokenising row {number + 1} of {len(examples)}")
-            source, target = str(example["source"]), str(example["target"])
-            if not (source.strip() and target.strip()):
-                empty += 1
-                continue
-            ids = loaded.processor(self.asked(source))["input_ids"]
-            labels = loaded.processor(text_target=target)["input_ids"]
-            cut += max(len(ids), len(labels)) > limit
-            end = loaded.processor.eos_token_id
-            rows.append(Pair(_shortened(ids, limit, end), _shortened(labels, limit, end)))
+        tokenizer, end = loaded.processor, loaded.processor.eos_token_id
+
+        def encode(part: Sequence[Mapping[str, Any]], counts: Counter[str]) -> Iterator[Pair]:
+            both = [(str(example["source"]), str(example["target"])) for example in part]
+            full = [(source, target) for source, target in both if source.strip() and target.strip()]
+            counts["empty"] += len(both) - len(full)
+            sources = ids_of(tokenizer, [self.asked(source) for source, _ in full])
+            options = {"text_target": [target for _, target in full]}
+            targets = tokenizer(**options)["input_ids"] if full else []
+            for ids, labels in zip(sources, targets, strict=True):
+                counts["cut"] += max(len(ids), len(labels)) > limit
+                yield Pair(_shortened(ids, limit, end), _shortened(labels, limit, end))
+
+        words = {"prefix": self.prefix, "source": self.source, "target": self.target}
+        settings = {"task": self.name, "limit": limit, **words}
+        rows, counts = tokenised(examples, loaded, PAIR, encode, settings, on_progress)
+        cut, empty = counts["cut"], counts["empty"]
         if not rows:
             raise DataError(
                 f"None of the {len(examples)} rows has both a source and a target.",
@@ -172,8 +181,14 @@ class Seq2Seq:
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         labels = batch["labels"]
         kept = labels != IGNORED
-        logits = model(**inputs, use_cache=False).logits[:, -labels.shape[1] :]
-        return LossSum(F.cross_entropy(logits[kept].float(), labels[kept], reduction="sum"), int(kept.sum()))
+        # Virtual tokens stand before the decoder's own in some methods.
+        losses = token_losses(
+            model,
+            lambda: model(**inputs, use_cache=False),
+            lambda values: values[:, -labels.shape[1] :][kept],
+            labels[kept],
+        )
+        return LossSum(losses.sum(), int(losses.numel()))
 
     def reference(self, example: Mapping[str, Any]) -> tuple[str, str] | None:
         """The source and its target, for metrics of texts."""

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import DataError
+from engine.kernels import packed
+from engine.kernels.loss import token_losses
+from engine.records import numbers
 from engine.tasks.base import Batch, Loaded, Progress
 from engine.train.job import JobSpec, TrainingSpec
 
@@ -34,6 +37,14 @@ class Tokens:
     def targets(self) -> int:
         """The first token has nothing before it to be predicted from."""
         return sum(self.learned[1:])
+
+
+def tokens_from(ids: tuple[int, ...], learned: tuple[int, ...]) -> Tokens:
+    return Tokens(ids, tuple(map(bool, learned)))
+
+
+TOKENS = numbers("ib", lambda row: (row.ids, row.learned), tokens_from)
+"""How `Tokens` are kept: five bytes a token."""
 
 
 def load_decoder(spec: JobSpec, device: torch.device, on_progress: Progress) -> Loaded:
@@ -61,8 +72,21 @@ def room(loaded: Loaded, training: TrainingSpec) -> int:
     return min(training.max_length, left)
 
 
+Spans = list[tuple[int, int | None]]
+"""Parts of a text from one character to another, or to its end."""
+
+
 def answer_tokens(before: Sequence[Mapping[str, str]], answer: str, tokenizer: Any, loss_on: str = "answers") -> Tokens:
     """One answer after the turns before it, by the chat template; the answer and the token that ends it are learned."""
+    return spans_of(*answer_text(before, answer, tokenizer), tokenizer, loss_on)
+
+
+def answer_text(before: Sequence[Mapping[str, str]], answer: str, tokenizer: Any) -> tuple[str, Spans]:
+    """The text of `answer_tokens`, and where its answer stands.
+
+    Raises:
+        DataError: the template rewrites answers.
+    """
     start_text = render(tokenizer, before, answer_next=True)
     whole = render(tokenizer, [*before, {"role": "assistant", "content": answer}])
     start = len(start_text) if whole.startswith(start_text) else whole.rfind(answer.strip())
@@ -71,7 +95,7 @@ def answer_tokens(before: Sequence[Mapping[str, str]], answer: str, tokenizer: A
             "The model's chat template rewrites the answers, so they cannot be told from the questions.",
             "Use loss_on: all, or another base.",
         )
-    return spans_of(whole, [(start, len(whole.rstrip()))], tokenizer, loss_on)
+    return whole, [(start, len(whole.rstrip()))]
 
 
 def render(tokenizer: Any, messages: Sequence[Mapping[str, str]], answer_next: bool = False) -> str:
@@ -93,26 +117,65 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, str]], answer_next: b
     return text
 
 
-def spans_of(text: str, spans: list[tuple[int, int | None]], tokenizer: Any, loss_on: str) -> Tokens:
+def spans_of(text: str, spans: Spans, tokenizer: Any, loss_on: str) -> Tokens:
     """Tokens of `text`; those that overlap a span of characters are learned."""
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    learned = []
-    for start, end in encoded["offset_mapping"]:
-        inside = any(end > first and (last is None or start < last) for first, last in spans)
-        learned.append(end > start and (inside or loss_on == "all"))
-    return Tokens(tuple(encoded["input_ids"]), tuple(learned))
+    return tokens_of([(text, spans)], tokenizer, loss_on)[0]
+
+
+def tokens_of(texts: Sequence[tuple[str, Spans]], tokenizer: Any, loss_on: str) -> list[Tokens]:
+    """Tokens of each text with its spans, as `spans_of` gives them, in one call of the tokenizer."""
+    if not texts:
+        return []
+    options: dict[str, Any] = {"add_special_tokens": False, "return_offsets_mapping": True}
+    options |= {"return_attention_mask": False, "return_token_type_ids": False}
+    encoded = tokenizer([text for text, _ in texts], **options)
+    found = []
+    for ids, offsets, (_, spans) in zip(encoded["input_ids"], encoded["offset_mapping"], texts, strict=True):
+        found.append(Tokens(tuple(ids), tuple(_learned(offsets, [(0, None)] if loss_on == "all" else spans))))
+    return found
+
+
+def _learned(offsets: Sequence[tuple[int, int]], spans: Spans) -> list[bool]:
+    """Whether each token overlaps a span; one that stands for no character does not."""
+    if len(spans) == 1:
+        ((first, last),) = spans
+        if last is None:
+            return [end > start and end > first for start, end in offsets]
+        return [end > start and end > first and start < last for start, end in offsets]
+    return [
+        end > start and any(end > first and (last is None or start < last) for first, last in spans)
+        for start, end in offsets
+    ]
 
 
 def batcher(loaded: Loaded) -> Callable[[list[Tokens]], Batch]:
     """What makes a batch of rows, in the layout that the model takes."""
-    if keeps_rows_apart(loaded.model):
+    if not keeps_rows_apart(loaded.model):
+        return Padding(loaded.processor.pad_token_id)
+    if not packed.install(loaded.model):
         return pack
-    pad = loaded.processor.pad_token_id
-    return lambda rows: pad_rows(rows, pad)
+    limit = packed.longest(loaded.model)
+    return lambda rows: pack(rows, apart=limit is None or max(len(row.ids) for row in rows) <= limit)
 
 
-def pack(rows: Sequence[Tokens]) -> Batch:
-    """One row of all sequences end to end, (1, T), positions restarting; `sources` are positions in it."""
+@dataclass(frozen=True)
+class Padding:
+    """Makes padded batches; `length` lets the loop put rows of like length together."""
+
+    pad: int
+
+    def __call__(self, rows: Sequence[Tokens]) -> Batch:
+        return pad_rows(rows, self.pad)
+
+    def length(self, row: Tokens) -> int:
+        return len(row.ids)
+
+
+def pack(rows: Sequence[Tokens], apart: bool = False) -> Batch:
+    """One row of all sequences end to end, (1, T), positions restarting; `sources` are positions in it.
+
+    `apart` adds the rows' lengths, for a model whose attention takes them (engine.kernels.packed).
+    """
     ids: list[int] = []
     positions: list[int] = []
     sources: list[int] = []
@@ -130,6 +193,7 @@ def pack(rows: Sequence[Tokens]) -> Batch:
         "position_ids": torch.tensor([positions]),
         "sources": torch.tensor(sources),
         "targets": torch.tensor(targets),
+        **({"row_lengths": torch.tensor([len(row.ids) for row in rows])} if apart else {}),
     }
 
 
@@ -163,22 +227,28 @@ def tokens_in(batch: Batch) -> int:
     return int(batch["input_ids"].numel() if mask is None else mask.sum())
 
 
-def target_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """(targets, vocabulary): the logits where the batch has targets, in its order."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+def target_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """(targets,): the cross-entropy of each target, float32, in the batch's order."""
+    names: tuple[str, ...] = ("input_ids", "attention_mask", "position_ids")
+    inputs = {name: batch[name] for name in names if name in batch}
+    if "row_lengths" in batch:
+        inputs["attention_mask"] = packed.as_mask(batch["row_lengths"])
     sources = batch["sources"]
     count, width = batch["input_ids"].shape
-    logits: Tensor
-    if not takes(model, "logits_to_keep"):
-        # Virtual tokens have logits too, before the row's own.
-        logits = model(**inputs, use_cache=False).logits[:, -width:].flatten(0, 1)[sources]
-    elif count == 1:
-        logits = model(**inputs, use_cache=False, logits_to_keep=sources).logits[0]
-    else:
+    rows, places = sources // width, sources % width
+    keeps = takes(model, "logits_to_keep")
+    if keeps:
         # The columns in which any row has a target.
-        columns, places = torch.unique(sources % width, return_inverse=True)
-        logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits[sources // width, places]
-    return logits
+        columns, places = torch.unique(places, return_inverse=True) if count > 1 else (sources, places)
+        inputs["logits_to_keep"] = columns
+
+    def pick(values: Tensor) -> Tensor:
+        if keeps and count == 1:
+            return values[0]
+        # Without logits_to_keep virtual tokens have values too, before the row's own.
+        return (values if keeps else values[:, -width:])[rows, places]
+
+    return token_losses(model, lambda: model(**inputs, use_cache=False), pick, batch["targets"])
 
 
 def answered(model: nn.Module, loaded: Loaded, prompt: str, temperature: float = 0.0, max_new_tokens: int = 48) -> str:

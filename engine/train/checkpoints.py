@@ -153,3 +153,15 @@ def _restore_optimizer(
         state.setdefault(numbers[name], {})[key] = spread
     plain = optimizer.state_dict()
     optimizer.load_state_dict({"state": state, "param_groups": plain["param_groups"]})
+    if getattr(optimizer, "is_paged", False):
+        _into_pages(optimizer)
+
+
+def _into_pages(optimizer: Any) -> None:
+    """A paged optimizer's state is loaded as plain tensors; put it where it can leave the card again."""
+    for parameter, entry in optimizer.state.items():
+        for key in ("state1", "state2"):
+            held = optimizer.get_state_buffer(parameter, dtype=entry[key].dtype)
+            if getattr(held, "is_paged", False):
+                held.copy_(entry[key])
+                entry[key] = held

@@ -23,6 +23,7 @@ QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
 PRECISIONS = ("auto", "fp32", "bf16")
 LOSS_ON = ("answers", "all")
 SCHEDULES = ("linear", "cosine", "constant")
+OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "adafactor")
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,10 @@ class TrainingSpec:
         learning_rate: peak rate.
         schedule: `linear` (to 0), `cosine` (to 0) or `constant`, each after the warm-up.
         warmup_ratio: share of the steps (0 to 1) over which the rate rises from 0.
-        weight_decay: AdamW's decoupled decay.
+        optimizer: `adamw`; `adamw_8bit` (its state in 8 bits); `paged_adamw_8bit` and `paged_adamw_32bit` (an NVIDIA
+            card's, whose state moves to the machine's memory when the card is full); or `adafactor` (rows' and columns'
+            means instead of one number for each weight).
+        weight_decay: the optimizer's decoupled decay.
         loraplus_ratio: LoRA+: the learning rate of LoRA's B is this multiple of A's; None: the same for both.
         loraplus_embedding_rate: with it, the peak rate of LoRA at embeddings; None: 1e-6, as in PEFT.
         max_grad_norm: gradients are scaled down to this total norm; 0 turns clipping off.
@@ -74,6 +78,9 @@ class TrainingSpec:
         checkpoint_every: steps between checkpoints.
         sample_prompts: prompts answered at each evaluation.
         gradient_checkpointing: recompute activations in the backward pass; slower, less memory.
+        activation_offload: keep what the backward pass needs in the machine's memory; only with an accelerator.
+        group_by_length: where rows are padded, rows of like length make a batch. The order stays a function of seed and
+            epoch.
         threads: CPU threads of the worker; None picks by the machine (`engine.threads`).
     """
 
@@ -83,6 +90,7 @@ class TrainingSpec:
     gradient_accumulation: int = 1
     learning_rate: float = 2e-4
     schedule: str = "linear"
+    optimizer: str = "adamw"
     warmup_ratio: float = 0.1
     weight_decay: float = 0.0
     loraplus_ratio: float | None = None
@@ -96,6 +104,8 @@ class TrainingSpec:
     checkpoint_every: int = 20
     sample_prompts: tuple[str, ...] = ()
     gradient_checkpointing: bool = False
+    activation_offload: bool = False
+    group_by_length: bool = True
     threads: int | None = None
 
     def faults(self) -> list[str]:
@@ -125,7 +135,8 @@ class TrainingSpec:
             found.append(f"training.max_length is {self.max_length}; needed: 8 tokens or more")
         if not 0 <= self.warmup_ratio <= 1:
             found.append(f"training.warmup_ratio is {self.warmup_ratio}; needed: 0 to 1")
-        for name, allowed in (("precision", PRECISIONS), ("loss_on", LOSS_ON), ("schedule", SCHEDULES)):
+        choices = (("precision", PRECISIONS), ("loss_on", LOSS_ON), ("schedule", SCHEDULES), ("optimizer", OPTIMIZERS))
+        for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 found.append(f"training.{name} is {getattr(self, name)!r}; needed: one of {', '.join(allowed)}")
         return found

@@ -8,12 +8,11 @@ targets, however they fall into batches. The order of rows is a permutation draw
 
 from __future__ import annotations
 
-import itertools
 import math
-import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from engine.errors import CheckpointError, DataError, EngineError, TrainingError
+from engine.records import in_order
 from engine.sheets import write_picture
 from engine.tasks.base import (
     Batch,
@@ -39,11 +39,17 @@ from engine.tasks.base import (
 from engine.train.checkpoints import list_checkpoints, read_state, restore_checkpoint, save_checkpoint
 from engine.train.events import Control, Sink
 from engine.train.job import JobSpec
-from engine.train.optim import make_optimizer, rate_at, set_rate
-from engine.train.parallel import Group, Shared
+from engine.train.offload import Offload
+from engine.train.optim import check_optimizer, make_optimizer, rate_at, set_rate
+from engine.train.order import length_of, step_rows
+from engine.train.parallel import Group, Shared, is_spread
 from engine.train.trainee import Trainee
 
-_STRETCH = 16
+_FREE = (
+    "eval_every", "checkpoint_every", "sample_prompts", "threads", "max_grad_norm", "learning_rate",
+    "activation_offload",
+)  # fmt: skip
+_NEWER = {"loraplus_ratio": None, "loraplus_embedding_rate": None, "optimizer": "adamw", "group_by_length": True}
 
 
 @dataclass
@@ -70,8 +76,8 @@ class Run:
     loaded: Loaded
     trainee: Trainee
     accelerator: Accelerator
-    train_rows: list[Any]
-    eval_rows: list[Any]
+    train_rows: Sequence[Any]
+    eval_rows: Sequence[Any]
     sink: Sink
     control: Control
     compute: torch.dtype | None = None
@@ -82,9 +88,10 @@ class Run:
 
     def __post_init__(self) -> None:
         self.collate: Callable[[list[Any]], Batch] = self.task.collator(self.loaded)
-        length: Callable[[Any], int] | None = getattr(self.task, "length", None)
+        length = length_of(self.task, self.collate)
         if length is not None:
-            self.eval_rows = sorted(self.eval_rows, key=length)
+            self.eval_rows = in_order(self.eval_rows, length)
+        self.length = length if self.spec.training.group_by_length else None
         self.trainee.prepare(self.total_steps)
         self.parameters = self.trainee.parameters()
         if not self.parameters:
@@ -95,6 +102,8 @@ class Run:
             self.group.spread(self.trainee.model, adapter)
             # Spreading replaces the parameters.
             self.parameters = self.trainee.parameters()
+        spread = any(is_spread(parameter) for parameter in self.parameters.values())
+        check_optimizer(self.spec.training, self.accelerator.device.type, spread)
         optimizer = make_optimizer(self.parameters, self.spec.training)
         if self.group.sharded:
             # Whole and spread weights do not go into one call of a fused step.
@@ -109,7 +118,9 @@ class Run:
     def loss(self, batch: Batch) -> LossSum:
         """The task's loss of a batch."""
         device = self.accelerator.device
-        with torch.autocast(device.type, self.compute, enabled=self.compute is not None):
+        away = self.spec.training.activation_offload and torch.is_grad_enabled()
+        offload = Offload(self.trainee.model, device) if away else nullcontext()
+        with torch.autocast(device.type, self.compute, enabled=self.compute is not None), offload:
             return self.task.loss(self.wrapped, {key: value.to(device) for key, value in batch.items()})
 
     @property
@@ -125,36 +136,6 @@ class Run:
     def total_steps(self) -> int:
         training = self.spec.training
         return training.max_steps or max(1, round(training.epochs * self.steps_per_epoch))
-
-
-def step_rows(
-    rows: Sequence[Any], per_step: int, seed: int, first_step: int, length: Callable[[Any], int] | None = None
-) -> Iterator[list[Any]]:
-    """The rows of each optimizer step from `first_step` on, without end; a new permutation for every epoch.
-
-    With `length`, rows of like length stand together, which leaves little padding: the permutation is sorted in
-    stretches of `_STRETCH` steps, and the steps are then shuffled.
-    """
-    per_epoch = math.ceil(len(rows) / per_step)
-    for epoch in itertools.count(first_step // per_epoch):
-        order = list(range(len(rows)))
-        rng = random.Random(f"{seed}/{epoch}")
-        rng.shuffle(order)
-        if length is not None:
-            order = _by_length(order, [length(row) for row in rows], per_step, rng)
-        start = first_step - epoch * per_epoch if epoch == first_step // per_epoch else 0
-        for number in range(start, per_epoch):
-            yield [rows[i] for i in order[number * per_step : (number + 1) * per_step]]
-
-
-def _by_length(order: list[int], lengths: Sequence[int], per_step: int, rng: random.Random) -> list[int]:
-    width = per_step * _STRETCH
-    stretches = [sorted(order[i : i + width], key=lengths.__getitem__) for i in range(0, len(order), width)]
-    ordered = list(itertools.chain.from_iterable(stretches))
-    whole = [ordered[i : i + per_step] for i in range(0, len(ordered) - per_step + 1, per_step)]
-    rest = ordered[len(whole) * per_step :]
-    rng.shuffle(whole)
-    return [*itertools.chain.from_iterable(whole), *rest]
 
 
 def fit(run: Run, resume: bool) -> str:
@@ -190,7 +171,7 @@ def fit(run: Run, resume: bool) -> str:
     # A run that was paused in its last evaluation has that one to make up for.
     asked = evaluate(run) if run.step in (0, run.total_steps) else None
     per_step = training.batch_size * training.gradient_accumulation
-    stream = step_rows(run.train_rows, per_step, training.seed, run.step, getattr(run.task, "length", None))
+    stream = step_rows(run.train_rows, per_step, training.seed, run.step, run.length)
     while run.step < run.total_steps:
         asked = asked or run.control.poll()
         if asked in ("stop", "pause"):
@@ -295,13 +276,14 @@ def evaluate(run: Run) -> str | None:
         run.wrapped.eval()
         scored: list[tuple[float, int, Any]] = []
         size, group = run.spec.training.batch_size, run.group
-        batches = [run.eval_rows[start : start + size] for start in range(0, len(run.eval_rows), size)]
+        batches = [(start, start + size) for start in range(0, len(run.eval_rows), size)]
         for start in range(0, len(batches), group.size):
             asked = asked or run.control.poll()
             if asked in ("stop", "pause"):
                 return asked
             # Each process takes one batch; where none is left it reads the last one again, and that is not counted.
-            part = run.loss(run.collate(batches[min(start + group.rank, len(batches) - 1)]))
+            first, last = batches[min(start + group.rank, len(batches) - 1)]
+            part = run.loss(run.collate(list(run.eval_rows[first:last])))
             scored += group.gathered((float(part.total), part.count, part.outcome))
         del scored[len(batches) :]
         count = sum(part[1] for part in scored)
@@ -357,10 +339,18 @@ def _checkpoint(run: Run) -> Path:
 def _identity(spec: JobSpec) -> dict[str, Any]:
     """What must not change between a run and its resumption."""
     plain = spec.to_dict()
-    free = ("eval_every", "checkpoint_every", "sample_prompts", "threads", "max_grad_norm", "learning_rate")
+    free = (
+        "eval_every",
+        "checkpoint_every",
+        "sample_prompts",
+        "threads",
+        "max_grad_norm",
+        "learning_rate",
+        "activation_offload",
+    )
     training = {key: value for key, value in plain["training"].items() if key not in free}
     # Checkpoints from before these keys have none of them, and mean the same.
-    training = {key: value for key, value in training.items() if value is not None or "loraplus" not in key}
+    training = {key: value for key, value in training.items() if key not in _NEWER or value != _NEWER[key]}
     # Nor of these, where they are what they always were.
     newer = {key: plain[key] for key, usual in (("quantization", "none"), ("full", False)) if plain[key] != usual}
     return {

@@ -1,6 +1,9 @@
 """The optimizers and the learning rate as a function of the step.
 
 - LoRA+ (Hayou et al., 2024, https://arxiv.org/abs/2402.12354): lr(B) = ratio lr(A).
+- AdamW with its state in 8 bits (Dettmers et al., 2022, https://arxiv.org/abs/2110.02861) and paged: bitsandbytes'.
+- Adafactor (Shazeer and Stern, 2018, https://arxiv.org/abs/1804.04235): transformers', with the run's own rate (no
+  relative steps, no scaling by the weights: LoRA's B begins at zero and would hardly move) and no first moment.
 - LoRA-FA's later form (https://arxiv.org/abs/2308.03303): A stays, and B's gradient G becomes G (A A^T)^-1 / s^2, whose
   change of the weight is the nearest to full fine-tuning's.
 """
@@ -24,8 +27,44 @@ from engine.train.job import TrainingSpec
 EMBEDDING_RATE = 1e-6  # PEFT's, for LoRA+ at embeddings
 
 
+def check_optimizer(training: TrainingSpec, device: str, spread: bool = False) -> None:
+    """Refuse an optimizer that this kind of device cannot run, and activation offload where it has no use.
+
+    Args:
+        training: the run's. device: `cpu`, `cuda`, ... spread: what is trained lies in parts on several processes.
+
+    Raises:
+        ConfigError: what cannot run, and what to take instead.
+    """
+    name = training.optimizer
+    if name.startswith("paged_") and device != "cuda":
+        instead = "adamw_8bit" if name.endswith("8bit") else "adamw"
+        raise ConfigError(
+            f"training.optimizer is {name!r}, which moves its state between an NVIDIA card and the machine's memory; "
+            f"this run is on {device!r}.",
+            f"Use {instead}, which keeps the same numbers, or adafactor, which keeps the fewest.",
+        )
+    if name == "adamw_8bit" and device not in ("cpu", "cuda", "xpu"):
+        raise ConfigError(
+            f"training.optimizer is {name!r}, which bitsandbytes has not for {device!r}.", "Use adafactor, or adamw."
+        )
+    if spread and name != "adamw":
+        raise ConfigError(
+            f"training.optimizer is {name!r}, which cannot work on weights that fsdp has spread over processes.",
+            "Use adamw, whose state is spread too, or ddp.",
+        )
+    if training.activation_offload and device == "cpu":
+        raise ConfigError(
+            "training.activation_offload moves activations from an accelerator to the machine's memory; "
+            "this run is on 'cpu', where they are already.",
+            "Use gradient_checkpointing, which needs less memory on a CPU too.",
+        )
+
+
 def make_optimizer(parameters: Mapping[str, nn.Parameter], training: TrainingSpec) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter, https://arxiv.org/abs/1711.05101) over the adapter's parameters, in their order.
+    """The job's optimizer over the adapter's parameters, in their order.
+
+    AdamW is Loshchilov and Hutter's (https://arxiv.org/abs/1711.05101), with betas 0.9 and 0.999.
 
     With `loraplus_ratio` the groups of LoRA+. Every group holds `rate`: its learning rate's ratio to the run's.
     """
@@ -36,7 +75,24 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], training: TrainingSpe
         groups = loraplus_groups(parameters, training.learning_rate, ratio, embedding, training.weight_decay)
     for group in groups:
         group["rate"] = group.get("lr", training.learning_rate) / training.learning_rate
-    return torch.optim.AdamW(groups, lr=training.learning_rate, betas=(0.9, 0.999))
+    return _of_name(training.optimizer, groups, training.learning_rate)
+
+
+def _of_name(name: str, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+    made: Any
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999))
+    if name == "adafactor":
+        from transformers.optimization import Adafactor
+
+        made = Adafactor(groups, lr=lr, scale_parameter=False, relative_step=False)
+    else:
+        from bitsandbytes.optim.adamw import AdamW
+
+        bits, paged = 8 if name.endswith("8bit") else 32, name.startswith("paged_")
+        made = AdamW(groups, lr=lr, betas=(0.9, 0.999), weight_decay=0.0, optim_bits=bits, is_paged=paged)
+    found: torch.optim.Optimizer = made
+    return found
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

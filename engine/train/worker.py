@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,7 @@ def _run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool) -
     from engine.tasks import get_task
     from engine.tasks.base import Fitting, Joining, Prompting
     from engine.train.loop import Run, encode_parts, fit
+    from engine.train.optim import check_optimizer
     from engine.train.parallel import Group, Silent
     from engine.train.trainee import AdapterTrainee, FullTrainee, Trainee
 
@@ -89,6 +90,7 @@ def _run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool) -
     if config is not None:
         config.check_steps(_most_steps(spec, train))
     accelerator = Accelerator(mixed_precision="no")
+    check_optimizer(spec.training, accelerator.device.type)
     group = Group.current(accelerator)
     tell("loading", None, f"Loading {spec.model}")
     loading, compute = _full_precision(spec, accelerator.device) if spec.full else (spec, None)
@@ -141,15 +143,13 @@ def checkpoint_activations(model: Any) -> None:
         model.enable_gradient_checkpointing()
 
 
-def _most_steps(spec: JobSpec, train: list[Mapping[str, Any]]) -> int:
+def _most_steps(spec: JobSpec, train: Sequence[Mapping[str, Any]]) -> int:
     """How many steps the training has at the most: each answer of a conversation may become a row."""
     training = spec.training
     if training.max_steps:
         return training.max_steps
-    answers = [[m for m in row.get("messages", ()) if m["role"] == "assistant"] for row in train]
-    per_epoch = math.ceil(
-        sum(max(1, len(row)) for row in answers) / (training.batch_size * training.gradient_accumulation)
-    )
+    answers: int = sum(max(1, sum(m["role"] == "assistant" for m in row.get("messages", ()))) for row in train)
+    per_epoch = math.ceil(answers / (training.batch_size * training.gradient_accumulation))
     return max(1, round(training.epochs * per_epoch))
 
 
@@ -175,7 +175,9 @@ def _refuse_to_overwrite(spec: JobSpec, out: Path, resume: bool) -> None:
         )
 
 
-def examples_of(spec: JobSpec, task: Task, sink: Sink) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+def examples_of(
+    spec: JobSpec, task: Task, sink: Sink
+) -> tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]:
     """The job's rows to train on and to evaluate on; rows that were left out become a warning."""
     from engine.data import NotTakenError, load, split
     from engine.tasks import tasks_for
@@ -191,5 +193,4 @@ def examples_of(spec: JobSpec, task: Task, sink: Sink) -> tuple[list[Mapping[str
         first = next(problem for problem in prepared.problems if problem.severity == "skip")
         message = f"{prepared.skipped} of {prepared.total} rows were left out; the first: {first}"
         sink.emit({"type": "warning", "message": message})
-    train, held = split(prepared.examples, spec.data.eval_split, spec.training.seed)
-    return list(train), list(held)
+    return split(prepared.examples, spec.data.eval_split, spec.training.seed)

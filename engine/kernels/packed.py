@@ -1,0 +1,151 @@
+"""Attention of rows that lie end to end in one batch row, each over its own tokens alone.
+
+transformers gives such a batch a mask of (T, T) and multiplies everything; here each row goes through the causal kernel
+by itself: the sum of t_i^2 instead of T^2. The rows' lengths travel in the place of the attention mask, as an integer
+tensor (1, 1, 1, rows), which models hand through to their attention as they would a mask of four dimensions; so they
+are there again when checkpointed activations are recomputed.
+
+For processors only. torch's kernel for them is slow in half precision, backward above all, so it runs in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine import kernels
+
+NAME = "sdpa_rows"
+"""The attention's name at transformers."""
+
+
+class RowsAttention(torch.autograd.Function):
+    """(1, H, T, d) from q (1, H, T, d), k and v (1, H or fewer, T, d), causal within each row."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) -> Tensor:
+        # In the layout of the projections, so that what follows needs no copy.
+        out = q.new_empty(1, q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+        sums: list[Tensor] = []
+        wide = [t.float() for t in (q, k, v)]
+        for *row, into in zip(*(t.split(lengths, 2) for t in (*wide, out)), strict=True):
+            one, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*row, 0.0, True, scale=scale)
+            into.copy_(one)
+            sums.append(total)
+        ctx.save_for_backward(q, k, v, out, *sums)
+        ctx.lengths, ctx.scale = lengths, scale
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, *sums = ctx.saved_tensors
+        found = [torch.empty_like(t) for t in (q, k, v)]
+        wide = [t.float() for t in (grad, q, k, v, out)]
+        run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        parts = zip(*(t.split(ctx.lengths, 2) for t in (*wide, *found)), sums, strict=True)
+        for do, *row, into_q, into_k, into_v, total in parts:
+            for into, one in zip(
+                (into_q, into_k, into_v), run(do, *row, total, 0.0, True, scale=ctx.scale), strict=True
+            ):
+                into.copy_(one)
+        return *found, None, None
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' call: its own attention, unless the mask is a tensor of rows' lengths."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    mask = attention_mask
+    if mask is not None and not mask.is_floating_point() and mask.dtype is not torch.bool:
+        lengths = mask.flatten().tolist()
+        if not dropout and kernels.enabled() and kwargs.get("position_bias") is None:
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            out: Tensor = RowsAttention.apply(query, key, value, lengths, scale)
+            return out.transpose(1, 2).contiguous(), None
+        mask = _blocks(lengths, query.device)
+    plain: tuple[Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
+    )
+    return plain
+
+
+def _blocks(lengths: list[int], device: torch.device) -> Tensor:
+    """(1, 1, T, T): which tokens see which."""
+    rows = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
+    return ((rows[:, None] == rows) & torch.ones(len(rows), len(rows), device=device).tril().bool())[None, None]
+
+
+def as_mask(lengths: Tensor) -> Tensor:
+    """Rows' lengths (rows,) as a model takes them."""
+    return lengths.view(1, 1, 1, -1)
+
+
+def longest(model: nn.Module) -> int | None:
+    """The longest row whose tokens all see each other; None where there is no limit."""
+    config: Any = getattr(model, "config", None)
+    limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min((limit for limit in limits if isinstance(limit, int)), default=None)
+
+
+def install(model: Any) -> bool:
+    """Let a model's attention take rows' lengths, if it then computes what it computed before.
+
+    Args:
+        model: a decoder that keeps packed rows apart, with adapters or without.
+
+    Returns:
+        Whether it does; if not, the model is as it was.
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config: Any = getattr(base, "config", None)
+    parameter = next(base.parameters())
+    if getattr(config, "_attn_implementation", None) == NAME:
+        return True
+    if getattr(config, "_attn_implementation", None) != "sdpa" or parameter.device.type != "cpu":
+        return False
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    config._attn_implementation = NAME
+    if _same(base, parameter):
+        return True
+    config._attn_implementation = "sdpa"
+    return False
+
+
+@torch.no_grad()
+def _same(base: Any, parameter: Tensor) -> bool:
+    lengths = torch.tensor([5, 7])
+    ids = torch.randint(base.get_input_embeddings().num_embeddings, (1, 12), generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor([[*range(5), *range(7)]])
+    was_training = base.training
+    base.eval()
+    try:
+        rows, masked = (
+            base(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).logits
+            for mask in (as_mask(lengths), None)
+        )
+    except Exception:
+        # A model whose own code reads its mask.
+        return False
+    finally:
+        base.train(was_training)
+    if type(rows).__name__ == "FakeTensor":
+        return True
+    scale = float(masked.float().abs().max()) or 1.0
+    limit = 0.05 if parameter.dtype is not torch.float32 else 1e-4
+    return float((rows - masked).float().abs().max()) <= limit * scale
