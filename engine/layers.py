@@ -211,6 +211,10 @@ class AdapterLayer(nn.Module):
                 self._requantize(tensor, changes[name], keep)
                 continue
             target = getattr(base, name)
+            if keep and target.device.type == "cpu":
+                # The two change places, and nothing is copied.
+                self._before[name], target.data = target.data, tensor
+                continue
             if keep:
                 self._before[name] = target.detach().to("cpu", copy=True)
             target.copy_(tensor)
@@ -219,12 +223,36 @@ class AdapterLayer(nn.Module):
     @torch.no_grad()
     def check_merge(self, weights: Mapping[str, float]) -> None:
         """Raises what `merge` would, and changes nothing."""
+        if self._surely_merges(weights):
+            return
         former = dict(self.merged)
         self.unmerge()
         try:
             self._planned({**{name: weight for name, weight in weights.items() if self.holds(name)}, **former})
         finally:
             self.merge(former)
+
+    def _surely_merges(self, weights: Mapping[str, float]) -> bool:
+        """Whether a look at the thin matrices shows already that merging cannot fail."""
+        here = [name for name in weights if self.holds(name)]
+        if self.merged or len(here) != 1 or here[0] in self.biases:
+            return False
+        factors = self._factors(here[0])
+        if factors is None:
+            return False
+        left, right = factors
+        most = abs(weights[here[0]]) * left.shape[1] * left.abs().max() * right.abs().max()
+        # Far below the largest number of any format; not true of what is not finite.
+        return bool(most < 1e4)
+
+    def _factors(self, adapter: str) -> tuple[Tensor, Tensor] | None:
+        """The adapter's change of a plain weight as two thin matrices, where that is all that it changes."""
+        weight = self.base_layer.weight
+        if adapter in self.biases or not isinstance(weight, Tensor) or not weight.is_floating_point():
+            return None
+        weights = self.adapters[adapter]
+        assert isinstance(weights, AdapterWeights)
+        return weights.factors(self.base_layer)
 
     def _planned(self, weights: Mapping[str, float]) -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor]]:
         """The base layer, dequantised if it is packed; by name, what merging adds to its tensors and what they become.
@@ -235,6 +263,15 @@ class AdapterLayer(nn.Module):
         """
         base = bnb.dense(self.base_layer) if bnb.is_packed(self.base_layer) else self.base_layer
         changes: dict[str, Tensor] = {}
+        merged: dict[str, Tensor] = {}
+        factors = self._factors(next(iter(weights))) if len(weights) == 1 else None
+        if factors is not None:
+            (weight,) = weights.values()
+            own = master(base.weight)  # type: ignore[arg-type]
+            product = torch.addmm(own, *(t.to(own) for t in factors), alpha=weight)
+            merged["weight"] = product.to(base.weight.dtype)  # type: ignore[arg-type]
+            self._check_finite(weights, merged)
+            return base, changes, merged
         for adapter, weight in weights.items():
             for name, change in self._weight_changes(adapter, base).items():
                 if getattr(base, name) is None:
@@ -247,18 +284,21 @@ class AdapterLayer(nn.Module):
                 if weight != 1:
                     change = change * weight
                 changes[name] = changes[name] + change if name in changes else change
-        merged: dict[str, Tensor] = {}
         for name, change in changes.items():
             tensor = getattr(base, name)
             merged[name] = (master(tensor) + change.to(tensor.device)).to(tensor.dtype)
+        self._check_finite(weights, merged)
+        return base, changes, merged
+
+    def _check_finite(self, weights: Mapping[str, float], merged: Mapping[str, Tensor]) -> None:
+        for tensor in merged.values():
             # A sum is finite only over finite values; it makes no second matrix, as looking at each value does.
-            if not torch.isfinite(merged[name].sum()) and not torch.isfinite(merged[name]).all():
+            if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
                 raise EngineError(
                     f"Merging {' and '.join(map(repr, weights))} into {self.module_name} gives values that are not "
                     "finite; nothing is merged.",
                     "The adapter is damaged or diverged; train it again or use an earlier checkpoint.",
                 )
-        return base, changes, merged
 
     def _requantize(self, weight: Tensor, change: Tensor, keep: bool) -> None:
         if keep:
@@ -281,7 +321,11 @@ class AdapterLayer(nn.Module):
     def unmerge(self) -> None:
         """Puts the former tensors back."""
         for name, tensor in self._before.items():
-            getattr(self.base_layer, name).copy_(tensor)
+            target = getattr(self.base_layer, name)
+            if target.device == tensor.device and target.dtype == tensor.dtype:
+                target.data = tensor
+            else:
+                target.copy_(tensor)
         self._before.clear()
         if self._codes_before is not None:
             bnb.restore(self.base_layer, self._codes_before)

@@ -350,6 +350,10 @@ class AdapterWeights(nn.Module):
         """The change of the unmerged `base.weight` (its shape) that `delta` amounts to at weight 1, in float32."""
         raise TargetError(f"{type(self).__name__} cannot be merged into a weight.")
 
+    def factors(self, base: nn.Module) -> tuple[Tensor, Tensor] | None:
+        """Two thin float32 matrices whose product is `delta_weight`, where that is all the adapter changes; or None."""
+        return None
+
     def delta_bias(self, base: nn.Module) -> Tensor | None:
         """The change of `base.bias` at weight 1, or None."""
         return None

@@ -291,6 +291,12 @@ class LowRankLinear(LowRankWeights):
         product = linear.Product(base, self.scale * weight, drop, offset, norm)
         return linear.Parts(self.lora_A.weight, self.lora_B.weight, self.lora_B.bias, m, product)
 
+    def factors(self, base: nn.Module) -> tuple[Tensor, Tensor] | None:
+        if type(self).delta is not LowRankLinear.delta or self.lora_B.bias is not None:
+            return None
+        a, b = self.matrices()
+        return (a.T, b.T * self.scale) if self.transposed else (b * self.scale, a)
+
     def delta_weight(self, base: nn.Module) -> Tensor:
         a, b = self.matrices()
         change = (b @ a) * self.scale
