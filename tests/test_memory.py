@@ -81,6 +81,7 @@ def real(spec: JobSpec, like: Job) -> Shaped:
     else:
         trainee = AdapterTrainee(get_peft_model(loaded.model, adapter_config(spec.adapter, task.task_type)))
     compute = torch.bfloat16 if spec.full and spec.training.precision == "bf16" else None
+    task.collator(Loaded(trainee.model, loaded.processor))
     return Shaped(Loaded(trainee.model, loaded.processor), trainee, base, compute, 0, False)
 
 

@@ -99,6 +99,13 @@ def longest(model: nn.Module) -> int | None:
     return min((limit for limit in limits if isinstance(limit, int)), default=None)
 
 
+def installed(model: Any) -> bool:
+    """Whether a model's attention takes rows' lengths."""
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    return getattr(getattr(base, "config", None), "_attn_implementation", None) == NAME
+
+
 def install(model: Any) -> bool:
     """Let a model's attention take rows' lengths, if it then computes what it computed before.
 
@@ -111,7 +118,7 @@ def install(model: Any) -> bool:
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     config: Any = getattr(base, "config", None)
     parameter = next(base.parameters())
-    if getattr(config, "_attn_implementation", None) == NAME:
+    if installed(model):
         return True
     if getattr(config, "_attn_implementation", None) != "sdpa" or parameter.device.type != "cpu":
         return False

@@ -231,10 +231,10 @@ def target_losses(model: nn.Module, batch: Batch) -> Tensor:
     """(targets,): the cross-entropy of each target, float32, in the batch's order."""
     names: tuple[str, ...] = ("input_ids", "attention_mask", "position_ids")
     inputs = {name: batch[name] for name in names if name in batch}
-    if "row_lengths" in batch:
-        inputs["attention_mask"] = packed.as_mask(batch["row_lengths"])
     sources = batch["sources"]
     count, width = batch["input_ids"].shape
+    if "row_lengths" in batch and count == 1 and packed.installed(model):
+        inputs["attention_mask"] = packed.as_mask(batch["row_lengths"])
     rows, places = sources // width, sources % width
     keeps = takes(model, "logits_to_keep")
     if keeps:
