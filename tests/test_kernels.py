@@ -19,6 +19,7 @@ from engine import bnb, kernels
 from engine.adapters.dora import DoRAConfig
 from engine.adapters.lorafa import LoRAFAConfig
 from engine.kernels import gated, linear
+from engine.kernels.dropout import Dropout, mask_like
 
 INPUTS, OUTPUTS, TOKENS = 64, 96, 24
 METHODS: dict[str, Any] = {"lora": engine.LoraConfig, "dora": DoRAConfig, "lorafa": LoRAFAConfig}
@@ -135,15 +136,28 @@ def test_bf16_errs_no_more_than_the_plain_formula(method: str, drop: float) -> N
 @contextlib.contextmanager
 def masks_of(x: Tensor, drop: float) -> Any:
     """Dropout in another number format, with the mask that it would have drawn for `x`."""
-    real = nn.functional.dropout
 
-    def same(value: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
-        return value * real(torch.ones_like(x), p, training, inplace).to(value.dtype)
+    def same(self: Dropout, value: Tensor) -> Tensor:
+        return value * mask_like(x, drop).to(value.dtype)
 
     with pytest.MonkeyPatch.context() as patch:
         if drop:
-            patch.setattr(nn.functional, "dropout", same)
+            patch.setattr(Dropout, "forward", same)
         yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.05, 0.5])
+def test_masks_drop_the_share_they_are_to_and_keep_the_mean(p: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    mask = mask_like(torch.empty(300, 1001, dtype=dtype), p).float()
+    assert mask.unique().numel() == 2
+    assert abs(float((mask == 0).float().mean()) - p) < 0.003 and abs(float(mask.mean()) - 1) < 0.01
+    # No pattern along rows, nor from one draw to the next.
+    again = mask_like(torch.empty(300, 1001, dtype=dtype), p).float()
+    for other in (again, mask.roll(1, 1), mask.roll(1, 0)):
+        pair = torch.stack([mask.flatten(), other.flatten()])
+        assert abs(float(torch.corrcoef(pair)[0, 1])) < 0.01
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])

@@ -46,6 +46,7 @@ from engine.adapters.base import (
 from engine.adapters.lowrank import LowRankConfig
 from engine.errors import ConfigError, TargetError
 from engine.inject import DEFAULT_RULES
+from engine.kernels.dropout import Dropout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +197,7 @@ class AdaLoraWeights(AdapterWeights):
         pattern = config.pattern_of(module)
         self.r = config.init_r if pattern is None else sum(pattern)
         self.scale = config.lora_alpha / (config.init_r + 1e-5)
-        self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.dropout = Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         if isinstance(base, nn.Conv2d):
             if base.groups != 1:
                 raise TargetError(

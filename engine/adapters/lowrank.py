@@ -36,6 +36,7 @@ from engine.adapters.base import (
 from engine.adapters.starts import NAMES, is_start, start_of, takes_from_base
 from engine.errors import TargetError
 from engine.kernels import linear
+from engine.kernels.dropout import Dropout
 
 # The methods that a LoRA config asks for by a field `use_<name>`, under their names in the registry.
 VARIANTS = ("dora", "qalora", "lorafa")
@@ -186,7 +187,7 @@ class LowRankWeights(AdapterWeights):
         super().__init__()
         self.r = config.rank_of(module)
         self.scale = config.scale(module)
-        self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.dropout = Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.register_buffer("offset_A", None)
         self.register_buffer("offset_B", None)
 

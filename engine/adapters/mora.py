@@ -39,6 +39,7 @@ from engine.adapters.base import (
     target_faults,
 )
 from engine.errors import TargetError
+from engine.kernels.dropout import Dropout
 
 SHARING, ROTATION = 1, 6
 
@@ -104,7 +105,7 @@ class MoRAWeights(AdapterWeights):
             )
         self.blocks = -(-n_in // side)
         self.padding = self.blocks * side - n_in
-        self.dropout = nn.Dropout(config.mora_dropout) if config.mora_dropout else nn.Identity()
+        self.dropout = Dropout(config.mora_dropout) if config.mora_dropout else nn.Identity()
         weight = base.weight
         assert isinstance(weight, Tensor)
         self.mora_M = nn.Parameter(torch.zeros(side, side, device=weight.device, dtype=torch.float32))

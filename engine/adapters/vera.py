@@ -32,6 +32,7 @@ from engine.adapters.base import (
     master,
     target_faults,
 )
+from engine.kernels.dropout import Dropout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +117,7 @@ class VeraWeights(AdapterWeights):
         self.n_in, self.n_out = features(base)
         self.transposed = layer_kind(base) == CONV1D
         self._shared = (shared,)
-        self.dropout = nn.Dropout(config.vera_dropout) if config.vera_dropout else nn.Identity()
+        self.dropout = Dropout(config.vera_dropout) if config.vera_dropout else nn.Identity()
         weight = base.weight
         assert isinstance(weight, Tensor)
         place: dict[str, Any] = {"device": weight.device, "dtype": torch.float32}

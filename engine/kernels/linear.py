@@ -6,7 +6,7 @@
 In plain autograd the input is saved by each product that reads it (once more behind dropout, with its mask), and DoRA
 saves its output several times. Here a node saves x and h = A drop(x), (tokens, r), in the type that they came in:
 
-- the mask of dropout is drawn again from the generator's state, and is the one that `nn.Dropout` would have drawn;
+- the mask of dropout is drawn again from the generator's state, and is the one that the plain formula draws;
 - the thin products go into the base's output and into the input's gradient in place;
 - DoRA's v, which the gradient of m needs, is kept where a layer has more inputs than outputs, so that it is small and
   dear to compute again. Where it has more outputs, y is kept and v = y / g: the activation function that follows such a
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from engine import bnb
 from engine.adapters.base import CONV1D, LINEAR, layer_kind
+from engine.kernels.dropout import mask_like
 
 _PLAIN = (nn.Linear,)
 
@@ -174,14 +175,14 @@ class Product:
             return flat
         if draw:
             self.state = _generator_state(flat.device)
-        return flat * torch.empty_like(flat).bernoulli_(1 - self.drop).div_(1 - self.drop)
+        return flat * mask_like(flat, self.drop)
 
     def _mask(self, flat: Tensor) -> Tensor:
         """0, or 1 / (1 - p) where the value was kept: the mask of the forward pass, drawn again."""
         assert self.state is not None
         generator = torch.Generator(flat.device)
         generator.set_state(self.state)
-        return torch.empty_like(flat).bernoulli_(1 - self.drop, generator=generator).div_(1 - self.drop)
+        return mask_like(flat, self.drop, generator)
 
 
 def _generator_state(device: torch.device) -> Tensor:
