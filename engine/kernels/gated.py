@@ -36,6 +36,7 @@ class GatedDown(torch.autograd.Function):
         act: nn.Module,
         product: Product,
     ) -> Tensor:
+        a, b = product.cast(gate, a, b)
         y, h, v = product.forward(act(gate) * up, a, b, bias, m)
         ctx.save_for_backward(gate, up, a, b, m, h, v, frozen_weight(product.base))
         ctx.product, ctx.act = product, act

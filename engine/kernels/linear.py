@@ -59,6 +59,7 @@ class Product:
         offset: PiSSA's A0 and B0, or None.
         norm: DoRA's n, (out), or None.
         state: the generator's state before the mask was drawn.
+        master: the type of A and B themselves, and of their gradients.
     """
 
     base: nn.Module
@@ -67,18 +68,19 @@ class Product:
     offset: tuple[Tensor, Tensor] | None = None
     norm: Tensor | None = None
     state: Tensor | None = None
+    master: torch.dtype = torch.float32
 
     def forward(
         self, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, m: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(y, h, what DoRA's backward reads v from, or None)."""
+        """(y, h, what DoRA's backward reads v from, or None); A and B in the type of x."""
         y = self.base(x).contiguous()
         flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        h = torch.mm(self._dropped(flat, draw=True), a.to(x.dtype).t())
+        h = torch.mm(self._dropped(flat), a.t())
         own = getattr(self.base, "bias", None)
         if m is not None and own is not None:
             out = out - own.to(y.dtype)
-        _add_product(out, h, b.to(x.dtype).t(), self.factor)
+        _add_product(out, h, b.t(), self.factor)
         if bias is not None:
             out += bias.to(out.dtype) * self.factor
         if self.offset is not None:
@@ -103,7 +105,7 @@ class Product:
         weight: Tensor | None,
         wanted: tuple[bool, bool, bool, bool, bool],
     ) -> tuple[Tensor | None, ...]:
-        """The gradients of x, A, B, the adapter's bias and m, where `wanted`."""
+        """The gradients of x, A, B, the adapter's bias and m, where `wanted`; A's and B's in their own type."""
         flat = x.reshape(-1, x.shape[-1])
         dy = grad.reshape(-1, grad.shape[-1])
         dm: Tensor | None = None
@@ -112,30 +114,34 @@ class Product:
             if wanted[4]:
                 dm = (_column_dots(dy, self._v(flat, grad, b, m, h, v, weight)) / self.norm).to(m.dtype)
             dy = torch.addcmul(dy, dy, (self._gain(m) - 1).to(dy.dtype))
-        low, high = a.to(x.dtype), b.to(x.dtype)
-        dh = torch.mm(dy.to(x.dtype), high)
+        dh = torch.mm(dy.to(x.dtype), b)
         da = db = dbias = dx = None
         dropped: Tensor | None = None
         if self.drop and (wanted[0] or wanted[1]):
             dropped = self._mask(flat)
         if wanted[1]:
             source = flat if dropped is None else flat * dropped
-            da = torch.mm(dh.t(), source).mul_(self.factor).to(a.dtype)
+            da = torch.mm(dh.t(), source).to(self.master).mul_(self.factor)
         if wanted[2]:
-            db = torch.mm(dy.t().to(x.dtype), h).mul_(self.factor).to(b.dtype)
+            db = torch.mm(dy.t().to(x.dtype), h).to(self.master).mul_(self.factor)
         if wanted[3]:
             dbias = dy.sum(0, dtype=torch.float32) * self.factor
         if wanted[0]:
             dx = self._input_gradient(dy, weight).to(x.dtype)
             if dropped is None:
-                dx.addmm_(dh, low, alpha=self.factor)
+                dx.addmm_(dh, a, alpha=self.factor)
             else:
-                dx.addcmul_(torch.mm(dh, low), dropped, value=self.factor)
+                dx.addcmul_(torch.mm(dh, a), dropped, value=self.factor)
             if self.offset is not None:
                 a0, b0 = (t.to(x.dtype) for t in self.offset)
                 dx.addmm_(torch.mm(dy.to(x.dtype), b0), a0, alpha=-self.factor)
             dx = dx.view(x.shape)
         return dx, da, db, dbias, dm
+
+    def cast(self, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B in the type of x."""
+        self.master = a.dtype
+        return a.to(x.dtype), b.to(x.dtype)
 
     def _gain(self, m: Tensor) -> Tensor:
         assert self.norm is not None
@@ -159,7 +165,7 @@ class Product:
         if kept is not None and (type(kept).__name__ == "FakeTensor" or bool((gain != 0).all())):
             return kept.view(-1, kept.shape[-1]) / gain.to(kept.dtype)
         v = torch.mm(flat, self._matrix(weight, flat.dtype).t())
-        return v.addmm_(h, b.to(h.dtype).t(), alpha=self.factor)
+        return v.addmm_(h, b.t(), alpha=self.factor)
 
     def _matrix(self, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The base's weight as (out, in)."""
@@ -170,11 +176,10 @@ class Product:
     def _input_gradient(self, dy: Tensor, weight: Tensor | None) -> Tensor:
         return torch.mm(dy, self._matrix(weight, dy.dtype))
 
-    def _dropped(self, flat: Tensor, draw: bool) -> Tensor:
+    def _dropped(self, flat: Tensor) -> Tensor:
         if not self.drop:
             return flat
-        if draw:
-            self.state = _generator_state(flat.device)
+        self.state = _generator_state(flat.device)
         return flat * mask_like(flat, self.drop)
 
     def _mask(self, flat: Tensor) -> Tensor:
@@ -211,6 +216,7 @@ class AdaptedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, m: Tensor | None, product: Product
     ) -> Tensor:
+        a, b = product.cast(x, a, b)
         y, h, v = product.forward(x, a, b, bias, m)
         need_x = ctx.needs_input_grad[1] or m is not None
         ctx.save_for_backward(x if need_x else None, a, b, m, h, v, frozen_weight(product.base))
@@ -247,4 +253,4 @@ class Parts:
         """The base layer's output with the adapter's."""
         if torch.is_grad_enabled():
             return AdaptedLinear.apply(x, self.a, self.b, self.bias, self.m, self.product)  # type: ignore[no-any-return]
-        return self.product.forward(x, self.a, self.b, self.bias, self.m)[0]
+        return self.product.forward(x, *self.product.cast(x, self.a, self.b), self.bias, self.m)[0]

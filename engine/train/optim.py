@@ -81,7 +81,9 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], training: TrainingSpe
 def _of_name(name: str, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
     made: Any
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999))
+        # One pass over a parameter's numbers; parts of one, and shapes without numbers, have no such kernel.
+        whole = all(type(p) is nn.Parameter and p.device.type in ("cpu", "cuda") for g in groups for p in g["params"])
+        return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=whole)
     if name == "adafactor":
         from transformers.optimization import Adafactor
 
