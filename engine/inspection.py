@@ -6,10 +6,13 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from engine.adapters import ADAPTERS
 from engine.adapters.base import AdapterConfig, TaskType
 from engine.checkpoint import exported_tensors
 from engine.errors import ConfigError
+from engine.joined import parts_of
 from engine.layers import AdapterLayer
 from engine.model import get_peft_model
 
@@ -37,29 +40,43 @@ def adapter_config(adapter: Mapping[str, Any], task_type: TaskType | None, base:
     return config
 
 
-def count(model: str, adapter: Mapping[str, Any], task: str = "causal_lm") -> dict[str, Any]:
+def count(
+    model: str, adapter: Mapping[str, Any], task: str = "causal_lm", options: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Parameters of an adapter on a base, which has the head of `task`.
+
+    `options` are the task's, as in a job: with `train_text_encoder` the text encoders and their adapters count too.
 
     Returns:
         `trainable`, `parameters` (base and adapter), `base` (without the adapter), `share` of the first two,
-        `adapter_bytes` of the saved file (without its header), and `targets`: the last part of the names -> how many
-        modules.
+        `adapter_bytes` of the saved files (without their headers), and `targets`: the last part of the names -> how
+        many modules.
 
     Raises:
         ConfigError, TargetError, ModelError: as training with these settings would.
     """
     from engine.models.loading import meta_model
     from engine.tasks import get_task
+    from engine.tasks.base import Joining, Loaded
 
-    config = adapter_config(adapter, get_task(task).task_type)
-    peft_model = get_peft_model(meta_model(model, task=task), config)
-    trainable, total = peft_model.get_nb_trainable_parameters()
-    layers = [layer for layer in peft_model._layers["default"] if isinstance(layer, AdapterLayer)]
-    tensors = exported_tensors(peft_model, "default").values()
+    chosen = get_task(task, options)
+    config = adapter_config(adapter, chosen.task_type)
+    base = meta_model(model, task=task)
+    adapted = get_peft_model(base, config)
+    whole: nn.Module = adapted
+    if isinstance(chosen, Joining) and chosen.joins:
+        from engine.models.pipelines import meta_pipeline
+
+        whole = chosen.together(Loaded(base, meta_pipeline(model, base)), adapted)
+    parts = list(parts_of(whole).values())
+    trainable, total = (sum(numbers) for numbers in zip(*(p.get_nb_trainable_parameters() for p in parts), strict=True))
+    own = sum(p.numel() for part in parts for p in part.adapter_parameters("default").values())
+    layers = [layer for part in parts for layer in part._layers["default"] if isinstance(layer, AdapterLayer)]
+    tensors = [tensor for part in parts for tensor in exported_tensors(part, "default").values()]
     return {
         "trainable": trainable,
         "parameters": total,
-        "base": total - sum(p.numel() for p in peft_model.adapter_parameters("default").values()),
+        "base": total - own,
         "share": trainable / total,
         "adapter_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
         "targets": dict(Counter(layer.module_name.rsplit(".", 1)[-1] for layer in layers)),

@@ -165,13 +165,20 @@ class Inference:
                 return value
         raise InferenceError("There was no answer.", "Try again.")
 
-    def count(self, base: str, adapter: Mapping[str, Any], task: str = "causal_lm") -> Message:
+    def count(
+        self,
+        base: str,
+        adapter: Mapping[str, Any],
+        task: str = "causal_lm",
+        options: Mapping[str, Any] | None = None,
+    ) -> Message:
         """What `engine.inspection.count` says about an adapter on a base with the head of a task.
 
         Raises:
             InferenceError: the fields do not fit the base, the base cannot be found, or the process ended.
         """
-        return self._result({"op": "count", "base": base, "adapter": dict(adapter), "task": task}, None)
+        request = {"op": "count", "base": base, "adapter": dict(adapter), "task": task, "options": dict(options or {})}
+        return self._result(request, None)
 
     def holds(self, base: str) -> bool:
         """Whether the process lives and was last asked for this base, so that an answer begins at once."""

@@ -193,13 +193,9 @@ class Server:
     def _count(self, request: str, message: Message) -> None:
         from engine.inspection import count
 
-        self.send(
-            {
-                "id": request,
-                "type": "result",
-                "value": count(message["base"], message["adapter"], message.get("task", "causal_lm")),
-            }
-        )
+        task, options = message.get("task", "causal_lm"), message.get("options")
+        value = count(message["base"], message["adapter"], task, options)
+        self.send({"id": request, "type": "result", "value": value})
 
 
 def main() -> int:

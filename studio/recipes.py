@@ -24,6 +24,8 @@ FULL = presets.Method(
     training={"learning_rate": 0.00005},
 )
 """The one entry among the methods that is no adapter."""
+COUNTED = ("train_text_encoder",)
+"""Options of tasks that change how many parameters learn."""
 
 
 @dataclass(frozen=True)

@@ -259,6 +259,18 @@ def test_another_method_shows_its_own_fields_cost_and_command(page: Any, server:
     assert rate.input_value() == "0.001"
 
 
+def test_the_cost_of_a_text_encoder_that_learns_is_shown_before_the_start(page: Any, server: str) -> None:
+    page.goto(server)
+    page.get_by_role("tab", name="Train", exact=True).click()
+    page.locator("#train-task input").click()
+    page.get_by_role("option", name="Pictures from words", exact=True).click()
+    page.get_by_role("button", name="Advanced").click()
+    # The toy's UNet with the first preset; then its text encoder's two layers of four 128 x 128 matrices too, r 8.
+    page.locator("#train-count b", has_text="73,472").wait_for()
+    page.locator("#field-text_to_image-train_text_encoder input").check()
+    page.locator("#train-count b", has_text=f"{73_472 + 2 * 4 * 8 * (128 + 128):,}").wait_for()
+
+
 def test_adaloras_ranks_are_seen_moving(page: Any, server: str) -> None:
     page.goto(server)
     page.click("#start-toy")

@@ -48,6 +48,11 @@ def test_counting_needs_no_base_in_memory_and_names_wrong_fields(inference: Infe
     small = inference.count("tiny-llama", {"method": "lora", "r": 4, "target_modules": "all-linear"})
     large = inference.count("tiny-llama", {"method": "lora", "r": 8, "target_modules": "all-linear"})
     assert large["trainable"] == 2 * small["trainable"] > 0
+    unet, both = (
+        inference.count("tiny-sd", {"method": "lora", "r": 4}, "text_to_image", {"train_text_encoder": option})
+        for option in (False, True)
+    )
+    assert both["trainable"] > unet["trainable"] > 0
     with pytest.raises(InferenceError) as fault:
         inference.count("tiny-llama", {"method": "lora", "target_modules": ["no_such_layer"]})
     assert fault.value.code == "target" and "no_such_layer" in fault.value.message

@@ -21,6 +21,7 @@ from engine.__main__ import main
 from engine.errors import CheckpointError, ConfigError
 from engine.formats import load_adapter_file, write_kohya
 from engine.generation import Sampling
+from engine.inspection import count
 from engine.models.pipelines import load_pipeline
 from engine.painting import Painter, paint
 from engine.tasks.base import Loaded
@@ -94,6 +95,22 @@ def test_both_learn_and_are_counted(trained: Any) -> None:
         assert len(used) == (4 if xl and name == "text_encoder" else 8)
         config = json.loads((out / "adapter" / name / "adapter_config.json").read_text())
         assert config["r"] == 4 and set(config["target_modules"]) == {"q_proj", "k_proj", "v_proj", "out_proj"}
+
+
+def test_the_cost_before_the_start_is_that_of_the_run(trained: Any, pictures: Path) -> None:
+    xl, base, out, recorder = trained
+    spec, start = job(base, pictures), recorder.of("start")[0]
+    told = count(str(base), spec["adapter"], "text_to_image", spec["options"])
+    assert (told["trainable"], told["parameters"]) == (start["trainable"], start["parameters"])
+    assert told["base"] == start["parameters"] - start["trainable"]
+    files = [load_file(path) for path in (out / "adapter").rglob("adapter_model.safetensors")]
+    assert len(files) == 1 + len(COMPONENTS[xl])
+    assert told["adapter_bytes"] == sum(tensor.nbytes for file in files for tensor in file.values())
+    assert told["targets"]["q_proj"] == 2 * len(COMPONENTS[xl])
+    alone = count(str(base), spec["adapter"], "text_to_image")
+    assert alone["trainable"] < told["trainable"] and "q_proj" not in alone["targets"]
+    with pytest.raises(ConfigError, match="cannot be trained with ia3"):
+        count(str(base), {"method": "ia3"}, "text_to_image", spec["options"])
 
 
 def test_plain_diffusers_draws_the_same_with_it(trained: Any) -> None:

@@ -227,11 +227,12 @@ def test_text_is_embedded_as_diffusers_does(base: Path) -> None:
     assert torch.allclose(pipeline.embed(["a red square"])[0], words, atol=1e-6)
 
 
+@pytest.mark.parametrize("offset", [0.0, 0.3])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-def test_the_loss_by_its_formula(pictures: Path, tmp_path: Path, kind: str) -> None:
+def test_the_loss_by_its_formula(pictures: Path, tmp_path: Path, kind: str, offset: float) -> None:
     base = diffusion.save_pipeline(tmp_path / kind, prediction_type=kind)
     pipeline = load_pipeline(str(base), precision="fp32")
-    task, loaded = TextToImage(snr_gamma=5.0), Loaded(pipeline.unet, pipeline)
+    task, loaded = TextToImage(snr_gamma=5.0, noise_offset=offset), Loaded(pipeline.unet, pipeline)
     rows = task.encode(
         [{"image": str(pictures / f"0{n}.png"), "text": "a b"} for n in range(3)], loaded, TrainingSpec(), quiet
     ).rows
@@ -241,6 +242,9 @@ def test_the_loss_by_its_formula(pictures: Path, tmp_path: Path, kind: str) -> N
     found = task.loss(pipeline.unet, batch)
     torch.manual_seed(7)
     noise, when = torch.randn(3, 4, 8, 8), torch.randint(0, 1000, (3,))
+    if offset:
+        # One number for each row and channel, N(0, 1), which all of its places share.
+        noise = noise + offset * torch.randn(3, 4)[:, :, None, None].expand(3, 4, 8, 8)
     kept = pipeline.scheduler.alphas_cumprod[when].view(-1, 1, 1, 1)
     clean = batch["latents.0"]
     guess = pipeline.unet(kept.sqrt() * clean + (1 - kept).sqrt() * noise, when, batch["words.0"]).sample

@@ -204,7 +204,7 @@ def _look_and_take(hub_id: str, config_only: bool) -> Path:
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     names = choose_files(sizes, hub_id)
     if config_only:
-        known = (folders.CONFIG, folders.PIPELINE, f"unet/{folders.CONFIG}")
+        known = (folders.CONFIG, folders.PIPELINE, *(f"{part}/{folders.CONFIG}" for part in folders.PARTS))
         names = [name for name in names if name in known]
     total = sum(sizes[name] for name in names)
     cache = Path(constants.HF_HUB_CACHE)

@@ -201,6 +201,30 @@ def unet_of(config: Mapping[str, Any]) -> nn.Module:
         return made
 
 
+def meta_pipeline(name: str, unet: nn.Module, on_progress: Progress | None = None) -> Pipeline:
+    """A UNet with its text encoders on torch's meta device, for counting; the other parts are missing.
+
+    Raises:
+        ModelError, UnsafeFileError: as `resolve_config`; it is no Stable Diffusion, or an encoder's config is missing.
+    """
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    folder = resolve_config(name, on_progress)
+    index = folders.read_json(folder / folders.PIPELINE)
+    folders.check_pipeline_index(index, str(name))
+    xl = index["_class_name"] == "StableDiffusionXLPipeline"
+    kinds: dict[str, Any] = {"text_encoder": CLIPTextModel}
+    if xl:
+        kinds["text_encoder_2"] = CLIPTextModelWithProjection
+    encoders = []
+    with quiet(), torch.device("meta"):
+        for part, kind in kinds.items():
+            config = CLIPTextConfig.from_dict(folders.read_json(folder / part / folders.CONFIG))
+            encoders.append(kind(config).requires_grad_(False))
+    return Pipeline(unet, None, tuple(encoders), (), None, xl)
+
+
 def _load(folder: Path, name: str, dtype: torch.dtype) -> Any:
     import torch
 

@@ -130,6 +130,10 @@ class Extending(Protocol):
 class Joining(Protocol):
     """A task that may train other models beside its own, with adapters of the same method."""
 
+    @property
+    def joins(self) -> bool:
+        """Whether it does so, with the options that it has."""
+
     def together(self, loaded: Loaded, model: PeftModel, folder: Path | None = None) -> nn.Module:
         """The adapted model with the others as one (`engine.joined`), or alone.
 

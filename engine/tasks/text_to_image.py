@@ -136,6 +136,11 @@ class TextToImage:
         )
         return Loaded(pipeline.unet, pipeline)
 
+    @property
+    def joins(self) -> bool:
+        """Whether the text encoders learn too."""
+        return self.train_text_encoder
+
     def together(self, loaded: Loaded, model: PeftModel, folder: Path | None = None) -> nn.Module:
         """The UNet with its text encoders where these learn too."""
         from engine.text_encoders import with_encoders

@@ -58,10 +58,12 @@ def read_form(
     )
 
 
-def counted(page: Page, task: str, base: str, adapter: Mapping[str, Any]) -> str:
-    """How many parameters learn, in a sentence."""
+def counted(
+    page: Page, task: str, base: str, adapter: Mapping[str, Any], options: Mapping[str, Any] | None = None
+) -> str:
+    """How many parameters learn, in a sentence; `options` are the task's."""
     full = adapter["method"] == recipes.FULL.name
-    found = page.studio.inference.count(base, {"method": METHOD} if full else adapter, task)
+    found = page.studio.inference.count(base, {"method": METHOD} if full else adapter, task, None if full else options)
     if full:
         return (
             f'<div class="st-count">All <b>{found["base"]:,}</b> parameters of the base learn; the result will be a '
@@ -206,14 +208,15 @@ def wire(page: Page) -> None:
     def count(task: str, base: str, name: str, *inputs: Any) -> Iterator[str]:
         try:
             method = recipes.method_of(name)
-            pairs = zip(adapter_fields, inputs, strict=True)
+            pairs = list(zip(counted_fields, inputs, strict=True))
             own = [value for owned, value in pairs if owned.method == method.name]
+            options = {owned.field.name: forms.read(owned.field, value) for owned, value in pairs if owned.task == task}
             adapter = {"method": method.name, **forms.read_all(method.fields, own)}
             adapter = {key: value for key, value in adapter.items() if value is not None}
-            key = json.dumps([task, base, adapter])
+            key = json.dumps([task, base, adapter, options])
             if key not in counts:
                 yield '<div class="st-count">Counting what learns ...</div>'
-                counts[key] = counted(page, task, (base or "").strip(), adapter)
+                counts[key] = counted(page, task, (base or "").strip(), adapter, options)
             yield counts[key]
         except EngineError as fault:
             yield error(fault, "These settings do not fit this base")
@@ -238,8 +241,8 @@ def wire(page: Page) -> None:
         parts.start,
         parts.to_data,
     ]
-    adapter_fields = [owned for owned in recipes.fields() if owned.method]
-    adapter_widgets = [parts.widgets[owned.key] for owned in adapter_fields]
+    counted_fields = [owned for owned in recipes.fields() if owned.method or owned.field.name in recipes.COUNTED]
+    counted_widgets = [parts.widgets[owned.key] for owned in counted_fields]
     split = [parts.dataset, parts.task, parts.eval_split]
     page.blocks.load(enter, split, everything, **HIDDEN).then(choose, [parts.task, parts.preset], everything, **HIDDEN)
     page.tab[ID].select(enter, [*split, page.recipe], everything, **HIDDEN)
@@ -258,9 +261,9 @@ def wire(page: Page) -> None:
     gr.on(changed, describe, form, parts.same, trigger_mode="always_last", **HIDDEN)
     counting = [parts.task, parts.base, parts.method]
     gr.on(
-        [page.tab[ID].select, *(widget.change for widget in [*counting, *adapter_widgets])],  # type: ignore[attr-defined]
+        [page.tab[ID].select, *(widget.change for widget in [*counting, *counted_widgets])],  # type: ignore[attr-defined]
         count,
-        [*counting, *adapter_widgets],
+        [*counting, *counted_widgets],
         parts.count,
         trigger_mode="always_last",
         concurrency_limit=4,
