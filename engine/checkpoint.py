@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 PREFIX = "base_model.model."
 SHARED = "base_model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ENCODERS = ("text_encoder", "text_encoder_2")  # folders in that of a UNet's adapter: its parts for the text encoders
 # What makes a prompt adapter's table while it is trained; PEFT's format has no place for it.
 ENCODER, ENCODED = "prompt_encoder.safetensors", "prompt_encoder."
 SAVED_EMBEDDINGS = ("embed_tokens", "lm_head")
@@ -428,16 +429,19 @@ def load_adapter(model: PeftModel, model_id: str | Path, adapter_name: str, is_t
         raise
 
 
-def saved_adapters(model_id: str | Path) -> dict[str, Path]:
+def saved_adapters(model_id: str | Path, base: nn.Module) -> dict[str, Path]:
     """Name -> folder of every adapter that one `save_pretrained` wrote: `default` lies in the folder itself.
+
+    Where `base` is a UNet, what lies beside its adapter in `text_encoder` is a part of that adapter, for another model.
 
     Raises:
         CheckpointError: there is none.
     """
     folder = adapter_folder(model_id, every=True)
     found = {"default": folder} if (folder / CONFIG).is_file() else {}
+    others = ENCODERS if found and hasattr(base, "down_blocks") else ()
     for path in sorted(folder.iterdir()):
-        if (path / CONFIG).is_file():
+        if (path / CONFIG).is_file() and path.name not in others:
             if path.name in found:
                 raise CheckpointError(f"{folder} holds an adapter 'default' itself and one in {path.name}.")
             found[path.name] = path

@@ -316,7 +316,7 @@ class PeftModel(PeftCalls):
         """
         from engine.checkpoint import load_adapters, saved_adapters
 
-        found = saved_adapters(model_id)
+        found = saved_adapters(model_id, self.get_base_model())
         load_adapters(self, found, is_trainable)
         return list(found)
 
@@ -325,7 +325,7 @@ class PeftModel(PeftCalls):
         """The base with every adapter of a folder or hub id attached; the first is active (see `load_adapters`)."""
         from engine.checkpoint import load_adapters, saved_adapters
 
-        found = saved_adapters(model_id)
+        found = saved_adapters(model_id, model)
         first = next(iter(found))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         peft_model = cls.from_pretrained(model, found.pop(first), first, is_trainable)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from engine import LoraConfig, get_peft_model
+from engine import LoraConfig, PeftModel, get_peft_model
 from engine.__main__ import main
 from engine.errors import CheckpointError, ConfigError
 from engine.formats import load_adapter_file, write_kohya
@@ -175,6 +176,27 @@ def test_peft_opens_each_part(trained: Any) -> None:
             warnings.simplefilter("ignore", FutureWarning)
             wrapped = peft.PeftModel.from_pretrained(theirs.named_encoders[name], out / "adapter" / name)
         assert torch.allclose(diffusion.answer(wrapped), diffusion.answer(models[name]), atol=1e-5)
+
+
+def test_the_encoders_part_is_no_second_adapter_of_the_unet(trained: Any, tmp_path: Path) -> None:
+    _, base, out, _ = trained
+    unet = load_pipeline(str(base), precision="fp32").unet
+    model = PeftModel.from_pretrained_all(unet, out / "adapter")
+    assert list(model.peft_config) == ["default"]
+    shutil.copytree(out / "adapter", tmp_path / "all")
+    model.add_adapter("second", LoraConfig(r=2, target_modules=TARGETS))
+    model.save_pretrained(tmp_path / "all")
+    again = PeftModel.from_pretrained_all(load_pipeline(str(base), precision="fp32").unet, tmp_path / "all")
+    assert set(again.peft_config) == {"default", "second"}
+    model.delete_adapter("default")
+    assert model.load_adapters(out / "adapter") == ["default"]
+    # On a model without encoders beside it, the name is as good as any.
+    plain = get_peft_model(diffusion.encoder(), LoraConfig(r=2, target_modules=["q_proj"]))
+    plain.add_adapter("text_encoder", LoraConfig(r=2, target_modules=["q_proj"]))
+    plain.save_pretrained(tmp_path / "plain")
+    assert set(PeftModel.from_pretrained_all(diffusion.encoder(), tmp_path / "plain").peft_config) == {
+        "default", "text_encoder",
+    }  # fmt: skip
 
 
 def test_files_that_say_too_much_or_too_little(trained: Any, pictures: Path, tmp_path: Path) -> None:
