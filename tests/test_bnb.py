@@ -174,8 +174,9 @@ def test_qlora_from_a_job(data: Path, tmp_path: Path) -> None:
     ends = [r.of("done")[0]["eval_loss"] for r in (plain, recorder)]
     assert state == "done" and recorder.of("start")[0]["quantization"] == "nf4"
     assert ends[1] < 0.8 * recorder.of("done")[0]["first_eval_loss"]
-    # A toy of 256 channels rounds worse than a real model, for which tests/test_qlora_smollm2.py says 3 %.
-    assert ends[1] == pytest.approx(ends[0], rel=0.06)
+    # A toy of 256 channels rounds worse than a real model, for which tests/test_qlora_smollm2.py says 3 %; after twelve
+    # steps the codes' own start can also lead.
+    assert ends[1] < 1.06 * ends[0]
     base, _ = load_causal_lm("tiny-llama", precision="fp32")
     from engine import PeftModel
 
