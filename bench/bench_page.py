@@ -26,7 +26,10 @@ BENCHES = {
         "Ours against PEFT on copies of one base, in turns; the row *over the frozen base* against the base's own "
         "forward and backward pass.",
     ),
-    "instant": ("Starting, loading and switching", ""),
+    "instant": (
+        "Attaching, loading, mixing, switching, merging, and many adapters at once",
+        "CPU seconds. Where the name says *the base alone*, that is the peer, at the same batch.",
+    ),
 }
 NOT_MEASURED = (
     "GPUs: all figures are of CPUs, and say nothing about others.",
@@ -73,10 +76,9 @@ def _table(rows: list[dict[str, Any]]) -> str:
     lines = ["| | ours | peer | ratio | target | met |", "|---|---:|---:|---:|---:|---|"]
     for row in rows:
         mine, other = (amount(row[side], row["unit"]) for side in ("ours", "peer"))
-        ratio = f"{row['ratio']:.3f}{_spread(row)}"
-        lines.append(
-            f"| {row['name']} | {mine} | {other} | {ratio} | {row['target']:.2f} | {'yes' if met(row) else '**no**'} |"
-        )
+        ratio, target = f"{row['ratio']:.3f}{_spread(row)}", row["target"]
+        limit = f"{target:.2f}" if target >= 0.1 else f"{target:.2g}"
+        lines.append(f"| {row['name']} | {mine} | {other} | {ratio} | {limit} | {'yes' if met(row) else '**no**'} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,28 +1,27 @@
 """How long adapters take to attach, load, mix, switch, merge and answer side by side; PEFT beside us in one process.
 
-OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python -m bench.instant [--rounds 5] [--only WORD] [--json FILE]
+    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python -m bench.instant [--rounds 5] [--only WORD] [--json FILE]
 
-Each row alternates ours and the peer and gives medians with the smallest and largest value. Seconds are CPU time of the
+Each row times ours and the peer in turns, after one call of each that does not count. Seconds are CPU time of the
 process, which other programs on the machine disturb least; with one thread it is what an idle machine would take.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
-import platform
-import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from bench import measuring
+
 ROUNDS = 5
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NEW_TOKENS, COLUMNS, LOADED = 24, 8, 40
+LIVE_SECONDS = 0.002
+"""What a live mix may take, whatever the peer takes."""
 PROMPT = [{"role": "user", "content": "Write a long story about a dog that crosses the sea."}]
 Step = tuple[Callable[[], Any], Callable[[], Any]]
 """(what is timed, what puts the model back afterwards)."""
@@ -32,24 +31,23 @@ def nothing() -> None:
     """Nothing has to be put back."""
 
 
-def row(name: str, ours: Step, peer: Step, target: str, rounds: int) -> dict[str, Any]:
-    """Alternate the two, once unmeasured, and compare the medians."""
-    times: dict[str, list[float]] = {"ours": [], "peer": []}
-    for count in range(rounds + 1):
-        for side, (step, back) in (("ours", ours), ("peer", peer)):
+def row(name: str, ours: Step, peer: Step, target: float, rounds: int, seconds: float | None = None) -> dict[str, Any]:
+    """A row of CPU seconds; with `seconds` the target is that time, as a share of the peer's."""
+
+    def once(side: Step) -> Callable[[], float]:
+        def run() -> float:
             gc.collect()
-            start = time.process_time()
-            step()
-            took = time.process_time() - start
-            back()
-            if count:
-                times[side].append(took)
-    found: dict[str, Any] = {side: statistics.median(values) for side, values in times.items()}
-    spread = {f"{side}_spread": [min(values), max(values)] for side, values in times.items()}
-    found = {"name": name, **found, "ratio": found["ours"] / found["peer"], "target": target, "unit": "CPU s"}
-    line = f"{name:58}{found['ours']:10.4f}{found['peer']:10.4f}{found['ratio']:9.4f}  {target}"
-    print(line, flush=True)
-    return {**found, **spread, "rounds": rounds}
+            took = measuring.timed(side[0]).cpu
+            side[1]()
+            return took
+
+        return run
+
+    mine, theirs = (times[1:] for times in measuring.in_turns(once(ours), once(peer), rounds + 1))
+    found = measuring.row(name, mine, theirs, target, "s", "CPU time")
+    if seconds is not None:
+        found |= {"target": seconds / found["peer"], "note": f"CPU time; the target is {seconds * 1e3:g} ms"}
+    return found
 
 
 def llama(layers: int, width: int, inner: int, vocabulary: int) -> Any:
@@ -83,9 +81,7 @@ def attaching(rounds: int) -> Iterator[dict[str, Any]]:
             lambda: held.pop(side).unload(),
         )
 
-    yield row(
-        "attach to 336 linears", attach(engine, mine, "ours"), attach(peft, theirs, "peer"), "ratio <= 1/20", rounds
-    )
+    yield row("attach to 336 linears", attach(engine, mine, "ours"), attach(peft, theirs, "peer"), 1 / 20, rounds)
 
 
 def files(folder: Path, count: int) -> list[Path]:
@@ -120,7 +116,7 @@ def loading(rounds: int) -> Iterator[dict[str, Any]]:
         def load(model: Any) -> Step:
             return (lambda: model.load_adapter(path, adapter_name="last"), lambda: model.delete_adapter("last"))
 
-        yield row("load the 40th adapter", load(mine), load(theirs), "ratio <= 1/40", rounds)
+        yield row("load the 40th adapter", load(mine), load(theirs), 1 / 40, rounds)
 
 
 def using(rounds: int) -> Iterator[dict[str, Any]]:
@@ -145,19 +141,19 @@ def using(rounds: int) -> Iterator[dict[str, Any]]:
             lambda: mine.set_adapter_weights({"a0": 0.7, "a1": 0.3}),
             lambda: mine.set_adapter_weights({"a0": 1.0}),
         )
-        yield row("mix two adapters live (PEFT: linear)", live, mix(theirs, "linear"), "<= 0.002 s", rounds)
-        yield row("mix two adapters by svd", mix(mine, "svd"), mix(theirs, "svd"), "ratio <= 1/50", rounds)
+        yield row("mix two adapters live (PEFT: linear)", live, mix(theirs, "linear"), 0, rounds, LIVE_SECONDS)
+        yield row("mix two adapters by svd", mix(mine, "svd"), mix(theirs, "svd"), 1 / 50, rounds)
 
         def switch(model: Any) -> Step:
             return (lambda: model.set_adapter("a1"), lambda: model.set_adapter("a0"))
 
-        yield row("switch between two adapters", switch(mine), switch(theirs), "ratio <= 1.0", rounds)
+        yield row("switch between two adapters", switch(mine), switch(theirs), 1.0, rounds)
 
         def merge(model: Any) -> Step:
             return (model.merge_adapter, model.unmerge_adapter)
 
-        yield row("merge", merge(mine), merge(theirs), "ratio <= 1.0", rounds)
-        yield row("unmerge", *((u, m) for m, u in (merge(mine), merge(theirs))), "ratio <= 1.0", rounds)
+        yield row("merge", merge(mine), merge(theirs), 1.0, rounds)
+        yield row("unmerge", *((u, m) for m, u in (merge(mine), merge(theirs))), 1.0, rounds)
 
         held: dict[str, Any] = {"ours": mine, "peer": theirs}
 
@@ -168,7 +164,7 @@ def using(rounds: int) -> Iterator[dict[str, Any]]:
             return (lambda: held.update(base=getattr(held[side], call)()), back)
 
         for call, name in (("merge_and_unload", "merge and unload"), ("unload", "unload")):
-            yield row(name, strip("ours", engine, call), strip("peer", peft, call), "ratio <= 1.0", rounds)
+            yield row(name, strip("ours", engine, call), strip("peer", peft, call), 1.0, rounds)
 
 
 def answering(rounds: int) -> Iterator[dict[str, Any]]:
@@ -220,14 +216,14 @@ def answering(rounds: int) -> Iterator[dict[str, Any]]:
         what = f"8 adapters on {words}, {NEW_TOKENS} tokens"
         model = many(engine, targets)
         ours = decoded(model, names)
-        yield row(f"{what} (the base alone)", ours, decoded(base, [None] * COLUMNS), "ratio <= 1.2", rounds)
+        yield row(f"{what} (the base alone)", ours, decoded(base, [None] * COLUMNS), 1.2, rounds)
         import peft
 
-        yield row(f"{what} (PEFT's mixed batch)", ours, generated(many(peft, targets)), "ratio <= 1.0", rounds)
+        yield row(f"{what} (PEFT's mixed batch)", ours, generated(many(peft, targets)), 1.0, rounds)
     grid = [{names[0]: share / 8, names[1]: 1 - share / 8} for share in range(COLUMNS)]
     what = f"8 mixes of 2 adapters on all linears, {NEW_TOKENS} tokens"
     alone = decoded(base, [None] * COLUMNS)
-    yield row(f"{what} (the base alone)", decoded(model, grid), alone, "ratio <= 1.2", rounds)
+    yield row(f"{what} (the base alone)", decoded(model, grid), alone, 1.2, rounds)
 
 
 GROUPS: dict[str, Callable[[int], Iterator[dict[str, Any]]]] = {
@@ -239,7 +235,7 @@ GROUPS: dict[str, Callable[[int], Iterator[dict[str, Any]]]] = {
 
 
 def rows(rounds: int = ROUNDS, only: str = "") -> list[dict[str, Any]]:
-    """Every row: name, ours, peer, ratio, target, unit, and the spread of both."""
+    """Every row, or those of the group `only`."""
     found: list[dict[str, Any]] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -250,29 +246,10 @@ def rows(rounds: int = ROUNDS, only: str = "") -> list[dict[str, Any]]:
     return found
 
 
-def main() -> None:
-    """How long adapters take to attach, load, mix, switch, merge and answer side by side, beside PEFT."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--only", choices=tuple(GROUPS), default="")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    import peft
-    import torch
-    import transformers
-
-    found = rows(options.rounds, options.only)
-    if options.json:
-        about = {
-            "machine": platform.platform(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "peft": peft.__version__,
-            "unit": "CPU seconds of the process, medians; spread is [smallest, largest]",
-        }
-        options.json.write_text(json.dumps({**about, "rows": found}, indent=1) + "\n", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    measuring.command_line(
+        __doc__,
+        rows,
+        ("--rounds", {"type": int, "default": ROUNDS}),
+        ("--only", {"choices": tuple(GROUPS), "default": ""}),
+    )

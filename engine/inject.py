@@ -236,7 +236,9 @@ def wrap(model: nn.Module, name: str, switchboard: Switchboard) -> AdapterLayer:
     # The layer's own parts alone: what it wraps has its modes already.
     layer.training = layer.adapters.training = layer.biases.training = module.training
     replace_module(model, name, layer)
-    gated.install(unwrapped(module_at(model, name.rpartition(".")[0])))
+    parent, _, own = name.rpartition(".")
+    if own == gated.DOWN:
+        gated.install(unwrapped(module_at(model, parent)))
     return layer
 
 

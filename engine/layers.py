@@ -202,13 +202,13 @@ class AdapterLayer(nn.Module):
         former, every = dict(self.merged), {**self.merged, **new}
         self.unmerge()
         try:
-            base, changes, merged = self._planned(every)
+            base, merged = self._planned(every)
         except BaseException:
             self.merge(former)
             raise
         for name, tensor in merged.items():
             if bnb.is_packed(self.base_layer) and name == "weight":
-                self._requantize(tensor, changes[name], keep)
+                self._requantize(tensor, base, keep)
                 continue
             target = getattr(base, name)
             if keep and target.device.type == "cpu":
@@ -254,25 +254,21 @@ class AdapterLayer(nn.Module):
         assert isinstance(weights, AdapterWeights)
         return weights.factors(self.base_layer)
 
-    def _planned(self, weights: Mapping[str, float]) -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor]]:
-        """The base layer, dequantised if it is packed; by name, what merging adds to its tensors and what they become.
+    def _planned(self, weights: Mapping[str, float]) -> tuple[nn.Module, dict[str, Tensor]]:
+        """The base layer, dequantised if it is packed; by name, what its tensors become.
 
         Raises:
             TargetError: the base cannot take a change up.
             EngineError: the result is not finite.
         """
         base = bnb.dense(self.base_layer) if bnb.is_packed(self.base_layer) else self.base_layer
-        changes: dict[str, Tensor] = {}
-        merged: dict[str, Tensor] = {}
-        factors = self._factors(next(iter(weights))) if len(weights) == 1 else None
-        if factors is not None:
-            (weight,) = weights.values()
-            own = master(base.weight)  # type: ignore[arg-type]
-            product = torch.addmm(own, *(t.to(own) for t in factors), alpha=weight)
-            merged["weight"] = product.to(base.weight.dtype)  # type: ignore[arg-type]
-            self._check_finite(weights, merged)
-            return base, changes, merged
+        sums: dict[str, Tensor] = {}
         for adapter, weight in weights.items():
+            factors = self._factors(adapter)
+            if factors is not None:
+                own = sums.get("weight", master(base.weight))  # type: ignore[arg-type]
+                sums["weight"] = torch.addmm(own, *(t.to(own) for t in factors), alpha=weight)
+                continue
             for name, change in self._weight_changes(adapter, base).items():
                 if getattr(base, name) is None:
                     if not change.any():
@@ -281,14 +277,11 @@ class AdapterLayer(nn.Module):
                         f"{self.module_name} has no bias to merge {adapter!r}'s bias into.",
                         "Keep the adapter unmerged.",
                     )
-                if weight != 1:
-                    change = change * weight
-                changes[name] = changes[name] + change if name in changes else change
-        for name, change in changes.items():
-            tensor = getattr(base, name)
-            merged[name] = (master(tensor) + change.to(tensor.device)).to(tensor.dtype)
+                own = sums.get(name, master(getattr(base, name)))
+                sums[name] = torch.add(own, change.to(own), alpha=weight)
+        merged = {name: tensor.to(getattr(base, name).dtype) for name, tensor in sums.items()}
         self._check_finite(weights, merged)
-        return base, changes, merged
+        return base, merged
 
     def _check_finite(self, weights: Mapping[str, float], merged: Mapping[str, Tensor]) -> None:
         for tensor in merged.values():
@@ -300,11 +293,12 @@ class AdapterLayer(nn.Module):
                     "The adapter is damaged or diverged; train it again or use an earlier checkpoint.",
                 )
 
-    def _requantize(self, weight: Tensor, change: Tensor, keep: bool) -> None:
+    def _requantize(self, weight: Tensor, former: nn.Module, keep: bool) -> None:
+        assert isinstance(former.weight, Tensor)
         if keep:
             self._codes_before = bnb.snapshot(self.base_layer)
         bnb.requantize(self.base_layer, weight)
-        self.merge_error = bnb.merge_error(weight, bnb.dequantized(self.base_layer), change.to(weight.device))
+        self.merge_error = bnb.merge_error(weight, bnb.dequantized(self.base_layer), weight - former.weight)
 
     def _weight_changes(self, adapter: str, base: nn.Module) -> dict[str, Tensor]:
         """Name of a tensor of the base -> what the adapter adds to it at weight 1; `base` is not packed."""

@@ -178,7 +178,7 @@ class Merging(ModelState):
         for name, layer in list(self.wrappers()):
             if isinstance(layer, AdapterLayer):
                 replace_module(model, name, layer.base_layer)
-                gated.remove(module_at(model, name.rpartition(".")[0]))
+                gated.remove(unwrapped(module_at(model, name.rpartition(".")[0])))
             else:
                 copies = [layer.copies[adapter] for adapter in keep if adapter in layer.copies]
                 replace_module(model, name, copies[0] if copies else layer.original_module)

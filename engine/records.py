@@ -13,6 +13,7 @@ import struct
 import tempfile
 import threading
 import zlib
+from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -67,8 +68,9 @@ def numbers(types: str, apart: Callable[[T], Sequence[Sequence[int]]], whole: Ca
 class Rows(Sequence[T]):
     """A sequence whose rows are made one by one (`one`), when they are asked for."""
 
+    @abstractmethod
     def one(self, number: int) -> T:
-        raise NotImplementedError
+        """Row `number`, from 0."""
 
     def raws(self) -> Callable[[int], bytes] | None:
         """What gives a row's bytes by its number, where rows are held as bytes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -169,18 +170,22 @@ def quantised(spec: JobSpec, kind: str) -> JobSpec:
 
 def test_qlora_from_a_job(data: Path, tmp_path: Path) -> None:
     spec = adapter_job(data, max_steps=12)
-    _, plain = train(spec, tmp_path / "plain")
-    state, recorder = train(quantised(spec, "nf4"), tmp_path / "nf4")
-    ends = [r.of("done")[0]["eval_loss"] for r in (plain, recorder)]
-    assert state == "done" and recorder.of("start")[0]["quantization"] == "nf4"
-    assert ends[1] < 0.8 * recorder.of("done")[0]["first_eval_loss"]
-    # A toy of 256 channels rounds worse than a real model, for which tests/test_qlora_smollm2.py says 3 %; after twelve
-    # steps the codes' own start can also lead.
-    assert ends[1] < 1.06 * ends[0]
+    ends = {"none": 0.0, "nf4": 0.0}
+    # Three seeds: in one run the order of rows and dropout's masks move the end by some per cent.
+    for seed in range(3):
+        seeded = dataclasses.replace(spec, training=dataclasses.replace(spec.training, seed=seed))
+        for kind in ends:
+            state, recorder = train(quantised(seeded, kind), tmp_path / kind / str(seed))
+            done = recorder.of("done")[0]
+            assert state == "done" and recorder.of("start")[0]["quantization"] == kind
+            assert done["eval_loss"] < 0.8 * done["first_eval_loss"]
+            ends[kind] += done["eval_loss"]
+    # A toy of 256 channels rounds worse than a real model, for which tests/test_qlora_smollm2.py says 3 %.
+    assert ends["nf4"] == pytest.approx(ends["none"], rel=0.06)
     base, _ = load_causal_lm("tiny-llama", precision="fp32")
     from engine import PeftModel
 
-    assert (logits(PeftModel.from_pretrained(base, tmp_path / "nf4" / "adapter")) - logits(base)).abs().max() >= 0
+    assert (logits(PeftModel.from_pretrained(base, tmp_path / "nf4" / "0" / "adapter")) - logits(base)).abs().max() >= 0
 
 
 def test_pausing_is_exact_in_codes(data: Path, tmp_path: Path) -> None:

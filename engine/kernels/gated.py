@@ -18,7 +18,8 @@ from engine import kernels
 from engine.kernels.linear import Product, frozen_weight
 from engine.layers import AdapterLayer
 
-_PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
+DOWN = "down_proj"
+_PARTS = ("gate_proj", "up_proj", DOWN, "act_fn")
 
 
 class GatedDown(torch.autograd.Function):
@@ -36,7 +37,8 @@ class GatedDown(torch.autograd.Function):
         act: nn.Module,
         product: Product,
     ) -> Tensor:
-        a, b = product.cast(gate, a, b)
+        ctx.kind = a.dtype
+        a, b = a.to(gate.dtype), b.to(gate.dtype)
         y, h, v = product.forward(act(gate) * up, a, b, bias, m)
         ctx.save_for_backward(gate, up, a, b, m, h, v, frozen_weight(product.base))
         ctx.product, ctx.act = product, act
@@ -52,7 +54,7 @@ class GatedDown(torch.autograd.Function):
             activated = ctx.act(source)
         x = activated.detach() * up
         wanted = (inputs, *ctx.needs_input_grad[2:6])
-        dx, *others = ctx.product.backward(grad, x, a, b, m, h, v, weight, wanted)
+        dx, *others = ctx.product.backward(grad, x, a, b, m, h, v, weight, wanted, ctx.kind)
         dgate = dup = None
         if dx is not None:
             del x

@@ -59,7 +59,6 @@ class Product:
         offset: PiSSA's A0 and B0, or None.
         norm: DoRA's n, (out), or None.
         state: the generator's state before the mask was drawn.
-        master: the type of A and B themselves, and of their gradients.
     """
 
     base: nn.Module
@@ -68,7 +67,6 @@ class Product:
     offset: tuple[Tensor, Tensor] | None = None
     norm: Tensor | None = None
     state: Tensor | None = None
-    master: torch.dtype = torch.float32
 
     def forward(
         self, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, m: Tensor | None
@@ -104,8 +102,9 @@ class Product:
         v: Tensor | None,
         weight: Tensor | None,
         wanted: tuple[bool, bool, bool, bool, bool],
+        kind: torch.dtype,
     ) -> tuple[Tensor | None, ...]:
-        """The gradients of x, A, B, the adapter's bias and m, where `wanted`; A's and B's in their own type."""
+        """The gradients of x, A, B, the adapter's bias and m, where `wanted`; those of A and B in the type `kind`."""
         flat = x.reshape(-1, x.shape[-1])
         dy = grad.reshape(-1, grad.shape[-1])
         dm: Tensor | None = None
@@ -121,9 +120,9 @@ class Product:
             dropped = self._mask(flat)
         if wanted[1]:
             source = flat if dropped is None else flat * dropped
-            da = torch.mm(dh.t(), source).to(self.master).mul_(self.factor)
+            da = torch.mm(dh.t(), source).to(kind).mul_(self.factor)
         if wanted[2]:
-            db = torch.mm(dy.t().to(x.dtype), h).to(self.master).mul_(self.factor)
+            db = torch.mm(dy.t().to(x.dtype), h).to(kind).mul_(self.factor)
         if wanted[3]:
             dbias = dy.sum(0, dtype=torch.float32) * self.factor
         if wanted[0]:
@@ -137,11 +136,6 @@ class Product:
                 dx.addmm_(torch.mm(dy.to(x.dtype), b0), a0, alpha=-self.factor)
             dx = dx.view(x.shape)
         return dx, da, db, dbias, dm
-
-    def cast(self, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """A and B in the type of x."""
-        self.master = a.dtype
-        return a.to(x.dtype), b.to(x.dtype)
 
     def _gain(self, m: Tensor) -> Tensor:
         assert self.norm is not None
@@ -216,7 +210,8 @@ class AdaptedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, m: Tensor | None, product: Product
     ) -> Tensor:
-        a, b = product.cast(x, a, b)
+        ctx.kind = a.dtype
+        a, b = a.to(x.dtype), b.to(x.dtype)
         y, h, v = product.forward(x, a, b, bias, m)
         need_x = ctx.needs_input_grad[1] or m is not None
         ctx.save_for_backward(x if need_x else None, a, b, m, h, v, frozen_weight(product.base))
@@ -231,7 +226,7 @@ class AdaptedLinear(torch.autograd.Function):
             # LoRA-FA: nothing reads the input, only its shape and type matter.
             x = grad.new_empty(1, dtype=h.dtype).expand(ctx.shape)
         wanted = (*ctx.needs_input_grad[:5],)
-        return *ctx.product.backward(grad, x, a, b, m, h, v, weight, wanted), None
+        return *ctx.product.backward(grad, x, a, b, m, h, v, weight, wanted, ctx.kind), None
 
 
 def frozen_weight(base: nn.Module) -> Tensor | None:
@@ -253,4 +248,4 @@ class Parts:
         """The base layer's output with the adapter's."""
         if torch.is_grad_enabled():
             return AdaptedLinear.apply(x, self.a, self.b, self.bias, self.m, self.product)  # type: ignore[no-any-return]
-        return self.product.forward(x, *self.product.cast(x, self.a, self.b), self.bias, self.m)[0]
+        return self.product.forward(x, self.a.to(x.dtype), self.b.to(x.dtype), self.bias, self.m)[0]

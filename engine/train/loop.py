@@ -339,16 +339,7 @@ def _checkpoint(run: Run) -> Path:
 def _identity(spec: JobSpec) -> dict[str, Any]:
     """What must not change between a run and its resumption."""
     plain = spec.to_dict()
-    free = (
-        "eval_every",
-        "checkpoint_every",
-        "sample_prompts",
-        "threads",
-        "max_grad_norm",
-        "learning_rate",
-        "activation_offload",
-    )
-    training = {key: value for key, value in plain["training"].items() if key not in free}
+    training = {key: value for key, value in plain["training"].items() if key not in _FREE}
     # Checkpoints from before these keys have none of them, and mean the same.
     training = {key: value for key, value in training.items() if key not in _NEWER or value != _NEWER[key]}
     # Nor of these, where they are what they always were.
