@@ -13,7 +13,7 @@ import gradio as gr
 
 from engine.combinations import LIVE
 from engine.errors import EngineError
-from studio import mixing, sampling_form
+from studio import mixing, prompt_form, sampling_form
 from studio.adapter_words import meaning
 from studio.comparing import Column, columns_html, fitting, halted
 from studio.context import Studio
@@ -85,24 +85,7 @@ def build() -> Parts:
                 )
                 for number in range(mixing.MOST)
             ]
-        prompt = gr.Textbox(
-            label="Prompt",
-            lines=2,
-            max_lines=8,
-            placeholder="Ask something, then move a slider.",
-            elem_id="mix-prompt",
-        )
-        picture = gr.Image(
-            label="Picture to describe",
-            type="filepath",
-            sources=["upload", "clipboard"],
-            height=220,
-            visible=False,
-            elem_id="mix-picture",
-        )
-        with gr.Row():
-            answer = gr.Button("Answer", variant="primary", elem_id="mix-answer", scale=2)
-            stop = gr.Button("Stop", interactive=False, elem_id="mix-stop", scale=1)
+        prompt, picture, answer, stop = prompt_form.build("mix", "Ask something, then move a slider.", "Answer")
         fault = gr.HTML(visible=False, elem_id="mix-fault")
         answers = gr.HTML(elem_id="mix-answers")
         with gr.Accordion("How they become one", open=False), gr.Row():

@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from engine.errors import EngineError
-from studio import adapter_panel, adapter_words, adapting, mixer, mixing, work_panel
+from studio import adapter_panel, adapter_words, adapting, bin_form, mixer, mixing, work_panel
 from studio.library import PAGE
 from studio.markup import error, esc, notice
 from studio.page import ADAPTERS, COMPARE, HIDDEN, START, Page, go, message
@@ -121,15 +121,7 @@ def build(page: Page) -> None:
             " answers; below 0 it is taken away. Let go of one and the answer comes anew; nothing is loaded again.</p>"
         )
         panel = mixer.build()
-    with gr.Accordion("Bin", open=False, visible=False, elem_id="adapters-bin") as bin_part:
-        bin_choice = gr.Dropdown([], label="In the bin", elem_id="adapters-bin-choice")
-        with gr.Row():
-            restore = gr.Button("Take it out", elem_id="adapters-restore")
-            empty_bin = gr.Button("Empty the bin", elem_id="adapters-bin-empty")
-        with gr.Row(visible=False) as empty_row:
-            gr.HTML('<p class="st-hint">This removes the adapters in the bin with their files, for good.</p>')
-            empty_yes = gr.Button("Yes, remove for good", variant="stop", elem_id="adapters-bin-yes")
-            empty_no = gr.Button("Keep them")
+    bin_parts = bin_form.build("adapters-bin", "This removes the adapters in the bin with their files, for good.")
     tab = Parts(
         empty,
         to_start,
@@ -150,13 +142,7 @@ def build(page: Page) -> None:
         bring_in,
         import_fault,
         mixing_part,
-        bin_part,
-        bin_choice,
-        restore,
-        empty_bin,
-        empty_row,
-        empty_yes,
-        empty_no,
+        *bin_parts,
         gr.State(FIRST),
         gr.State(""),
     )

@@ -11,7 +11,7 @@ import gradio as gr
 from engine.data import open_picture
 from engine.errors import EngineError
 from engine.models.catalogue import BUILTIN, DEFAULT
-from studio import sampling_form
+from studio import prompt_form, sampling_form
 from studio.comparing import MOST_ADAPTERS, answer, columns_html, earlier_html, finished_runs, fitting, halted, task_of
 from studio.markup import error, notice
 from studio.page import COMPARE, HIDDEN, Page
@@ -53,24 +53,9 @@ def build(page: Page) -> None:
             elem_id="compare-adapters",
             scale=2,
         )
-    prompt = gr.Textbox(
-        label="Prompt",
-        lines=2,
-        max_lines=8,
-        placeholder="Ask something that your rows are about.",
-        elem_id="compare-prompt",
+    prompt, picture, generate, stop = prompt_form.build(
+        "compare", "Ask something that your rows are about.", "Generate"
     )
-    picture = gr.Image(
-        label="Picture to describe",
-        type="filepath",
-        sources=["upload", "clipboard"],
-        height=220,
-        visible=False,
-        elem_id="compare-picture",
-    )
-    with gr.Row():
-        generate = gr.Button("Generate", variant="primary", elem_id="compare-generate", scale=2)
-        stop = gr.Button("Stop", interactive=False, elem_id="compare-stop", scale=1)
     how = sampling_form.build("The same for every column.")
     answers = gr.HTML(elem_id="compare-answers")
     with gr.Accordion("Earlier comparisons", open=False):
@@ -105,7 +90,8 @@ def wire(page: Page) -> None:
         if wanted and wanted["nonce"] != done:
             shown = offer(wanted["base"], wanted["runs"], fitting(studio, wanted["runs"][0]))
             return {**shown, parts.answers: "", parts.done: wanted["nonce"]}
-        return offer(base, chosen, prompt)
+        # Nothing was asked of a base that nobody trained: it is the one that stood here before the first run.
+        return offer(base if prompt or (base and choices(base)) else None, chosen, prompt)
 
     def offer(base: str | None, chosen: list[str] | None, prompt: str) -> dict[Any, Any]:
         """The bases and adapters there are now; the newest adapter is chosen when nothing is."""

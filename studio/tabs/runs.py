@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from engine.errors import EngineError
-from studio import charts, states, words
+from studio import bin_form, charts, states, words
 from studio.forms import as_yaml
 from studio.markup import error, notice
 from studio.page import COMPARE, HIDDEN, PICK, RUNS, START, TRAIN, Page, go, message
@@ -71,15 +71,7 @@ def build(page: Page) -> None:
             config = gr.Code(language="yaml", show_label=False, interactive=False)
         with gr.Accordion("End of the log", open=False):
             log = gr.Code(language=None, show_label=False, interactive=False, max_lines=24)
-    with gr.Accordion("Bin", open=False, visible=False) as bin_part:
-        bin_choice = gr.Dropdown([], label="In the bin", elem_id="bin-choice")
-        with gr.Row():
-            restore = gr.Button("Take it out", elem_id="bin-restore")
-            empty = gr.Button("Empty the bin", elem_id="bin-empty")
-        with gr.Row(visible=False) as empty_row:
-            gr.HTML('<p class="st-hint">This removes the runs in the bin with their adapters, for good.</p>')
-            empty_yes = gr.Button("Yes, remove for good", variant="stop", elem_id="bin-empty-yes")
-            empty_no = gr.Button("Keep them")
+    bin_parts = bin_form.build("runs-bin", "This removes the runs in the bin with their adapters, for good.")
     page.parts[ID] = Parts(
         table,
         to_start,
@@ -96,13 +88,7 @@ def build(page: Page) -> None:
         curve,
         config,
         log,
-        bin_part,
-        bin_choice,
-        restore,
-        empty,
-        empty_row,
-        empty_yes,
-        empty_no,
+        *bin_parts,
         gr.State(""),
         gr.Timer(2.0, active=False),
         gr.State(None),

@@ -1,0 +1,38 @@
+"""The bin of a page: what lies in it, taking it out again, and emptying it after a question."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import gradio as gr
+
+
+class Bin(NamedTuple):
+    """The widgets; `part` is shown while something lies in the bin, `asked` while emptying waits for an answer."""
+
+    part: gr.Accordion
+    choice: gr.Dropdown
+    restore: gr.Button
+    empty: gr.Button
+    asked: gr.Row
+    yes: gr.Button
+    no: gr.Button
+
+
+def build(ids: str, loss: str) -> Bin:
+    """Lay them out, hidden.
+
+    Args:
+        ids: what their ids begin with.
+        loss: what goes for good.
+    """
+    with gr.Accordion("Bin", open=False, visible=False, elem_id=ids) as part:
+        choice = gr.Dropdown([], label="In the bin", elem_id=f"{ids}-choice")
+        with gr.Row():
+            restore = gr.Button("Take it out", elem_id=f"{ids}-restore")
+            empty = gr.Button("Empty the bin", elem_id=f"{ids}-empty")
+        with gr.Row(visible=False) as asked:
+            gr.HTML(f'<p class="st-hint">{loss}</p>')
+            yes = gr.Button("Yes, remove for good", variant="stop", elem_id=f"{ids}-yes")
+            no = gr.Button("Keep them")
+    return Bin(part, choice, restore, empty, asked, yes, no)
