@@ -60,12 +60,14 @@ def theme() -> gr.themes.Base:
 
 
 def css() -> str:
-    """The studio's own style sheet, with a class for each colour that an adapter's slider may have."""
+    """The studio's own style sheets (`assets/styles`), with a class for each colour that a slider may have."""
     sliders = "\n".join(f".mix-c{n} {{ --slider-color: {shade}; --c: {shade}; }}" for n, shade in enumerate(PALETTE))
-    return (_FOLDER / "studio.css").read_text(encoding="utf-8") + sliders + "\n"
+    sheets = (path.read_text(encoding="utf-8") for path in sorted((_FOLDER / "styles").glob("*.css")))
+    return "\n".join([*sheets, sliders, ""])
 
 
 def head() -> str:
     """What stands in the page's head: the frame's style, hover text on charts, the run and tab in the address."""
-    style, script = ((_FOLDER / name).read_text(encoding="utf-8") for name in ("page.css", "studio.js"))
-    return f"<style>{style}</style><script>{script}</script>"
+    style = (_FOLDER / "page.css").read_text(encoding="utf-8")
+    scripts = (path.read_text(encoding="utf-8") for path in sorted((_FOLDER / "scripts").glob("*.js")))
+    return f"<style>{style}</style>" + "".join(f"<script>{script}</script>" for script in scripts)
