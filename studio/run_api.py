@@ -52,7 +52,8 @@ class RunEndpoints:
         kept (paused or stopped) or failed (or lost). `sort` is created, name, state, base, method, data, loss, time,
         steps or size with -up or -down. `bytes` is null until the run's folder was measured.
         """
-        wanted = Wanted(search or "", state or "", sort, int(limit) if isinstance(limit, float) else limit)
+        whole = int(limit) if isinstance(limit, float) and limit.is_integer() else limit
+        wanted = Wanted("" if search is None else search, "" if state is None else state, sort, whole)
         rows = self.history.rows(wanted)
         self.jobs.storage.refresh(rows)
         return {"total": self.history.count(wanted), "runs": [_run(row) for row in rows]}
@@ -139,7 +140,7 @@ class RunEndpoints:
 
         Of long curves at most `points` (10 to 5000) are answered: of each stretch the lowest and the highest.
         """
-        if by not in overlay.AXES:
+        if not isinstance(by, str) or by not in overlay.AXES:
             raise ConfigError(f"by is {str(by)[:40]!r}; needed: one of {', '.join(overlay.AXES)}.")
         if isinstance(points, bool) or not isinstance(points, int | float) or not 10 <= points <= 5000:
             raise ConfigError(f"points is {str(points)[:40]!r}; needed: 10 to 5000.")

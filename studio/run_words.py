@@ -131,13 +131,15 @@ def _line(row: Row, picked: bool, chosen: bool) -> str:
     tags = "".join(tag_chip(tag) for tag in row["tags"])
     under = f'<span class="rl-data">{esc(row["data_name"])}</span>' if row["data_name"] else ""
     cells = (
-        f'<span class="rl-name">{dot(row["colour"])}<button class="link" type="button" data-run="{key}">'
-        f'{esc(row["name"])}</button></span><span class="rl-under">{under}{tags}</span>',
+        f'<div><span class="rl-name">{dot(row["colour"])}<button class="link" type="button" data-run="{key}">'
+        f'{esc(row["name"])}</button></span><span class="rl-under">{under}{tags}</span></div>',
         badge(row["state"]),
         esc(row["model"]),
         esc(row["method"]),
-        f'<span class="rl-loss">{charts.sparkline(row["curve"], row["colour"])}<span class="num">{loss}</span></span>',
-        f'<span class="num">{seconds(took)}</span>',
+        f'<span class="rl-loss">{charts.sparkline(row["curve"], row["colour"])}<span class="num">{loss}</span></span>'
+        if loss
+        else "",
+        f'<span class="num">{seconds(took)}</span>' if took is not None else "",
         f'<span class="num">{steps}</span>',
         f'<span class="num rl-size">{size(row["bytes"]) if row["bytes"] is not None else "…"}</span>',
         f'<span class="num">{esc(ago(row["created"]))}</span>',
