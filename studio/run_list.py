@@ -12,15 +12,8 @@ from studio.history import GROUPS, MOST_ROWS, PAGE, Wanted, sort_keys, sorts
 from studio.i18n import t
 from studio.markup import esc
 
-_SAY = """element.addEventListener('click', (event) => {
-  const named = event.target.closest('[data-run], [data-sort], [data-tag], [data-open], [data-to], [data-cancel]');
-  if (named && !named.disabled) trigger('click', {...named.dataset});
-});
-element.addEventListener('change', (event) => {
-  if (event.target.dataset.pick) trigger('click', {pick: event.target.dataset.pick, on: event.target.checked});
-});
-window.studioDragRuns(element, (queued, to) => trigger('click', {queued, to}));"""
-"""What was pressed, chosen or dragged in the queue or the list, as its `data-` names say it."""
+_SAY = "window.studioRuns(element, trigger, watch);"
+"""Says what was pressed, chosen or dragged in the queue or the list, as its `data-` names have it."""
 
 
 @dataclass

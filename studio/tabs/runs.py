@@ -164,7 +164,9 @@ class Actions:
             raise ConfigError(
                 f"{overlay.MOST} runs are chosen already; more curves cannot be told apart.", "Clear one of the boxes."
             )
-        return self._together(_with(view, picked=[*picked, run_id] if on else picked))
+        after = _with(view, picked=[*picked, run_id] if on else picked)
+        # Drawn anew with the box as it is now, or an answer that was on its way would turn it back.
+        return {**self._together(after), self.parts.table: self._table(self.history.rows(view.wanted), after)}
 
     def _together(self, view: View) -> Updates:
         options = (view.by, view.smoothing, view.log, view.whole)

@@ -1,6 +1,42 @@
-// The queue by drag and drop: dropped on a waiting run's upper half, the dragged one goes before it, else behind it.
-// The buttons beside each run do the same for the keyboard and for fingers.
-window.studioDragRuns = (element, move) => {
+// The queue and the list of runs. What is pressed goes to the server as the button's data; each answer draws the whole
+// anew, place by place: a button or a box that stays in its place may be another run's then.
+window.studioRuns = (element, trigger, watch) => {
+  const buttons = ["run", "sort", "tag", "open", "cancel", "to"];
+  const pressed = (target) => target.closest(buttons.map((name) => `[data-${name}]`).join(", "));
+  element.addEventListener("click", (event) => {
+    const named = pressed(event.target);
+    if (named && !named.disabled) trigger("click", { ...named.dataset });
+  });
+  element.addEventListener("change", (event) => {
+    const { pick } = event.target.dataset;
+    if (pick) trigger("click", { pick, on: event.target.checked });
+  });
+
+  // By the keyboard one stays with the run, not with the place.
+  let held = null;
+  const same = (a, b) => JSON.stringify(a) === JSON.stringify(b);
+  element.addEventListener("focusin", (event) => (held = { ...event.target.dataset }));
+  document.addEventListener("focusin", (event) => {
+    if (!element.contains(event.target)) held = null;
+  });
+  document.addEventListener("pointerdown", (event) => {
+    if (!element.contains(event.target)) held = null;
+  });
+  const follow = () => {
+    const active = document.activeElement;
+    if (!held || (active !== document.body && !element.contains(active)) || same({ ...active.dataset }, held)) return;
+    const all = [...element.querySelectorAll("button, input")].filter((one) => !one.disabled);
+    const key = held;
+    const found = all.find((one) => same({ ...one.dataset }, key)) || all.find((one) => key.queued && one.dataset.queued === key.queued);
+    if (found) found.focus({ preventScroll: true });
+    held = key;
+  };
+  watch("value", () => {
+    element.querySelectorAll("input[data-pick]").forEach((box) => (box.checked = box.hasAttribute("checked")));
+    follow();
+  });
+
+  // Dropped on a waiting run's upper half, the dragged one goes before it, else behind it.
   let dragged = null;
   const clear = () => element.querySelectorAll(".above, .below").forEach((item) => item.classList.remove("above", "below"));
   const over = (event) => (dragged ? event.target.closest("[data-place]") : null);
@@ -25,35 +61,10 @@ window.studioDragRuns = (element, move) => {
     event.preventDefault();
     const next = item.nextElementSibling;
     const to = upper(event, item) ? item.dataset.place : next ? next.dataset.place : "last";
-    if (item.dataset.place !== dragged && to !== dragged) move(dragged, to);
+    if (item.dataset.place !== dragged && to !== dragged) trigger("click", { queued: dragged, to });
   });
   element.addEventListener("dragend", () => {
     dragged = null;
     clear();
   });
 };
-
-// The queue and the list are drawn anew while runs go on; who stands on a button in them by the keyboard stays there.
-(() => {
-  const lists = "#runs-queue, #runs-table";
-  const names = ["run", "sort", "tag", "open", "cancel", "pick"];
-  let held = null;
-  const key = (target) => {
-    if (target.dataset.to) return [`[data-queued="${target.dataset.queued}"][data-to="${target.dataset.to}"]`, `[data-place="${target.dataset.queued}"] button:not([disabled]):not(.link)`];
-    const name = names.find((one) => target.dataset[one]);
-    return name ? [`[data-${name}="${CSS.escape(target.dataset[name])}"]`] : null;
-  };
-  document.addEventListener("focusin", (event) => {
-    const list = event.target.closest(lists);
-    held = list && key(event.target) ? { list: list.id, wanted: key(event.target) } : null;
-  });
-  document.addEventListener("pointerdown", (event) => {
-    if (!event.target.closest(lists)) held = null;
-  });
-  new MutationObserver(() => {
-    if (!held || document.activeElement !== document.body) return;
-    const list = document.getElementById(held.list);
-    const found = list && held.wanted.map((one) => list.querySelector(one)).find((one) => one && !one.disabled);
-    if (found) found.focus({ preventScroll: true });
-  }).observe(document, { childList: true, subtree: true });
-})();
