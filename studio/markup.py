@@ -20,6 +20,11 @@ def esc(text: Any) -> str:
     return safe.replace("$", "&#36;").replace("{", "&#123;").replace("}", "&#125;").replace("`", "&#96;")
 
 
+def began(text: str) -> str:
+    """Words as they stand at the beginning of a line."""
+    return text[:1].upper() + text[1:]
+
+
 def notice(kind: str, title: str, text: str = "", hint: str = "") -> str:
     """A box that says what happened and what to do. `kind` is `error`, `warn`, `good` or `info`."""
     parts = [f'<strong class="notice-title">{esc(title)}</strong>']

@@ -10,7 +10,7 @@ import gradio as gr
 from studio import bin_form, run_panel, run_together
 from studio.history import GROUPS, MOST_ROWS, PAGE, Wanted, sort_keys, sorts
 from studio.i18n import t
-from studio.markup import esc
+from studio.markup import began, esc
 
 _SAY = "window.studioRuns(element, trigger, watch);"
 """Says what was pressed, chosen or dragged in the queue or the list, as its `data-` names have it."""
@@ -106,9 +106,9 @@ def build() -> Whole:
             scale=3,
             min_width=240,
         )
-        groups = [(t(words).capitalize(), key) for key, (words, _) in GROUPS.items()]
+        groups = [(began(t(words)), key) for key, (words, _) in GROUPS.items()]
         state = gr.Dropdown(groups, value="", label=t("State"), elem_id="runs-state", min_width=150)
-        orders = [(words.capitalize(), key) for words, key in sorts()]
+        orders = [(began(words), key) for words, key in sorts()]
         sort = gr.Dropdown(orders, value="created-down", label=t("Order"), elem_id="runs-sort", min_width=170)
     summary = gr.HTML(elem_id="runs-summary")
     fault = gr.HTML(visible=False, elem_id="runs-fault")

@@ -11,7 +11,7 @@ import gradio as gr
 from engine.errors import EngineError
 from studio import overlay, run_diff
 from studio.i18n import t
-from studio.markup import esc
+from studio.markup import began, esc
 from studio.page import HIDDEN
 from studio.store import Row, Store
 
@@ -54,7 +54,7 @@ def build() -> dict[str, Any]:
     with gr.Column(visible=False, elem_id="runs-together") as column:
         gr.HTML(f'<h3 class="page-title">{esc(t("Chosen runs together"))}</h3>')
         with gr.Row():
-            axes = [(t(words).capitalize(), key) for key, words in overlay.AXES.items()]
+            axes = [(began(t(words)), key) for key, words in overlay.AXES.items()]
             by = gr.Radio(axes, value="step", label=t("Along"), elem_id="together-by", scale=2)
             smoothing = gr.Slider(0, 0.99, value=0.6, step=0.01, label=t("Smoothing"), elem_id="together-smoothing")
             log = gr.Checkbox(False, label=t("Logarithmic loss"), container=True, elem_id="together-log")

@@ -153,14 +153,8 @@ def _line(row: Row, picked: bool, chosen: bool) -> str:
     )
 
 
-def tag_chip(tag: str, removable: bool = False) -> str:
-    """A tag as a button that searches for it, or that takes it off."""
-    if removable:
-        label = esc(t("Take the tag {tag} off", tag=tag))
-        return (
-            f'<button type="button" class="run-tag" data-untag="{esc(tag)}" aria-label="{label}" title="{label}">'
-            f'{esc(tag)} <span aria-hidden="true">×</span></button>'
-        )
+def tag_chip(tag: str) -> str:
+    """A tag as a button that searches for it."""
     label = esc(t("Search for {tag}", tag=tag))
     return f'<button type="button" class="run-tag" data-tag="{esc(tag)}" title="{label}">{esc(tag)}</button>'
 
