@@ -26,10 +26,8 @@ window.studioRuns = (element, trigger, watch) => {
     const active = document.activeElement;
     if (!held || (active !== document.body && !element.contains(active)) || same({ ...active.dataset }, held)) return;
     const all = [...element.querySelectorAll("button, input")].filter((one) => !one.disabled);
-    const key = held;
-    const found = all.find((one) => same({ ...one.dataset }, key)) || all.find((one) => key.queued && one.dataset.queued === key.queued);
+    const found = all.find((one) => same({ ...one.dataset }, held)) || all.find((one) => held.queued && one.dataset.queued === held.queued);
     if (found) found.focus({ preventScroll: true });
-    held = key;
   };
   watch("value", () => {
     element.querySelectorAll("input[data-pick]").forEach((box) => (box.checked = box.hasAttribute("checked")));
