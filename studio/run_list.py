@@ -63,7 +63,7 @@ class Whole:
     def view(self) -> list[Any]:
         """The inputs of every action, in the order of `View`."""
         tab, together = self.tab, self.together
-        shown = [tab.search, tab.state, tab.sort, tab.limit, self.detail.chosen, tab.bin.choice]
+        shown = [tab.search, tab.state, tab.sort, tab.limit, self.detail.chosen, tab.seen]
         return [*shown, together.picked, *together.options]
 
 
@@ -76,7 +76,7 @@ class View:
     sort: str
     limit: int
     chosen: str
-    bin_choice: str | None
+    seen: dict[str, Any] | None
     picked: list[str]
     by: str
     smoothing: float

@@ -20,7 +20,8 @@ Updates = dict[Any, Any]
 
 @dataclass
 class Parts:
-    """The widgets of the detail; `tagged` holds the tags that the page last saw, `chosen` the run's id."""
+    """The widgets of the detail. `chosen` is the run's id, in a hidden box, so that it travels with what was typed for
+    that run; `tagged` is that id with the tags that the page last saw."""
 
     column: gr.Column
     head: gr.HTML
@@ -37,7 +38,7 @@ class Parts:
     curve: gr.HTML
     config: gr.Code
     log: gr.Code
-    chosen: gr.State
+    chosen: gr.Textbox
     tagged: gr.State
 
     @property
@@ -94,7 +95,7 @@ def build() -> Parts:
         curve,
         config,
         log,
-        gr.State(""),
+        gr.Textbox(visible="hidden", elem_id="runs-chosen"),
         gr.State([]),
     )
 
@@ -114,7 +115,7 @@ def shown(parts: Parts, store: Store, jobs: Jobs, run_id: str) -> Updates:
         parts.column: gr.Column(visible=True),
         parts.name: row["name"],
         parts.tags: gr.Dropdown(choices, value=tags),
-        parts.tagged: tags,
+        parts.tagged: [run_id, *tags],
         parts.config: as_yaml(row["spec"]),
         parts.log: jobs.log_tail(run_id),
     }

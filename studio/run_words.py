@@ -10,6 +10,7 @@ from studio import charts, states
 from studio.history import COLUMNS, Wanted
 from studio.i18n import N_, t
 from studio.markup import ago, badge, dot, esc, notice, number, seconds, size
+from studio.overlay import MOST
 from studio.storage import Room
 from studio.store import Row
 
@@ -112,7 +113,7 @@ def listing(rows: Sequence[Row], wanted: Wanted, picked: Collection[str], chosen
         )
     body = "".join(_line(row, row["id"] in picked, row["id"] == chosen) for row in rows)
     return (
-        f'<table class="sheet run-list"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>'
+        f'<table class="sheet run-list" data-most="{MOST}"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>'
         if rows
         else notice("info", t("No run fits."), t("Take a word out of the search, or ask for any state."))
     )

@@ -53,6 +53,7 @@ class Actions:
         storage.refresh(rows)
         live, busy = self.store.in_states(states.LIVE), storage.busy
         none = not total and not wanted.search and not wanted.state
+        gone = [list(it) for it in self.history.binned()]
         return {
             parts.queue: run_words.queue(live, self._told(live)),
             parts.table: self._table(rows, view) if not none else _empty(),
@@ -61,8 +62,8 @@ class Actions:
             parts.to_start: gr.Button(visible=none),
             parts.more: gr.Button(visible=len(rows) < min(total, MOST_ROWS)),
             parts.timer: gr.Timer(active=bool(live) or busy),
-            parts.seen: [*moment, busy],
-            **self._bin(view),
+            **self._bin(gone, (view.seen or {}).get("bin")),
+            parts.seen: {"moment": [*moment, busy], "bin": gone},
         }
 
     def _table(self, rows: Sequence[Row], view: View) -> str:
@@ -77,22 +78,24 @@ class Actions:
                 found[row["id"]] = {**status, **step}
         return found
 
-    def _bin(self, view: View) -> Updates:
-        gone, box = self.history.binned(), self.parts.bin
-        kept = view.bin_choice if view.bin_choice in {key for _, key in gone} else None
+    def _bin(self, gone: list[list[str]], before: list[list[str]] | None) -> Updates:
+        """What lies in the bin, where it has changed: a choice in it stays otherwise."""
+        if gone == before:
+            return {}
+        box = self.parts.bin
         return {
             box.part: gr.Accordion(f"{t('Bin')} ({len(gone)})", visible=bool(gone)),
-            box.choice: gr.Dropdown(gone, value=kept or (gone[0][1] if gone else None)),
+            box.choice: gr.Dropdown([(name, key) for name, key in gone], value=gone[0][1] if gone else None),
         }
 
     def _moment(self, view: View) -> list[Any]:
         wanted = view.wanted
         return [*self.history.moment(), wanted.search, wanted.state, wanted.sort, wanted.limit]
 
-    def tick(self, before: Any, *shown: Any) -> Any:
+    def tick(self, *shown: Any) -> Any:
         """Redraw what moves by itself, when something has."""
         view = View(*shown)
-        if before == [*self._moment(view), self.jobs.storage.busy]:
+        if (view.seen or {}).get("moment") == [*self._moment(view), self.jobs.storage.busy]:
             return gr.skip()
         found = self.listing(view)
         live = {row["id"] for row in self.store.in_states(states.LIVE)}
@@ -232,15 +235,18 @@ class Actions:
 
     def tag(self, tags: list[str], before: list[str], view: View) -> Updates:
         """Other tags of the run in detail; only what changed is written: another page may have added some."""
-        tags, before = list(tags or []), list(before or [])
+        tags, (run_id, *before) = list(tags or []), before or [""]
+        if run_id != view.chosen or tags == before:
+            # They were shown, not changed.
+            return {}
         try:
             self.history.remove_tags(view.chosen, [tag for tag in before if tag not in tags])
             self.history.add_tags(view.chosen, [tag for tag in tags if tag not in before])
         except EngineError as fault:
             there = self.history.tags_of([view.chosen]).get(view.chosen, [])
-            told = gr.HTML(error(fault), visible=True)
-            return {self.detail.fault: told, self.detail.tags: gr.Dropdown(value=there), self.detail.tagged: there}
-        return {**self.listing(view), self.detail.tagged: tags, self.detail.fault: gr.HTML(visible=False)}
+            told = {self.detail.fault: gr.HTML(error(fault), visible=True)}
+            return {**told, self.detail.tags: gr.Dropdown(value=there), self.detail.tagged: [run_id, *there]}
+        return {**self.listing(view), self.detail.tagged: [run_id, *tags], self.detail.fault: gr.HTML(visible=False)}
 
     def reuse(self, view: View) -> Updates:
         """Fill Train with the settings of the run in detail."""
@@ -297,7 +303,7 @@ def wire(page: Page) -> None:
             return {**act.listing(view), parts.fault: gr.HTML(error(fault), visible=True)}
 
     on(act.listing, [page.tab[ID].select, page.blocks.load])
-    parts.timer.tick(act.tick, [parts.seen, *shown], outputs, **HIDDEN)
+    parts.timer.tick(act.tick, shown, outputs, **HIDDEN)
     # Each press counts, also while another is being answered.
     gr.on([parts.queue.click, parts.table.click], said, shown, outputs, trigger_mode="multiple", **HIDDEN)
     searching = [parts.search.input, parts.state.input, parts.sort.input]
@@ -319,8 +325,8 @@ def wire(page: Page) -> None:
     on(lambda view: act.delete([view.chosen], view), detail.delete.click)
     on(lambda view: act.delete(view.picked or [], view), together.delete.click)
     on(act.rename, [detail.rename.click, detail.name.submit], detail.name)
-    on(act.tag, detail.tags.input, detail.tags, detail.tagged, trigger_mode="always_last")
+    on(act.tag, detail.tags.change, detail.tags, detail.tagged, trigger_mode="always_last")
     on(act.undo, parts.undo.click, parts.undone)
-    on(lambda view: act.undo(["bin", view.bin_choice or ""], view), parts.bin.restore.click)
+    on(lambda run_id, view: act.undo(["bin", run_id or ""], view), parts.bin.restore.click, parts.bin.choice)
     parts.bin.no.click(lambda: gr.Row(visible=False), None, parts.bin.asked, **HIDDEN)
     run_together.wire(together, act.store)

@@ -7,10 +7,21 @@ window.studioRuns = (element, trigger, watch) => {
     const named = pressed(event.target);
     if (named && !named.disabled) trigger("click", { ...named.dataset });
   });
+
+  // A box stays as it was set until an answer has it so; answers that were on their way know nothing of it.
+  const set = new Map();
   element.addEventListener("change", (event) => {
-    const { pick } = event.target.dataset;
-    if (pick) trigger("click", { pick, on: event.target.checked });
+    const box = event.target, pick = box.dataset.pick;
+    if (!pick) return;
+    trigger("click", { pick, on: box.checked });
+    const count = element.querySelectorAll("input[data-pick]:checked").length;
+    if (count <= Number(box.closest("table").dataset.most)) set.set(pick, box.checked);
   });
+  const settle = (box) => {
+    const told = box.hasAttribute("checked"), pick = box.dataset.pick;
+    if (set.get(pick) === told) set.delete(pick);
+    box.checked = set.has(pick) ? set.get(pick) : told;
+  };
 
   // By the keyboard one stays with the run, not with the place.
   let held = null;
@@ -30,7 +41,7 @@ window.studioRuns = (element, trigger, watch) => {
     if (found) found.focus({ preventScroll: true });
   };
   watch("value", () => {
-    element.querySelectorAll("input[data-pick]").forEach((box) => (box.checked = box.hasAttribute("checked")));
+    element.querySelectorAll("input[data-pick]").forEach(settle);
     follow();
   });
 
