@@ -111,7 +111,6 @@ def build() -> Whole:
         orders = [(began(words), key) for words, key in sorts()]
         sort = gr.Dropdown(orders, value="created-down", label=t("Order"), elem_id="runs-sort", min_width=170)
     summary = gr.HTML(elem_id="runs-summary")
-    fault = gr.HTML(visible=False, elem_id="runs-fault")
     table = gr.HTML(js_on_load=_SAY, elem_id="runs-table")
     to_start = gr.Button(t("Start with a sample"), variant="primary", visible=False)
     more = gr.Button(t("Show more"), visible=False, elem_id="runs-more")
@@ -120,6 +119,7 @@ def build() -> Whole:
     box = bin_form.build("runs-bin")
     # Last, and held to the foot of the window: it is about what was done somewhere above.
     with gr.Column(elem_id="runs-foot"):
+        fault = gr.HTML(visible=False, elem_id="runs-fault")
         with gr.Row(visible=False, elem_id="runs-undone") as undo_row:
             undo_told = gr.HTML()
             undo = gr.Button(t("Undo"), size="sm", elem_id="runs-undo", min_width=90)
