@@ -177,7 +177,7 @@ def test_runs_are_tagged_renamed_found_and_ordered(page: Any, server: str) -> No
     sync_api.expect(page.locator("#runs-search textarea, #runs-search input").first).to_have_value("for the paper")
     sync_api.expect(lines(page)).to_have_count(1)
     page.locator("#runs-table").get_by_role("button", name="the old parrot", exact=True).click()
-    page.locator("#runs-tags [title='Remove seed 2']").click()
+    page.locator("#runs-tags .token").filter(has_text="seed 2").locator(".token-remove").click()
     sync_api.expect(line(page, "the old parrot").locator(".run-tag")).to_have_count(1)
 
     page.locator("#runs-search textarea, #runs-search input").first.fill("nothing has this name")
