@@ -52,7 +52,8 @@ class RunEndpoints:
         kept (paused or stopped) or failed (or lost). `sort` is created, name, state, base, method, data, loss, time,
         steps or size with -up or -down. `bytes` is null until the run's folder was measured.
         """
-        whole = int(limit) if isinstance(limit, float) and limit.is_integer() else limit
+        # JSON has no whole numbers of its own.
+        whole: Any = int(limit) if isinstance(limit, float) and limit % 1 == 0 else limit
         wanted = Wanted("" if search is None else search, "" if state is None else state, sort, whole)
         rows = self.history.rows(wanted)
         self.jobs.storage.refresh(rows)

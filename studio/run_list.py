@@ -11,9 +11,7 @@ from studio import bin_form, run_panel, run_together
 from studio.history import GROUPS, MOST_ROWS, PAGE, Wanted, sort_keys, sorts
 from studio.i18n import t
 from studio.markup import began, esc
-
-_SAY = "window.studioRuns(element, trigger, watch);"
-"""Says what was pressed, chosen or dragged in the queue or the list, as its `data-` names have it."""
+from studio.run_words import SAY
 
 
 @dataclass
@@ -97,7 +95,7 @@ class View:
 def build() -> Whole:
     """Lay out the queue, the list, one run's detail, runs together, and the bin."""
     gr.HTML(f'<h2 class="page-title">{esc(t("Everything you trained"))}</h2>')
-    queue = gr.HTML(js_on_load=_SAY, elem_id="runs-queue")
+    queue = gr.HTML(js_on_load=SAY, elem_id="runs-queue")
     with gr.Row(visible=False, elem_id="runs-shelf") as shelf:
         search = gr.Textbox(
             label=t("Search"),
@@ -111,7 +109,7 @@ def build() -> Whole:
         orders = [(began(words), key) for words, key in sorts()]
         sort = gr.Dropdown(orders, value="created-down", label=t("Order"), elem_id="runs-sort", min_width=170)
     summary = gr.HTML(elem_id="runs-summary")
-    table = gr.HTML(js_on_load=_SAY, elem_id="runs-table")
+    table = gr.HTML(js_on_load=SAY, elem_id="runs-table")
     to_start = gr.Button(t("Start with a sample"), variant="primary", visible=False)
     more = gr.Button(t("Show more"), visible=False, elem_id="runs-more")
     detail = run_panel.build()

@@ -7,9 +7,9 @@ from typing import Any
 
 import gradio as gr
 
-from studio import charts, states, words
+from studio import charts, run_words, states, words
 from studio.forms import as_yaml
-from studio.history import MOST_TAGS, History
+from studio.history import History
 from studio.i18n import t
 from studio.jobs import Jobs
 from studio.markup import error
@@ -21,7 +21,7 @@ Updates = dict[Any, Any]
 @dataclass
 class Parts:
     """The widgets of the detail. `chosen` is the run's id, in a hidden box, so that it travels with what was typed for
-    that run; `tagged` is that id with the tags that the page last saw."""
+    that run."""
 
     column: gr.Column
     head: gr.HTML
@@ -34,12 +34,13 @@ class Parts:
     close: gr.Button
     name: gr.Textbox
     rename: gr.Button
-    tags: gr.Dropdown
+    tag: gr.Textbox
+    add_tag: gr.Button
+    tags: gr.HTML
     curve: gr.HTML
     config: gr.Code
     log: gr.Code
     chosen: gr.Textbox
-    tagged: gr.State
 
     @property
     def widgets(self) -> list[Any]:
@@ -62,18 +63,9 @@ def build() -> Parts:
         with gr.Row(elem_classes="ad-row"):
             name = gr.Textbox(label=t("Name"), max_lines=1, elem_id="runs-name", scale=3, min_width=220)
             rename = gr.Button(t("Rename"), elem_id="runs-rename", scale=1, min_width=110)
-            tags = gr.Dropdown(
-                [],
-                value=[],
-                multiselect=True,
-                allow_custom_value=True,
-                max_choices=MOST_TAGS,
-                label=t("Tags"),
-                info=t("Type a word and press Enter."),
-                elem_id="runs-tags",
-                scale=4,
-                min_width=240,
-            )
+            tag = gr.Textbox(label=t("Another tag"), max_lines=1, elem_id="runs-tag", scale=3, min_width=220)
+            add_tag = gr.Button(t("Add"), elem_id="runs-tag-add", scale=1, min_width=90)
+        tags = gr.HTML(js_on_load=run_words.SAY, elem_id="runs-tags")
         curve = gr.HTML(elem_id="runs-curve")
         with gr.Accordion(t("Configuration as it ran"), open=False):
             config = gr.Code(language="yaml", show_label=False, interactive=False)
@@ -91,12 +83,13 @@ def build() -> Parts:
         close,
         name,
         rename,
+        tag,
+        add_tag,
         tags,
         curve,
         config,
         log,
         gr.Textbox(visible="hidden", elem_id="runs-chosen"),
-        gr.State([]),
     )
 
 
@@ -108,14 +101,13 @@ def shown(parts: Parts, store: Store, jobs: Jobs, run_id: str) -> Updates:
     """
     row, history = store.run(run_id), History(store)
     tags = history.tags_of([run_id]).get(run_id, [])
-    choices = list(dict.fromkeys([*history.known_tags(), *tags]))
     return {
         **moved(parts, store, jobs, row),
         parts.chosen: run_id,
         parts.column: gr.Column(visible=True),
         parts.name: row["name"],
-        parts.tags: gr.Dropdown(choices, value=tags),
-        parts.tagged: [run_id, *tags],
+        parts.tag: "",
+        parts.tags: run_words.tags(tags),
         parts.config: as_yaml(row["spec"]),
         parts.log: jobs.log_tail(run_id),
     }
@@ -139,4 +131,4 @@ def moved(parts: Parts, store: Store, jobs: Jobs, row: Row) -> Updates:
 
 def hidden(parts: Parts) -> Updates:
     """No run is looked at."""
-    return {parts.column: gr.Column(visible=False), parts.chosen: "", parts.tagged: []}
+    return {parts.column: gr.Column(visible=False), parts.chosen: ""}

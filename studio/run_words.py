@@ -14,6 +14,8 @@ from studio.overlay import MOST
 from studio.storage import Room
 from studio.store import Row
 
+SAY = "window.studioRuns(element, trigger, watch);"
+"""Says what was pressed, chosen or dragged in one of these pieces, as its `data-` names have it."""
 HEADS = (
     ("name", N_("run")),
     ("state", N_("state")),
@@ -158,6 +160,22 @@ def tag_chip(tag: str) -> str:
     """A tag as a button that searches for it."""
     label = esc(t("Search for {tag}", tag=tag))
     return f'<button type="button" class="run-tag" data-tag="{esc(tag)}" title="{label}">{esc(tag)}</button>'
+
+
+def tags(found: Sequence[str]) -> str:
+    """The tags of the run in detail, each with a button that takes it off."""
+    if not found:
+        return (
+            f'<p class="st-hint">{esc(t("No tags yet. With a tag, runs that belong together are found together."))}</p>'
+        )
+    chips = ""
+    for tag in found:
+        label = esc(t("Take the tag {tag} off", tag=tag))
+        chips += (
+            f'<button type="button" class="run-tag" data-untag="{esc(tag)}" aria-label="{label}" title="{label}">'
+            f'{esc(tag)} <span aria-hidden="true">×</span></button>'
+        )
+    return f'<div class="run-tags">{chips}</div>'
 
 
 def summary(shown: int, total: int, room: Room, busy: bool) -> str:

@@ -164,7 +164,7 @@ def test_runs_are_tagged_renamed_found_and_ordered(page: Any, server: str) -> No
     page.locator("#runs-table").get_by_role("button", name="parrot", exact=True).click()
     page.locator("#runs-head >> text=parrot").wait_for()
     for tag in ("for the paper", "seed 2"):
-        page.locator("#runs-tags input").first.fill(tag)
+        page.locator("#runs-tag textarea, #runs-tag input").first.fill(tag)
         page.keyboard.press("Enter")
         line(page, "parrot").get_by_role("button", name=tag, exact=True).wait_for()
     page.locator("#runs-name textarea, #runs-name input").first.fill("the old parrot")
@@ -177,7 +177,7 @@ def test_runs_are_tagged_renamed_found_and_ordered(page: Any, server: str) -> No
     sync_api.expect(page.locator("#runs-search textarea, #runs-search input").first).to_have_value("for the paper")
     sync_api.expect(lines(page)).to_have_count(1)
     page.locator("#runs-table").get_by_role("button", name="the old parrot", exact=True).click()
-    page.locator("#runs-tags .token").filter(has_text="seed 2").locator(".token-remove").click()
+    page.locator("#runs-tags").get_by_role("button", name="Take the tag seed 2 off").click()
     sync_api.expect(line(page, "the old parrot").locator(".run-tag")).to_have_count(1)
 
     page.locator("#runs-search textarea, #runs-search input").first.fill("nothing has this name")

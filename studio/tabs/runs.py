@@ -150,8 +150,10 @@ class Actions:
         if "tag" in asked:
             search = str(asked["tag"])
             return {**self.listing(_with(view, search=search, limit=PAGE)), self.parts.search: search}
+        if "untag" in asked:
+            return self._untag(str(asked["untag"]), view)
         if "to" in asked:
-            self.jobs.reorder(str(asked.get("queued")), asked["to"])
+            self.jobs.reorder(str(asked.get("queued")), str(asked["to"]))
             return self.listing(view)
         if "cancel" in asked:
             return self._cancel(str(asked["cancel"]), view)
@@ -233,20 +235,14 @@ class Actions:
         found = {**run_panel.moved(self.detail, self.store, self.jobs, row), **self.listing(view)}
         return {**found, self.detail.name: row["name"], **self._together(view)}
 
-    def tag(self, tags: list[str], before: list[str], view: View) -> Updates:
-        """Other tags of the run in detail; only what changed is written: another page may have added some."""
-        tags, (run_id, *before) = list(tags or []), before or [""]
-        if run_id != view.chosen or tags == before:
-            # They were shown, not changed.
-            return {}
-        try:
-            self.history.remove_tags(view.chosen, [tag for tag in before if tag not in tags])
-            self.history.add_tags(view.chosen, [tag for tag in tags if tag not in before])
-        except EngineError as fault:
-            there = self.history.tags_of([view.chosen]).get(view.chosen, [])
-            told = {self.detail.fault: gr.HTML(error(fault), visible=True)}
-            return {**told, self.detail.tags: gr.Dropdown(value=there), self.detail.tagged: [run_id, *there]}
-        return {**self.listing(view), self.detail.tagged: [run_id, *tags], self.detail.fault: gr.HTML(visible=False)}
+    def tag(self, tag: str, view: View) -> Updates:
+        """Another tag for the run in detail."""
+        tags = self.history.add_tags(view.chosen, tag)
+        return {**self.listing(view), self.detail.tags: run_words.tags(tags), self.detail.tag: ""}
+
+    def _untag(self, tag: str, view: View) -> Updates:
+        tags = self.history.remove_tags(view.chosen, [tag])
+        return {**self.listing(view), self.detail.tags: run_words.tags(tags)}
 
     def reuse(self, view: View) -> Updates:
         """Fill Train with the settings of the run in detail."""
@@ -305,7 +301,14 @@ def wire(page: Page) -> None:
     on(act.listing, [page.tab[ID].select, page.blocks.load])
     parts.timer.tick(act.tick, shown, outputs, **HIDDEN)
     # Each press counts, also while another is being answered.
-    gr.on([parts.queue.click, parts.table.click], said, shown, outputs, trigger_mode="multiple", **HIDDEN)
+    gr.on(
+        [parts.queue.click, parts.table.click, detail.tags.click],
+        said,
+        shown,
+        outputs,
+        trigger_mode="multiple",
+        **HIDDEN,
+    )
     searching = [parts.search.input, parts.state.input, parts.sort.input]
     on(act.search, searching, trigger_mode="always_last")
     on(act.more, parts.more.click)
@@ -325,7 +328,7 @@ def wire(page: Page) -> None:
     on(lambda view: act.delete([view.chosen], view), detail.delete.click)
     on(lambda view: act.delete(view.picked or [], view), together.delete.click)
     on(act.rename, [detail.rename.click, detail.name.submit], detail.name)
-    on(act.tag, detail.tags.change, detail.tags, detail.tagged, trigger_mode="always_last")
+    on(act.tag, [detail.add_tag.click, detail.tag.submit], detail.tag)
     on(act.undo, parts.undo.click, parts.undone)
     on(lambda run_id, view: act.undo(["bin", run_id or ""], view), parts.bin.restore.click, parts.bin.choice)
     parts.bin.no.click(lambda: gr.Row(visible=False), None, parts.bin.asked, **HIDDEN)

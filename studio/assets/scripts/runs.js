@@ -1,7 +1,7 @@
 // The queue and the list of runs. What is pressed goes to the server as the button's data; each answer draws the whole
 // anew, place by place: a button or a box that stays in its place may be another run's then.
 window.studioRuns = (element, trigger, watch) => {
-  const buttons = ["run", "sort", "tag", "open", "cancel", "to"];
+  const buttons = ["run", "sort", "tag", "open", "cancel", "to", "untag"];
   const pressed = (target) => target.closest(buttons.map((name) => `[data-${name}]`).join(", "));
   element.addEventListener("click", (event) => {
     const named = pressed(event.target);
