@@ -16,7 +16,6 @@ from studio.markup import error, esc, notice
 from studio.page import ADAPTERS, COMPARE, HIDDEN, START, Page, go, message
 
 ID = ADAPTERS
-TITLE = "Adapters"
 FIRST = 6
 """So many cards at first: the mixer below stays near."""
 

@@ -16,7 +16,6 @@ from studio.scoring import ANSWERED, SHOWN
 from studio.store import Row
 
 ID = SCORES
-TITLE = "Scores"
 _SEE = "() => document.getElementById('scores-result')?.scrollIntoView({behavior: 'smooth', block: 'start'})"
 
 
