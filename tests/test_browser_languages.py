@@ -91,7 +91,7 @@ def korean_home(home: Path) -> None:
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    sync_api.expect.set_options(timeout=30_000)
+    sync_api.expect.set_options(timeout=120_000)
     home = tmp_path_factory.mktemp("home")
     korean_home(home)
     with serving(home) as running:
@@ -102,7 +102,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 def visiting(browser: Any, locale: str) -> Iterator[Any]:  # noqa: F811
     context = browser.new_context(viewport={"width": 1280, "height": 900}, locale=locale)
     page = context.new_page()
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(120_000)
     yield page
     context.close()
 
