@@ -24,6 +24,9 @@ NAME = "language"
 """Of the address's parameter and, after `studio-`, of the cookie."""
 COOKIE = f"studio-{NAME}"
 
+REPORTS = "reports.json"
+"""The file of a language that has what processes say, see `reported`."""
+
 _FOLDER = REPOSITORY / "studio" / "locales"
 _log = logging.getLogger(__name__)
 _spoken: ContextVar[str] = ContextVar("studio-language", default=ENGLISH)
@@ -44,6 +47,25 @@ def t(text: str, **values: Any) -> str:
         else:
             text = found
     return text.format(**values) if values else text
+
+
+def reported(text: str) -> str:
+    """What a process said in English (progress, an error, its hint), in the language of whoever reads it.
+
+    Such texts hold names and numbers already. `reports.json` of a language has them with a number in braces for each
+    (`"There is no adapter {0}."`); one that it does not have stays as it was said.
+    """
+    asked = language()
+    if asked == ENGLISH or not text:
+        return text
+    known, patterns = _reports(asked)
+    if text in known:
+        return known[text]
+    for pattern, words in patterns:
+        found = pattern.fullmatch(text)
+        if found:
+            return words.format(*(found[f"v{number}"] for number in range(pattern.groups)))
+    return text
 
 
 def N_(text: str) -> str:  # noqa: N802 - gettext's name for it
@@ -100,8 +122,26 @@ def catalogue(chosen: str) -> Mapping[str, str]:
     """English text -> its text in a language, of all files of that language's folder."""
     found: dict[str, str] = {}
     for path in sorted((_FOLDER / chosen).glob("*.json")):
+        if path.name == REPORTS:
+            continue
         found.update(json.loads(path.read_text(encoding="utf-8")))
     return found
+
+
+@functools.cache
+def _reports(chosen: str) -> tuple[Mapping[str, str], list[tuple[re.Pattern[str], str]]]:
+    """The reports of a language: whole ones, and those with gaps, the one with most words of its own first."""
+    path = _FOLDER / chosen / REPORTS
+    texts: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    gap = re.compile(r"\{(\d+)\}")
+    found = []
+    for key in sorted(texts, key=lambda key: -len(gap.sub("", key))):
+        if gap.search(key):
+            parts = gap.split(key)
+            # Even parts are words, odd ones the numbers of the gaps.
+            shape = "".join(f"(?P<v{part}>.*?)" if at % 2 else re.escape(part) for at, part in enumerate(parts))
+            found.append((re.compile(shape, re.DOTALL), texts[key]))
+    return texts, found
 
 
 @functools.cache

@@ -14,8 +14,11 @@ from typing import Any
 import yaml
 
 from engine.paths import REPOSITORY
+from studio.i18n import REPORTS
 from studio.languages import script_texts
 
+SAYING = ("t", "N_", "strong")
+"""Functions whose first argument is a text."""
 LOCALES = REPOSITORY / "studio" / "locales"
 SHOWN = ("title", "meaning", "when", "label", "help")
 """Keys of a preset's file whose texts the form shows."""
@@ -51,7 +54,7 @@ def constant(node: ast.AST) -> str | None:
 
 
 def sources(root: Path = REPOSITORY / "studio") -> Found:
-    """Every literal of `t(...)` and `N_(...)` below a folder.
+    """Every literal of `t(...)`, `strong(...)` and `N_(...)` below a folder.
 
     What stands first in `t` is a literal, a choice of literals, or a name: of a constant marked by `N_`, or of
     something that holds one of its texts. Put together at run time (f-strings, sums, calls) it could not be looked up.
@@ -64,7 +67,7 @@ def sources(root: Path = REPOSITORY / "studio") -> Found:
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
                 found.marked |= {name for name in map(constant, targets) if name}
     for path, tree in trees.items():
-        for call in calls(tree, "t", "N_"):
+        for call in calls(tree, *SAYING):
             where = f"{path.relative_to(root.parent)}:{call.lineno}"
             for text in texts(call.args[0] if call.args else call):
                 if isinstance(text, str):
@@ -114,10 +117,57 @@ def wanted() -> dict[str, str]:
     return {key: where for key, where in {**scripts, **presets(), **sources().keys}.items() if key.strip()}
 
 
+def template(node: ast.AST) -> str | None:
+    """A literal, or an f-string with `{0}`, `{1}` ... for what is filled in; None for anything else."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if not isinstance(node, ast.JoinedStr):
+        return None
+    gaps = iter(range(len(node.values)))
+    return "".join(str(part.value) if isinstance(part, ast.Constant) else f"{{{next(gaps)}}}" for part in node.values)
+
+
+def spoken() -> set[str]:
+    """Every literal and f-string of the engine and the studio: whatever a process may say is one of them."""
+    found = set()
+    for folder in ("engine", "studio"):
+        for path in (REPOSITORY / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if (text := template(node)) is not None:
+                    found.add(text)
+    return found
+
+
+def faults() -> dict[str, str]:
+    """What the studio's own errors say, message and hint; where they are raised."""
+    found = {}
+    for path in sorted((REPOSITORY / "studio").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = getattr(node.func, "id", "") if isinstance(node, ast.Call) else ""
+            if isinstance(node, ast.Call) and (name.endswith("Error") or name == "_error"):
+                for text in (text for argument in node.args for text in choices(argument)):
+                    if " " in (text or ""):
+                        found[str(text)] = f"{path.relative_to(REPOSITORY)}:{node.lineno}"
+    return found
+
+
+def choices(node: ast.AST) -> Iterator[str | None]:
+    """The templates that an expression may give."""
+    parts = [node.body, node.orelse] if isinstance(node, ast.IfExp) else [node]
+    yield from map(template, parts)
+
+
+def reports(language: str) -> dict[str, str]:
+    """What processes say -> the same in a language."""
+    path = LOCALES / language / REPORTS
+    found: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
 def translated(language: str) -> dict[str, list[tuple[str, str]]]:
     """English text -> its translations, each with the file it stands in, as often as they stand there."""
     found: dict[str, list[tuple[str, str]]] = {}
-    for path in sorted((LOCALES / language).glob("*.json")):
+    for path in sorted(set((LOCALES / language).glob("*.json")) - {LOCALES / language / REPORTS}):
         pairs = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=list)
         for key, text in pairs:
             found.setdefault(key, []).append((path.name, text))
