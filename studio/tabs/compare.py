@@ -54,7 +54,7 @@ def build(page: Page) -> None:
             scale=2,
         )
     prompt, picture, generate, stop = prompt_form.build(
-        "compare", "Ask something that your rows are about.", "Generate"
+        "compare", "Ask something that your rows are about.", "generate", "Generate"
     )
     how = sampling_form.build("The same for every column.")
     answers = gr.HTML(elem_id="compare-answers")
