@@ -64,7 +64,9 @@ def reported(text: str) -> str:
     for pattern, words in patterns:
         found = pattern.fullmatch(text)
         if found:
-            return words.format(*(found[f"v{number}"] for number in range(pattern.groups)))
+            # What fills a gap may be a report itself, as the cause in "cannot be read: {0}".
+            parts = (found[f"v{number}"] for number in range(pattern.groups))
+            return words.format(*(reported(part) if " " in part else part for part in parts))
     return text
 
 
