@@ -32,6 +32,8 @@ NAMES = {
     "full",
     "Adapter Studio",
     "English",
+    # Gradio's own, which it says in English only.
+    "Click to upload or drop files",
 }
 """What is called the same in every language."""
 
