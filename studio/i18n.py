@@ -58,6 +58,11 @@ def reported(text: str) -> str:
     asked = language()
     if asked == ENGLISH or not text:
         return text
+    if "\n" in text:
+        # Several faults at once stand one a line.
+        return "\n".join(map(reported, text.split("\n")))
+    if text.startswith("- "):
+        return "- " + reported(text.removeprefix("- "))
     known, patterns = _reports(asked)
     if text in known:
         return known[text]
@@ -142,7 +147,7 @@ def _reports(chosen: str) -> tuple[Mapping[str, str], list[tuple[re.Pattern[str]
             parts = gap.split(key)
             # Even parts are words, odd ones the numbers of the gaps.
             shape = "".join(f"(?P<v{part}>.*?)" if at % 2 else re.escape(part) for at, part in enumerate(parts))
-            found.append((re.compile(shape, re.DOTALL), texts[key]))
+            found.append((re.compile(shape), texts[key]))
     return texts, found
 
 

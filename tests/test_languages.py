@@ -143,6 +143,7 @@ def test_a_report_is_known_by_its_shape_and_its_causes_too(tmp_path: Path, monke
             assert reported("Wait.") == "기다리세요."
             assert reported("No a (b) in c.") == "c에 a (b) 없음."
             assert reported("Work failed: No x in y.") == "Work 실패: y에 x 없음."
+            assert reported("Wait.\n- No a in b.\n- other") == "기다리세요.\n- b에 a 없음.\n- other"
             assert reported("Something else") == "Something else" and reported("") == ""
         assert reported("Wait.") == "Wait."
     finally:
