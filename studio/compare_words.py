@@ -11,7 +11,7 @@ from studio.blind import LEFT, RIGHT, TIE, Rate
 from studio.comparisons import GRID
 from studio.differences import GONE, NEW, compared, share_new
 from studio.grids import Cell, Drawing
-from studio.i18n import t
+from studio.i18n import reported, t
 from studio.markup import BASE_COLOUR, ago, dot, esc, number, seconds
 from studio.pictures import inlined, thumbnail
 from studio.store import Row
@@ -37,7 +37,7 @@ def columns_html(state: Answers, marked: bool = False, heads: Sequence[str] = ()
         took = seconds(state.took) if state.took >= 1 else t("under a second")
         tail = t("Answered in {time}.", time=took)
     else:
-        tail = f"{state.status}{share} ..." if state.status else ""
+        tail = f"{reported(state.status)}{share} ..." if state.status else ""
     return f'<div class="st-columns">{"".join(parts)}</div><p class="st-hint" aria-live="polite">{esc(tail)}&nbsp;</p>'
 
 
@@ -172,7 +172,11 @@ def grid_progress(drawing: Drawing) -> str:
         words = t("{done} pictures in {time}.", done=done, time=seconds(took))
         return f'<p class="st-hint" role="status">{esc(words)}</p>'
     spent = [cell.seconds for cell in drawing.cells if cell.picture]
-    left = t("about {time} left", time=seconds(sum(spent) / len(spent) * (total - done))) if spent else drawing.status
+    left = (
+        t("about {time} left", time=seconds(sum(spent) / len(spent) * (total - done)))
+        if spent
+        else reported(drawing.status)
+    )
     words = t("{done} of {total} pictures", done=done, total=total)
     return (
         f'<div class="st-progress" role="progressbar" aria-valuemin="0" aria-valuemax="{total}" aria-valuenow="{done}"'

@@ -13,7 +13,7 @@ from studio import compare_words as words
 from studio.comparing import answers_from
 from studio.comparisons import GRID
 from studio.grids import drawing_from
-from studio.i18n import t
+from studio.i18n import language, t
 from studio.markup import dot, esc, number
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -29,7 +29,7 @@ def page(row: Mapping[str, Any]) -> str:
     body = _grid(row) if row["kind"] == GRID else _answers(row)
     made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(row["created"]))
     return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<!doctype html>\n<html lang="{language()}">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n<meta name="referrer" content="no-referrer">\n'
