@@ -272,9 +272,9 @@ def _rate(rate: Rate, heads: Sequence[str]) -> str:
         f'width:{(high - low) * 100:.1f}%"></i><b style="left:{rate.rate * 100:.1f}%"></b></span>'
     )
     cells = [
-        f"{dot(rate.colour)}{esc(rate.title)}",
+        f'<span class="st-named">{dot(rate.colour)}{esc(rate.title)}</span>',
         f'<span class="num">{rate.rate * 100:.0f} %</span>',
-        f'{bar}<span class="num">{words}</span>',
+        f'<span>{bar}<span class="num">{words}</span></span>',
         str(rate.wins),
         str(rate.ties),
         str(rate.losses),

@@ -11,7 +11,7 @@ import gradio as gr
 from engine.errors import EngineError
 from studio import prompt_form, sampling_form, sharing
 from studio.adapter_api import served
-from studio.compare_words import cell_html, grid_html, grid_progress, told, wipe_html
+from studio.compare_words import cell_html, grid_html, grid_progress, wipe_html
 from studio.comparisons import Comparisons
 from studio.context import Studio
 from studio.grids import Drawing, draw, drawing_from, planned, prompts_of, seeds_of, weights_of
@@ -164,11 +164,10 @@ def wire(studio: Studio, parts: Parts, inputs: Sequence[Any], after: Mapping[str
         if cell.run is not None and beside >= 0:
             base = drawing.cells[beside]
             words = t("The base and {name} under one handle", name=cell.title)
-            shown_html += f"<h3>{esc(words)}</h3>" + wipe_html(
-                (base.picture, base.title, base.colour), (cell.picture, told(cell).split(":")[0], cell.colour)
-            )
+            wipe = wipe_html((base.picture, base.title, base.colour), (cell.picture, cell.title, cell.colour))
+            shown_html += f"<section><h3>{esc(words)}</h3>{wipe}</section>"
         return {
-            parts.cell: gr.HTML(shown_html, visible=True),
+            parts.cell: gr.HTML(f'<div class="cmp-detail">{shown_html}</div>', visible=True),
             parts.table: grid_html(drawing, place),
             parts.chosen: place,
         }
