@@ -112,14 +112,14 @@ def drawn_pair(studio: Studio, who: Sequence[Voice]) -> tuple[Voice, Voice]:
     sql = "SELECT left_version, right_version, COUNT(*) AS n FROM votes WHERE choice IS NOT NULL GROUP BY 1, 2"
     counts: dict[frozenset[str], int] = {}
     for row in studio.store.db.query(sql):
-        pair = frozenset((row["left_version"], row["right_version"]))
-        counts[pair] = counts.get(pair, 0) + row["n"]
+        both = frozenset((row["left_version"], row["right_version"]))
+        counts[both] = counts.get(both, 0) + row["n"]
     pairs = [(one, other) for i, one in enumerate(names) for other in names[i + 1 :]]
     fewest = min(counts.get(frozenset(pair), 0) for pair in pairs)
     chance = random.SystemRandom()
-    pair = list(chance.choice([pair for pair in pairs if counts.get(frozenset(pair), 0) == fewest]))
-    chance.shuffle(pair)
-    return versions[pair[0]], versions[pair[1]]
+    sides = list(chance.choice([pair for pair in pairs if counts.get(frozenset(pair), 0) == fewest]))
+    chance.shuffle(sides)
+    return versions[sides[0]], versions[sides[1]]
 
 
 def duel(

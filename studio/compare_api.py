@@ -71,9 +71,9 @@ class CompareEndpoints:
             for name, values in (("weights", weights), ("seeds", seeds), ("prompts", prompts)):
                 if values is not None and not isinstance(values, list):
                     raise ConfigError(f"{name} is {repr(values)[:40]}; needed: a list.")
-            many = [[1.0] if weights is None else weights, [0] if seeds is None else seeds]
-            shares = numbers(", ".join(map(str, many[0])), "weights", LOW, HIGH)
-            noises = [int(it) for it in numbers(", ".join(map(str, many[1])), "seeds", 0, 2**31 - 1, whole=True)]
+            shares = numbers(_listed([1.0] if weights is None else weights), "weights", LOW, HIGH)
+            noise = numbers(_listed([0] if seeds is None else seeds), "seeds", 0, 2**31 - 1, whole=True)
+            noises = [int(value) for value in noise]
             lines = prompts_of("\n".join(" ".join(str(prompt).split()) for prompt in prompts or []))
             how = _drawing(steps, guidance)
             plan, who = planned(self.studio, _text(base, "base"), _keys(columns), lines, shares, noises, how)
@@ -168,6 +168,10 @@ def _keys(columns: Any) -> list[str]:
     if not isinstance(columns, list) or not all(isinstance(key, str) for key in columns):
         raise ConfigError("`columns` must be a list of keys.", "`list_columns` names them; an empty list is the base.")
     return columns
+
+
+def _listed(values: list[Any]) -> str:
+    return ", ".join(str(value) for value in values)
 
 
 def _drawing(steps: Any, guidance: Any) -> Answer:

@@ -117,11 +117,12 @@ def grid_html(drawing: Drawing, chosen: int = -1, buttons: bool = True) -> str:
     columns, settings = drawing.settings["columns"], drawing.settings
     weights, seeds, prompts = settings["weights"], settings["seeds"], settings["prompts"]
     heads = "".join(f'<th scope="col">{dot(it["colour"])}{esc(it["title"])}</th>' for it in columns)
-    rows = []
+    rows: list[str] = []
     for prompt in prompts:
         lines = [(seed, weight) for seed in seeds for weight in weights]
         for line, (seed, weight) in enumerate(lines):
-            first, cells = weight == weights[0], []
+            first = weight == weights[0]
+            cells: list[str] = []
             if line == 0:
                 cells.append(f'<th scope="rowgroup" rowspan="{len(lines)}" class="cmp-words">{esc(prompt)}</th>')
             if first:

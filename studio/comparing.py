@@ -144,8 +144,8 @@ def described(voice: Voice) -> dict[str, Any]:
 
 def column_from(kept: Mapping[str, Any]) -> Column:
     """A column that was kept."""
-    names = ("run", "title", "colour", "text", "reason", "picture")
-    return Column(**{name: kept.get(name) or ("" if name != "run" else None) for name in names}, done=True)
+    words = {name: str(kept.get(name) or "") for name in ("title", "colour", "text", "reason", "picture")}
+    return Column(kept.get("run"), **words, done=True)
 
 
 def answers_from(row: Mapping[str, Any]) -> Answers:

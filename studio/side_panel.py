@@ -142,12 +142,13 @@ def wire(studio: Studio, parts: Parts, prompt: gr.Textbox, inputs: Sequence[Any]
         try:
             yield {**cleared(parts), parts.ask: gr.Button(interactive=False)}
             for state in answer(studio, base, chosen or [], prompt, sampling_form.values(*how), picture):
-                found = {parts.answers: columns_html(state, marked=True), parts.stop: gr.Button(interactive=True)}
+                shown = columns_html(state, marked=True)
+                found = {parts.answers: shown, parts.stop: gr.Button(interactive=True)}
                 if not state.finished:
                     yield found
             row = comparisons.get(state.kept)
             if row["picture"]:
-                found[parts.answers] = asked_html("", row["picture"]) + found[parts.answers]
+                found[parts.answers] = asked_html("", row["picture"]) + shown
             yield {**found, **finished(studio, parts, row, state), **_rested(parts)}
         except EngineError as fault:
             yield {**cleared(parts), parts.answers: error(fault, t("There is no answer")), **_rested(parts)}
