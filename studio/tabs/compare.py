@@ -146,7 +146,7 @@ class Form:
         same = there == (chosen or [])
         return {
             parts.base: gr.Dropdown(known),
-            parts.columns: gr.Dropdown(offered) if same else gr.Dropdown(offered, value=there),
+            parts.columns: gr.Dropdown(offered) if same else gr.Dropdown(offered, value=there, multiselect=True),
             **self.tip(offered),
             **blind_panel.offered(self.studio, parts.blind, base),
         }
@@ -162,7 +162,7 @@ class Form:
         prompt = self.fitting(keys)
         found = {
             parts.base: gr.Dropdown(self.bases(), value=base),
-            parts.columns: gr.Dropdown(offered, value=list(keys)),
+            parts.columns: gr.Dropdown(offered, value=list(keys), multiselect=True),
             parts.suggested: prompt,
             **self.asking(base, keys, prompt if anew else None),
             parts.views: gr.Tabs(selected=SIDE),
@@ -198,7 +198,7 @@ class Form:
         known = {key for _, key in choices(self.studio, base)}
         there = [key for key in keys or [] if key in known]
         found = self.asking(base, there)
-        return found if there == (keys or []) else {**found, self.parts.columns: gr.Dropdown(value=there)}
+        return found if there == (keys or []) else {**found, self.parts.columns: gr.Dropdown(value=there, multiselect=True)}
 
     def task(self, base: str, keys: Sequence[str]) -> str:
         """What is asked of these columns."""
