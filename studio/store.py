@@ -339,22 +339,6 @@ class Store:
         """Every data set, newest first."""
         return [_plain_dataset(row) for row in self._rows("SELECT * FROM datasets ORDER BY created DESC, rowid DESC")]
 
-    # Comparisons
-
-    def add_comparison(self, base: str, prompt: str, settings: Row, results: list[Row]) -> int:
-        """Keep one answered prompt; returns its id."""
-        values = [base, prompt, json.dumps(settings), json.dumps(results, ensure_ascii=False), time.time()]
-        with self.exclusive() as db:
-            cursor = db.conn.execute(
-                "INSERT INTO comparisons (base, prompt, settings, results, created) VALUES (?, ?, ?, ?, ?)", values
-            )
-        return int(cursor.lastrowid or 0)
-
-    def comparisons(self, limit: int = 20) -> list[Row]:
-        """The newest comparisons, newest first."""
-        rows = self._rows("SELECT * FROM comparisons ORDER BY id DESC LIMIT ?", [limit])
-        return [{**row, "settings": json.loads(row["settings"]), "results": json.loads(row["results"])} for row in rows]
-
 
 def free_colour(used: Sequence[str]) -> str:
     """A colour of the palette that the latest ones do not have; `used` is in order, the newest first."""
