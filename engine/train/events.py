@@ -6,17 +6,20 @@ A run `emit`s plain dictionaries to a sink and asks a control what to do between
 |---|---|
 | `status` | `phase` (`loading`, `tokenising`, `reference`, `training`, `saving`), `message`, optional `fraction` 0..1 |
 | `start` | `total_steps`, `first_step`, `trainable`, `parameters`, `train_rows`, `eval_rows`, `device`, ... |
-| `step` | `step`, `loss`, `lr`, `grad_norm`, `tokens`, `tokens_per_s`, `epoch`, `eta_s`, AdaLoRA: `extra_loss` |
+| `step` | `step`, `loss`, `lr`, `grad_norm`, `tokens`, `tokens_per_s`, `epoch`, `eta_s`, `memory`, `extra_loss` |
 | `eval` | `step`, `loss`, `tokens`, for tasks that have them `metrics` (name -> value) |
 | `sample` | `step`, `prompt`, `text` |
 | `rank` | `step`, `ranks` (module -> rank, of every adapted module) |
 | `checkpoint` | `step`, `path` |
 | `warning` | `message`: something was changed or left out, and the run goes on |
-| `done` | `step`, `loss`, `eval_loss`, `first_eval_loss`, `seconds`, `adapter` (of full fine-tuning: `model`) |
+| `done` | `step`, `loss`, `eval_loss`, `first_eval_loss`, `seconds`, `peak_bytes`, `adapter` or `model` |
 | `paused`, `stopped` | `step`, `adapter`, `model` or `checkpoint` |
-| `error` | `code`, `message`, `hint` |
+| `error` | `code`, `message`, `hint`; out of memory: `remedy` (key of the job -> value) |
 
-Every event carries `time` (seconds since the epoch).
+Every event carries `time` (seconds since the epoch). Memory is in bytes: what the process holds after a step
+(`memory`), at the most (`peak_bytes`), and what there is (`memory_limit` of `start`). `extra_loss` is AdaLoRA's. Full
+fine-tuning has `model` instead of `adapter`. With `early_stopping_patience`, `done` says whose evaluation was the best
+and is kept (`best_step`), and whether the run ended before its last step (`early`).
 """
 
 from __future__ import annotations
