@@ -122,3 +122,9 @@ def adapters(db: Database) -> None:
         " pid INTEGER, pid_started REAL, result TEXT, error TEXT)"
     )
     _table(db, "works").create_index(["state"])
+
+
+@_step("0005_live")
+def live(db: Database) -> None:
+    # The newest event of a kind, and the few warnings or samples among a hundred thousand steps, without reading those.
+    _table(db, "events").create_index(["run_id", "type", "id"])
