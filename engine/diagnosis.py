@@ -191,11 +191,13 @@ def _rate_too_high(spec: JobSpec, course: Course) -> Finding | None:
     if len(course.losses) < 20:
         return None
     # Steps that are too big show from the third or fourth on, so the start is what came before.
-    start, last = Level.of(course.losses[:3]), course.losses[-max(8, len(course.losses) // 4) :]
+    start, last = Level.of(course.losses[:2]), course.losses[-max(8, len(course.losses) // 4) :]
     now, checked = Level.of(last), len(course.evals) >= 3
     if checked and (min(loss for _, loss in course.evals[-2:]) < 1.1 * course.evals[0][1] or now.mean < start.mean):
         return None
-    if not checked and not (now.above(start, 0.25, 3) and now.above(_first(course), 0.1, 3)):
+    # Two steps say little of their own noise; the last ones say more.
+    noise = Level(start.mean, max(start.error, statistics.stdev(last) / math.sqrt(2)))
+    if not checked and not now.above(noise, 0.25, 3):
         return None
     if sum(loss > start.mean for loss in last) < 0.9 * len(last):
         return None
@@ -385,7 +387,7 @@ def _healthy(course: Course) -> Finding | None:
     if len(course.evals) >= 3:
         start, now = course.evals[0][1], course.evals[-1][1]
         best = min(loss for _, loss in course.evals)
-        if now > 0.97 * start or now > max(1.02 * best, best + 0.01 * start):
+        if now > 0.97 * start or now > max(1.04 * best, best + 0.01 * start):
             return None
         why = "The evaluation fell from {start} to {now} in {steps} steps, and nothing points to trouble."
     else:

@@ -91,7 +91,7 @@ def spikes(spec: JobSpec) -> Changes:
 def overfitting(spec: JobSpec) -> Changes:
     """Less capacity and more forgetting: r 8, alpha 16, dropout 0.2, weight decay 0.01; and an end at the best check.
 
-    Where all that is so, half the rate.
+    A rate far above the usual one goes there. Where all that is so, half the rate.
     """
     wanted: Changes = {}
     if method_of(spec) in _RANKED:
@@ -101,6 +101,8 @@ def overfitting(spec: JobSpec) -> Changes:
             wanted["adapter.lora_dropout"] = 0.2
     if spec.training.weight_decay < 0.01:
         wanted["training.weight_decay"] = 0.01
+    if spec.training.learning_rate > 5 * usual_rate(spec):
+        wanted["training.learning_rate"] = usual_rate(spec)
     wanted |= _early(spec)
     return _fitting(spec, wanted) or _fitting(spec, {"training.learning_rate": _round(spec.training.learning_rate / 2)})
 

@@ -141,7 +141,7 @@ def curves_html(found: Curves, row: Row, log: bool, smoothing: float) -> str:
         side(t("Learning rate"), "lr"),
         side(t("Gradient norm"), "grad_norm"),
         side(t("Tokens a second"), "tokens_per_s"),
-        side(t("Memory"), "memory", size),
+        side(t("Memory"), "memory", lambda held: size(held).replace(".0 ", " ")),
     )
     return f'<div class="charts">{loss}{metrics}{"".join(sides)}</div>'
 
