@@ -10,14 +10,18 @@ of the steps, for a false alarm costs a person more than a late one. docs/live.m
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from engine import remedies
+from engine.errors import CheckpointError
 from engine.memory.prediction import size
+from engine.train.events import EVENTS
 from engine.train.job import JobSpec
 
 BAD, WARN, NOTE, GOOD = "bad", "warn", "note", "good"
@@ -119,8 +123,7 @@ class Level:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Level:
-        spread = statistics.stdev(values) if len(values) > 1 else abs(values[0])
-        return cls(statistics.fmean(values), spread / math.sqrt(len(values)))
+        return cls(statistics.fmean(values), _spread(values) / math.sqrt(len(values)))
 
     def above(self, other: Level, share: float, errors: float) -> bool:
         """Whether this lies above another by a share of that, and by more than so many standard errors."""
@@ -143,6 +146,23 @@ def diagnose(spec: JobSpec, course: Course) -> list[Finding]:
         found += [healthy] if healthy else []
     order = (BAD, WARN, NOTE, GOOD)
     return sorted(found, key=lambda it: order.index(it.severity))
+
+
+def read(folder: Path) -> tuple[JobSpec, Course]:
+    """The job and the course of a run that `python -m engine train` wrote into this folder.
+
+    Raises:
+        CheckpointError: the folder holds no such run.
+    """
+    try:
+        text = (folder / EVENTS).read_text(encoding="utf-8")
+        events = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"The events of {folder} cannot be read: {error}.",
+            "Name the --out folder of `python -m engine train`; a run of the studio is told on its own page.",
+        ) from error
+    return JobSpec.from_file(folder / "spec.yaml"), Course.of(events)
 
 
 def _ended(spec: JobSpec, course: Course) -> Iterator[Finding]:
@@ -174,8 +194,7 @@ def _ended(spec: JobSpec, course: Course) -> Iterator[Finding]:
             "diverged",
             BAD,
             "The run diverged",
-            "Step {step} gave a loss or a gradient that is no finite number. That comes of steps that are too big: the "
-            "learning rate is {rate}.",
+            "Steps that are too big do that: the learning rate is {rate}, and step {step} gave no finite number.",
             values,
             remedies.diverged(spec),
         )
@@ -191,12 +210,12 @@ def _rate_too_high(spec: JobSpec, course: Course) -> Finding | None:
     if len(course.losses) < 20:
         return None
     # Steps that are too big show from the third or fourth on, so the start is what came before.
-    start, last = Level.of(course.losses[:2]), course.losses[-max(8, len(course.losses) // 4) :]
+    start, last = Level.of(course.losses[:2]), _last(course)
     now, checked = Level.of(last), len(course.evals) >= 3
     if checked and (min(loss for _, loss in course.evals[-2:]) < 1.1 * course.evals[0][1] or now.mean < start.mean):
         return None
     # Two steps say little of their own noise; the last ones say more.
-    noise = Level(start.mean, max(start.error, statistics.stdev(last) / math.sqrt(2)))
+    noise = Level(start.mean, max(start.error, _spread(last) / math.sqrt(2)))
     if not checked and not now.above(noise, 0.25, 3):
         return None
     if sum(loss > start.mean for loss in last) < 0.9 * len(last):
@@ -254,7 +273,7 @@ def _not_learning(spec: JobSpec, course: Course) -> Finding | None:
     warm = math.ceil(spec.training.warmup_ratio * total)
     if spec.task in _NOISY or count < max(24, warm + 16) or (course.running and count < 0.25 * total):
         return None
-    first, last = _first(course), Level.of(course.losses[-max(8, count // 4) :])
+    first, last = _first(course), Level.of(_last(course))
     if first.mean < _LEARNED or first.above(last, 0.02, 2):
         return None
     if len(course.evals) >= 3:
@@ -393,7 +412,7 @@ def _healthy(course: Course) -> Finding | None:
     else:
         if len(course.losses) < 24:
             return None
-        first, last = _first(course), Level.of(course.losses[-max(8, len(course.losses) // 4) :])
+        first, last = _first(course), Level.of(_last(course))
         if not first.above(last, 0.05, 3):
             return None
         start, now = first.mean, last.mean
@@ -405,6 +424,19 @@ def _healthy(course: Course) -> Finding | None:
 def _first(course: Course) -> Level:
     """The level of the first steps."""
     return Level.of(course.losses[: max(4, min(10, len(course.losses) // 6))])
+
+
+def _last(course: Course) -> Sequence[float]:
+    """The losses of the last quarter, of some hundred steps at the most."""
+    return course.losses[-min(500, max(8, len(course.losses) // 4)) :]
+
+
+def _spread(values: Sequence[float]) -> float:
+    """The standard deviation. `statistics.stdev` is exact, and takes a second for a long run."""
+    if len(values) < 2:
+        return abs(values[0])
+    mean = math.fsum(values) / len(values)
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
 
 
 def _rate(spec: JobSpec) -> float:

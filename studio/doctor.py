@@ -20,7 +20,8 @@ from studio.i18n import N_, t
 from studio.markup import esc
 from studio.store import Row
 
-_KINDS = {BAD: "error", WARN: "warn", NOTE: "info", GOOD: "good"}
+_KINDS = {BAD: "warn", WARN: "warn", NOTE: "info", GOOD: "good"}
+"""None is red: that a run has failed is said above, and the doctor's box is calm."""
 _OTHERS = {
     "data.eval_split": N_("Rows held back"),
     "quantization": N_("Memory of the base"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +237,23 @@ def test_a_real_run_that_diverges(data: Path, tmp_path: Path) -> None:  # noqa: 
     spec = job(data, max_steps=40, learning_rate=10.0)
     finding = found(real(spec, tmp_path / "run"), spec)[0]
     assert finding.code == "diverged" and finding.changes["training.learning_rate"] == 2e-4
+
+
+def test_the_command_line_reads_a_runs_folder(data: Path, tmp_path: Path) -> None:  # noqa: F811
+    job(data, max_steps=40, learning_rate=10.0).save(tmp_path / "job.yaml")
+    called = [sys.executable, "-m", "engine"]
+    out = tmp_path / "run"
+    trained = subprocess.run([*called, "train", str(tmp_path / "job.yaml"), "--out", str(out)], cwd=REPOSITORY)
+    assert trained.returncode == 1
+    told = subprocess.run([*called, "doctor", "--run", str(out)], cwd=REPOSITORY, capture_output=True, text=True)
+    assert told.returncode == 0 and "training.learning_rate: 10.0 -> 0.0002" in told.stdout
+    as_json = [*called, "doctor", "--run", str(out), "--json"]
+    event = json.loads(subprocess.run(as_json, cwd=REPOSITORY, capture_output=True, text=True).stdout.splitlines()[0])
+    assert (event["type"], event["code"]) == ("finding", "diverged")
+    missing = subprocess.run(
+        [*called, "doctor", "--run", str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert missing.returncode == 1 and "cannot be read" in missing.stderr
 
 
 def test_a_real_run_at_no_rate_at_all_and_its_remedy(data: Path, tmp_path: Path) -> None:  # noqa: F811

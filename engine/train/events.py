@@ -29,10 +29,14 @@ import math
 import signal
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol, TextIO
 
 Event = dict[str, Any]
+
+EVENTS = "events.jsonl"
+"""The file of a run's folder that holds its events, one JSON object a line."""
 
 
 class Sink(Protocol):
@@ -64,6 +68,20 @@ class JsonLines:
     def emit(self, event: Event) -> None:
         self.stream.write(json.dumps(stamp(event), ensure_ascii=False) + "\n")
         self.stream.flush()
+
+
+class EventFile:
+    """Every event into `folder/events.jsonl`, behind those of an earlier part of the run; made with the first one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / EVENTS
+        self.used = False
+
+    def emit(self, event: Event) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as stream:
+            JsonLines(stream).emit(event)
+        self.used = True
 
 
 class Tee:
