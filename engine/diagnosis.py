@@ -418,7 +418,7 @@ def _healthy(course: Course) -> Finding | None:
         start, now = first.mean, last.mean
         why = "The training loss fell from {start} to {now} in {steps} steps, and nothing points to trouble."
     values = {"start": _said(start), "now": _said(now), "steps": f"{len(course.losses):,}"}
-    return Finding("healthy", GOOD, "Looks healthy", why, values)
+    return Finding("healthy", GOOD, "The curve looks healthy", why, values)
 
 
 def _first(course: Course) -> Level:

@@ -114,7 +114,7 @@ def build() -> Live:
 
 def curves_html(found: Curves, row: Row, log: bool, smoothing: float) -> str:
     """The charts of a run; none where it ended before its first step."""
-    colour, total = row["colour"], row["total_steps"]
+    colour, total = row["colour"], width(row)
     steps, evals, live = found.column("step"), found.evals, row["state"] in states.LIVE
     if not len(steps) and not evals and not live:
         return ""
@@ -144,6 +144,19 @@ def curves_html(found: Curves, row: Row, log: bool, smoothing: float) -> str:
         side(t("Memory"), "memory", lambda held: size(held).replace(".0 ", " ")),
     )
     return f'<div class="charts">{loss}{metrics}{"".join(sides)}</div>'
+
+
+def width(row: Row) -> float | None:
+    """The last step that the charts have room for: the run's last, but for the first eighth of a long run that goes on.
+
+    There a curve would be a line upwards; so the room is twice as wide as the curve or more, and grows by fours.
+    """
+    total, step, room = row["total_steps"], row["step"] or 0, 20
+    if not total or row["state"] not in states.LIVE or 8 * step >= total:
+        return float(total) if total else None
+    while room < 2 * step:
+        room *= 4
+    return float(min(room, total))
 
 
 def newest(found: Curves) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def test_lost_paused_and_early_runs_have_one_next_step_each(page: Any, server: s
     look(page, "live-lost")
     show(page, server, "healthy")
     assert primaries(page) == ["Resume from the last checkpoint"]
-    assert "Looks healthy" in page.locator("#live-doctor").inner_text()
+    assert "The curve looks healthy" in page.locator("#live-doctor").inner_text()
     sync_api.expect(page.locator("#live-remedy")).to_be_hidden()
     charts = page.locator("#live-curves figcaption strong").all_inner_texts()
     assert charts == ["Loss (lower is better)", "Learning rate", "Gradient norm", "Tokens a second", "Memory"]

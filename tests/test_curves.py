@@ -122,6 +122,14 @@ def test_after_a_resume_the_newest_row_of_a_step_counts(store: Store) -> None:
     assert [(event["step"], event["loss"]) for event in found.evals] == [(20, 1.5), (40, 2.0)]
 
 
+def test_the_beginning_of_a_long_run_has_room_of_its_own() -> None:
+    def room(step: int, state: str = "running") -> float | None:
+        return live.width({"total_steps": 3000, "step": step, "state": state})
+
+    assert [room(step) for step in (0, 10, 11, 40, 41, 374, 375)] == [20, 20, 80, 80, 320, 1280, 3000]
+    assert room(5, "stopped") == 3000 and live.width({"total_steps": None, "step": 0, "state": "queued"}) is None
+
+
 def test_few_runs_are_held(store: Store) -> None:
     runs = [add_run(store) for _ in range(curves.KEPT + 2)]
     first = curves.of_run(store, runs[0])
