@@ -20,42 +20,15 @@ from typing import Any
 
 from engine import remedies
 from engine.errors import CheckpointError
+from engine.findings import BAD, GOOD, NOTE, WARN, Finding
 from engine.memory.prediction import size
 from engine.train.events import EVENTS
 from engine.train.job import JobSpec
-
-BAD, WARN, NOTE, GOOD = "bad", "warn", "note", "good"
-"""How much a finding matters: it cannot succeed like this; it will do worse than it could; to know; all is well."""
 
 _NOISY = ("text_to_image",)
 """Tasks whose loss depends on the noise that was drawn more than on what was learned."""
 _LEARNED = 0.02
 """A loss below this leaves nothing to learn."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that the curve says.
-
-    Attributes:
-        code: a stable short name.
-        severity: `BAD`, `WARN`, `NOTE` or `GOOD`.
-        title: what it is, in a few words.
-        why: the evidence; names in braces are keys of `values`.
-        values: the numbers, as text.
-        changes: what to change (`engine.train.job.changed`); empty where nothing is to be done, or nobody knows.
-    """
-
-    code: str
-    severity: str
-    title: str
-    why: str
-    values: Mapping[str, str] = field(default_factory=dict)
-    changes: Mapping[str, Any] = field(default_factory=dict)
-
-    def words(self) -> str:
-        """Title and evidence in one line."""
-        return f"{self.title}: {self.why.format(**self.values)}"
 
 
 @dataclass(frozen=True)
@@ -173,8 +146,6 @@ def _ended(spec: JobSpec, course: Course) -> Iterator[Finding]:
         yield Finding(
             "memory",
             BAD,
-            "Memory ran out",
-            "A step with batches of {rows} needs more memory than there is.",
             {"rows": f"{spec.training.batch_size:,}"},
             remedies.memory(spec, error.get("remedy")),
         )
@@ -183,8 +154,6 @@ def _ended(spec: JobSpec, course: Course) -> Iterator[Finding]:
         yield Finding(
             "memory-likely",
             BAD,
-            "Memory probably ran out",
-            "The process was ended from outside, and held {held} of {limit} after its last step.",
             values,
             remedies.memory(spec),
         )
@@ -193,8 +162,6 @@ def _ended(spec: JobSpec, course: Course) -> Iterator[Finding]:
         yield Finding(
             "diverged",
             BAD,
-            "The run diverged",
-            "Steps that are too big do that: the learning rate is {rate}, and step {step} gave no finite number.",
             values,
             remedies.diverged(spec),
         )
@@ -224,9 +191,6 @@ def _rate_too_high(spec: JobSpec, course: Course) -> Finding | None:
     return Finding(
         "rate-high",
         BAD,
-        "The learning rate is too high",
-        "The training loss rose instead of falling: {start} at the start, {now} over the last {steps} steps, at a rate "
-        "of {rate}.",
         values,
         remedies.rate_too_high(spec),
     )
@@ -259,9 +223,6 @@ def _overfitting(spec: JobSpec, course: Course) -> Finding | None:
     return Finding(
         "overfitting",
         WARN,
-        "Overfitting",
-        "For {checks} checks the evaluation has been above its best ({best} at step {step}, now {now}), while the "
-        "training loss fell from {before} to {after}: the rows are learned by heart.",
         values,
         remedies.overfitting(spec),
     )
@@ -292,17 +253,12 @@ def _not_learning(spec: JobSpec, course: Course) -> Finding | None:
         return Finding(
             "rate-low",
             WARN,
-            "The learning rate is too low",
-            "After {steps} steps the loss is where it was ({start}, now {now}). The rate is {rate}; this method "
-            "usually needs {usual}.",
             values,
             remedies.rate_too_low(spec),
         )
     return Finding(
         "flat",
         WARN,
-        "It is not learning",
-        "After {steps} steps the loss is where it was ({start}, now {now}), at a rate of {rate}.",
         values,
         remedies.not_learning(spec),
     )
@@ -335,9 +291,6 @@ def _spikes(spec: JobSpec, course: Course) -> Finding | None:
     return Finding(
         "spikes",
         WARN,
-        "The loss jumps",
-        "{count} of the last {steps} steps gave more than twice the loss around them; the highest was {loss}, at step "
-        "{step}.",
         values,
         remedies.spikes(spec),
     )
@@ -356,19 +309,12 @@ def _repeated(spec: JobSpec, course: Course) -> Finding | None:
         best_step, best = min(course.evals, key=lambda it: it[1])
         if best_step > 0.67 * course.steps[-1] or course.evals[-1][1] < 1.01 * best:
             return None
-        why = (
-            "Each of the {rows} rows was seen {times} times. The evaluation was best at step {step}; what came after "
-            "did not help."
-        )
         values["step"] = f"{best_step:,}"
     elif course.evals:
         return None
     else:
-        why = (
-            "Each of the {rows} rows was seen {times} times, and none are held back to check on: they may be learned "
-            "by heart."
-        )
-    return Finding("repeated", WARN, "The rows were seen many times", why, values, remedies.repeated(spec, rows))
+        return Finding("repeated", WARN, values, remedies.repeated(spec, rows), "repeated-unchecked")
+    return Finding("repeated", WARN, values, remedies.repeated(spec, rows))
 
 
 def _few_rows(spec: JobSpec, course: Course) -> Finding | None:
@@ -378,9 +324,6 @@ def _few_rows(spec: JobSpec, course: Course) -> Finding | None:
     return Finding(
         "few-rows",
         NOTE,
-        "There are few rows",
-        "It learns from {rows} rows. That can be enough for a style; for anything else, more rows help more than any "
-        "setting.",
         {"rows": f"{rows}"},
     )
 
@@ -391,14 +334,7 @@ def _kept(course: Course) -> Finding | None:
         return None
     loss, last = course.done.get("eval_loss"), course.done.get("step") or 0
     values = {"step": f"{course.done['best_step']:,}", "loss": _said(loss or math.nan), "last": f"{last:,}"}
-    if course.done.get("early"):
-        why = (
-            "Evaluations after step {step} were no better, so the run ended at step {last}. What it had learned at "
-            "step {step} is kept (evaluation {loss})."
-        )
-        return Finding("early", GOOD, "Stopped early", why, values)
-    why = "What it had learned at step {step}, the best evaluation ({loss}), is kept."
-    return Finding("best", GOOD, "The best is kept", why, values)
+    return Finding("early" if course.done.get("early") else "best", GOOD, values)
 
 
 def _healthy(course: Course) -> Finding | None:
@@ -408,7 +344,7 @@ def _healthy(course: Course) -> Finding | None:
         best = min(loss for _, loss in course.evals)
         if now > 0.97 * start or now > max(1.04 * best, best + 0.01 * start):
             return None
-        why = "The evaluation fell from {start} to {now} in {steps} steps, and nothing points to trouble."
+        text = "healthy"
     else:
         if len(course.losses) < 24:
             return None
@@ -416,9 +352,9 @@ def _healthy(course: Course) -> Finding | None:
         if not first.above(last, 0.05, 3):
             return None
         start, now = first.mean, last.mean
-        why = "The training loss fell from {start} to {now} in {steps} steps, and nothing points to trouble."
+        text = "healthy-unchecked"
     values = {"start": _said(start), "now": _said(now), "steps": f"{len(course.losses):,}"}
-    return Finding("healthy", GOOD, "The curve looks healthy", why, values)
+    return Finding("healthy", GOOD, values, text=text)
 
 
 def _first(course: Course) -> Level:

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from engine.diagnosis import BAD, GOOD, NOTE, WARN, Course, Finding, diagnose
+from engine.diagnosis import Course, diagnose
 from engine.errors import ConfigError
+from engine.findings import BAD, GOOD, NOTE, WARN, Finding
 from engine.train.job import JobSpec, changed, value_of
 from studio import presets, recipes, states
 from studio.curves import Curves

@@ -8,12 +8,12 @@ from typing import Any
 
 import gradio as gr
 
-from engine.diagnosis import BAD
 from engine.errors import EngineError
+from engine.findings import BAD
 from studio import charts, curves, doctor, ranks, states, words
 from studio.curves import Curves
 from studio.forms import as_yaml
-from studio.i18n import t
+from studio.i18n import reported, t
 from studio.markup import error, notice, number, size
 from studio.page import COMPARE, HIDDEN, Page, go, message
 from studio.store import Row
@@ -183,7 +183,7 @@ def faults(row: Row, found: Curves) -> str:
         failed = row["state"] == states.FAILED
         box = error(row["error"], t("The run failed") if failed else t("The run was lost"))
     warnings = found.of("warning")[-3:]
-    return box + "".join(notice("warn", t("Note"), str(event.get("message", ""))) for event in warnings)
+    return box + "".join(notice("warn", t("Note"), reported(str(event.get("message", "")))) for event in warnings)
 
 
 def draw(

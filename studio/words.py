@@ -10,7 +10,7 @@ from engine import data
 from studio import states
 from studio.charts import histogram
 from studio.datasets import Checked
-from studio.i18n import N_, t
+from studio.i18n import N_, reported, t
 from studio.markup import badge, dot, error, esc, notice, number, seconds, table
 from studio.pictures import thumbnail
 from studio.store import Row
@@ -91,7 +91,7 @@ def problems(prepared: data.Prepared) -> str:
             f'<span class="num">{f"{item.line:,}" if item.line else ""}</span>',
             esc(item.column),
             esc(item.message),
-            t(_DONE.get(item.severity, "")),
+            t(_DONE[item.severity]) if item.severity in _DONE else "",
         ]
         for item in shown
     ]
@@ -167,7 +167,7 @@ def _state(row: Row, extra: Mapping[str, Any], adapter: bool) -> str:
     if state == states.DONE and extra.get("early"):
         return t("Done early: step {step} was the best, and is kept", step=f"{extra['best_step']:,}")
     if state in (states.STARTING, states.RUNNING, states.PAUSING) and message and not row["step"]:
-        return str(message)
+        return reported(str(message))
     return t(states.WORDS[state])
 
 

@@ -17,8 +17,9 @@ from test_train import data, job, train  # noqa: F401
 
 from engine import remedies
 from engine.adapters import ADAPTERS
-from engine.diagnosis import BAD, GOOD, NOTE, WARN, Course, Finding, diagnose
+from engine.diagnosis import Course, diagnose
 from engine.errors import DivergedError
+from engine.findings import BAD, GOOD, NOTE, WARN, Finding
 from engine.paths import REPOSITORY
 from engine.train.job import DataSpec, JobSpec, TrainingSpec, changed, value_of
 
