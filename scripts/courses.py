@@ -80,6 +80,7 @@ JOBS: dict[str, Callable[[], JobSpec]] = {
     "low-memory": lambda: chat("low-memory"),
     "code": lambda: chat("code", "small_functions.jsonl"),
     "completion": lambda: chat("completion", "small_functions.jsonl"),
+    "dpo": lambda: of_preset("preference", "dpo", "tiny-llama", "captain_preferences.jsonl"),
     "single-rows": lambda: single_rows("lighthouse.jsonl", 0.1),
     "single-rows-unchecked": lambda: single_rows("small_functions.jsonl", 0.0),
 }

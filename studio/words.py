@@ -26,7 +26,7 @@ METRICS = {
     "reward_chosen": N_("Reward of the better answer"),
     "reward_rejected": N_("Reward of the worse answer"),
 }
-_UNITS = {"line": N_("line"), "row": N_("row"), "entry": N_("entry"), "file": N_("file")}
+_UNITS = {"line": N_("line"), "row": N_("row"), "picture": N_("picture")}
 _DONE = {"skip": N_("skipped"), "fix": N_("mended, kept"), "note": N_("kept")}
 
 

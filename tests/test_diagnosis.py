@@ -277,9 +277,10 @@ def test_a_real_run_that_learns_by_heart(data: Path, tmp_path: Path) -> None:  #
 def test_real_runs_of_the_shipped_presets_are_healthy() -> None:
     """Their losses, kept from whole runs of the toys on the samples (`python scripts/courses.py` makes them anew)."""
     kept = json.loads((Path(__file__).parent / "data" / "courses.json").read_text())
-    assert len(kept) >= 8
+    assert len(kept) >= 12
     for name, raw in kept.items():
         spec, course = JobSpec.from_dict(raw["spec"]), raw["events"]
         assert at_every_moment(course, spec) == set(), name
         codes = [finding.code for finding in found(course, spec) if finding.severity != NOTE]
-        assert codes == ["healthy"], name
+        # One pass in tiny steps moves the toy too little to be praised.
+        assert codes == ([] if name == "dpo" else ["healthy"]), name
