@@ -105,6 +105,15 @@ def redraws(steps: int) -> dict[str, Any]:
     return {"steps": steps, "first_ms": first, "redraw_ms": again_ms, "bytes": size, "reading_all_ms": anew}
 
 
+def answers(address: str) -> bool:
+    """Whether somebody serves there."""
+    try:
+        with urllib.request.urlopen(address, timeout=10) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
 @contextmanager
 def serving(home: Path) -> Iterator[str]:
     """`python app.py` over this home; its address."""
@@ -116,12 +125,10 @@ def serving(home: Path) -> Iterator[str]:
     command = [sys.executable, "app.py", "--port", str(port), "--no-browser"]
     child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(600):
-            try:
-                with urllib.request.urlopen(address, timeout=2):
-                    break
-            except OSError:
-                time.sleep(0.2)
+        while not answers(address):
+            if child.poll() is not None:
+                raise SystemExit(f"app.py ended with status {child.returncode} before it served")
+            time.sleep(1)
         yield address
     finally:
         child.terminate()
