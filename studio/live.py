@@ -9,13 +9,14 @@ from typing import Any
 import gradio as gr
 
 from engine.errors import EngineError
-from engine.findings import BAD
+from engine.findings import BAD, Finding
 from studio import charts, curves, doctor, ranks, states, words
 from studio.curves import Curves
 from studio.forms import as_yaml
 from studio.i18n import reported, t
 from studio.markup import error, notice, number, size
 from studio.page import COMPARE, HIDDEN, Page, go, message
+from studio.points import finite, thinned
 from studio.store import Row
 
 Updates = dict[Any, Any]
@@ -124,7 +125,7 @@ def curves_html(found: Curves, row: Row, log: bool, smoothing: float) -> str:
     )
 
     def side(title: str, name: str, told: Callable[[float], str] = number) -> str:
-        points = charts.thinned(*charts.finite(steps, found.column(name)))
+        points = thinned(*finite(steps, found.column(name)))
         return charts.side_chart(title, points, colour, total, waiting, told)
 
     named = dict.fromkeys(name for event in evals for name in event.get("metrics") or {})
@@ -162,7 +163,7 @@ def width(row: Row) -> float | None:
 def newest(found: Curves) -> dict[str, Any]:
     """What the newest step, status and end say."""
     done = found.newest("done") or {}
-    ended = {key: done[key] for key in ("early", "best_step") if key in done}
+    ended: dict[str, Any] = {key: done[key] for key in ("early", "best_step") if key in done}
     return {**(found.newest("status") or {}), **(found.newest("step") or {}), **ended}
 
 
@@ -220,7 +221,7 @@ def _adapter(page: Page, run_id: str) -> bool:
     return page.studio.jobs.has_adapter(run_id)
 
 
-def buttons(page: Page, live: Live, row: Row, found: Curves, cure: doctor.Finding | None) -> Updates:
+def buttons(page: Page, live: Live, row: Row, found: Curves, cure: Finding | None) -> Updates:
     """What can be done now; the one that is next is the primary one."""
     state, run_id = row["state"], row["id"]
     running, finished = state == states.RUNNING, state in states.FINISHED

@@ -9,6 +9,7 @@ from typing import Any
 from studio import charts
 from studio.i18n import t
 from studio.markup import esc
+from studio.points import Points
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 
@@ -63,7 +64,7 @@ def heat_map(ranks: Mapping[str, int], step: int, colour: str) -> str:
     )
 
 
-def picture(newest: Mapping[str, Any] | None, means: charts.Points, colour: str, total: float | None) -> str:
+def picture(newest: Mapping[str, Any] | None, means: Points, colour: str, total: float | None) -> str:
     """The newest ranks as a heat map and the mean rank over the steps; nothing for methods that move no rank.
 
     Args:

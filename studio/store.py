@@ -270,7 +270,8 @@ class Store:
     def events_after(self, run_id: str, last_id: int) -> list[tuple[int, str, int | None, float, str]]:
         """Events after `last_id` as (id, type, step, time, the rest as JSON), oldest first; for whoever reads many."""
         sql = "SELECT id, type, step, time, data FROM events WHERE run_id = ? AND id > ? ORDER BY id"
-        return self.db.conn.execute(sql, [run_id, last_id]).fetchall()
+        rows: list[tuple[int, str, int | None, float, str]] = self.db.conn.execute(sql, [run_id, last_id]).fetchall()
+        return rows
 
     def newest(self, run_id: str, kind: str) -> Event | None:
         """The run's newest event of one type."""

@@ -14,7 +14,7 @@ import pytest
 
 from engine.train.job import DataSpec, JobSpec
 from studio import charts, curves, live
-from studio.charts import thinned
+from studio.points import thinned
 from studio.store import Store
 
 LONG = 100_000
