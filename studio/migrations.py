@@ -124,6 +124,12 @@ def adapters(db: Database) -> None:
     _table(db, "works").create_index(["state"])
 
 
+@_step("0005_live")
+def live(db: Database) -> None:
+    # The newest event of a kind, and the few warnings or samples among a hundred thousand steps, without reading those.
+    _table(db, "events").create_index(["run_id", "type", "id"])
+
+
 @_step("0006_runs")
 def runs_page(db: Database) -> None:
     # `place` orders the queue. `bytes` and `spark` are what the page of runs shows, kept until the run has moved on:
@@ -136,3 +142,19 @@ def runs_page(db: Database) -> None:
     waiting = db.execute("SELECT id FROM runs WHERE state = 'queued' ORDER BY queued, rowid").fetchall()
     for place, (run_id,) in enumerate(waiting, 1):
         db.execute("UPDATE runs SET place = ? WHERE id = ?", [place, run_id])
+
+
+@_step("0009_compare")
+def compare(db: Database) -> None:
+    # `kind` is `answers` or `grid`; `picture` is the file that was asked about.
+    db.execute("ALTER TABLE comparisons ADD COLUMN kind TEXT NOT NULL DEFAULT 'answers'")
+    db.execute("ALTER TABLE comparisons ADD COLUMN picture TEXT NOT NULL DEFAULT ''")
+    db.execute("ALTER TABLE comparisons ADD COLUMN deleted_at REAL")
+    # A row stands from when both have answered; `choice` (left, right, tie) is NULL until somebody has voted. Sides are
+    # told apart by version: an adapter that is trained on is another one.
+    db.execute(
+        "CREATE TABLE votes (id TEXT PRIMARY KEY, base TEXT NOT NULL, prompt TEXT NOT NULL, picture TEXT NOT NULL"
+        " DEFAULT '', settings TEXT NOT NULL, left_version TEXT NOT NULL, right_version TEXT NOT NULL, sides TEXT NOT"
+        " NULL, choice TEXT, created REAL NOT NULL, voted REAL)"
+    )
+    _table(db, "votes").create_index(["base", "choice"])

@@ -10,10 +10,20 @@ import gradio as gr
 
 from studio.context import Studio
 from studio.datasets import Datasets
+from studio.i18n import N_
 
 START, DATA, TRAIN, ADAPTERS = "start", "data", "train", "adapters"
 COMPARE, RUNS, SCORES = "compare", "runs", "scores"
-TAB_IDS = (START, DATA, TRAIN, ADAPTERS, COMPARE, RUNS, SCORES)
+TAB_TITLES = {
+    START: N_("Start"),
+    DATA: N_("Data"),
+    TRAIN: N_("Train"),
+    ADAPTERS: N_("Adapters"),
+    COMPARE: N_("Compare"),
+    RUNS: N_("Runs"),
+    SCORES: N_("Scores"),
+}
+TAB_IDS = tuple(TAB_TITLES)
 
 HIDDEN: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 """For callbacks of the page itself: quiet, and no part of the public interface."""
@@ -35,7 +45,7 @@ class Page:
         tabs: the row of tabs; `go(id)` selects one.
         run: id of the run that Train shows, in a hidden box because it also stands in the address.
         recipe: a form to fill into Train (`message(spec=..., dataset=...)`).
-        comparison: what Compare should show (`message(base=..., runs=[...], prompt=...)`).
+        comparison: what Compare should show (`message(base=..., runs=[...])`; ids of runs or adapters, keys of mixes).
         dataset: id of the data set that was chosen on Data.
         tab: id -> its Tab.
         parts: id -> whatever the tab keeps from `build` for `wire`.
