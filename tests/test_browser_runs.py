@@ -206,7 +206,7 @@ def test_curves_and_settings_of_chosen_runs_and_their_settings_again(page: Any, 
     sync_api.expect(drawn).to_have_count(2)
     assert {drawn.nth(number).get_attribute("style") for number in range(2)} == colours
     page.locator("#together-by").get_by_text("Time of training").click()
-    page.locator("#together-curves >> text=seconds of training").first.wait_for()
+    page.locator("#together-curves >> text=minutes of training").first.wait_for()
     before = drawn.first.get_attribute("points")
     page.locator("#together-log input").check()
     sync_api.expect(drawn.first).not_to_have_attribute("points", before)
