@@ -198,7 +198,8 @@ class Form:
         known = {key for _, key in choices(self.studio, base)}
         there = [key for key in keys or [] if key in known]
         found = self.asking(base, there)
-        return found if there == (keys or []) else {**found, self.parts.columns: gr.Dropdown(value=there, multiselect=True)}
+        narrowed = {} if there == (keys or []) else {self.parts.columns: gr.Dropdown(value=there, multiselect=True)}
+        return {**found, **narrowed}
 
     def task(self, base: str, keys: Sequence[str]) -> str:
         """What is asked of these columns."""
