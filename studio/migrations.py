@@ -124,6 +124,12 @@ def adapters(db: Database) -> None:
     _table(db, "works").create_index(["state"])
 
 
+@_step("0005_live")
+def live(db: Database) -> None:
+    # The newest event of a kind, and the few warnings or samples among a hundred thousand steps, without reading those.
+    _table(db, "events").create_index(["run_id", "type", "id"])
+
+
 @_step("0009_compare")
 def compare(db: Database) -> None:
     # `kind` is `answers` or `grid`; `picture` is the file that was asked about.

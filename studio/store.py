@@ -242,6 +242,9 @@ class Store:
             changes = {"step": step, "loss": event.get("loss")}
         elif kind == "eval":
             changes = {"eval_loss": event.get("loss")}
+        elif kind == "done" and event.get("eval_loss") is not None:
+            # Of what is kept, which with early stopping is not the last one.
+            changes = {"eval_loss": event["eval_loss"]}
         with self.exclusive() as db:
             cursor = db.conn.execute(
                 "INSERT INTO events (run_id, type, step, time, data) VALUES (?, ?, ?, ?, ?)",
@@ -263,6 +266,12 @@ class Store:
         more = f" AND type IN ({', '.join('?' * len(types))})" if types else ""
         sql = f"SELECT * FROM events WHERE run_id = ? AND id > ?{more} ORDER BY id"
         return [_plain_event(row) for row in self._rows(sql, [run_id, last_id, *types])]
+
+    def events_after(self, run_id: str, last_id: int) -> list[tuple[int, str, int | None, float, str]]:
+        """Events after `last_id` as (id, type, step, time, the rest as JSON), oldest first; for whoever reads many."""
+        sql = "SELECT id, type, step, time, data FROM events WHERE run_id = ? AND id > ? ORDER BY id"
+        rows: list[tuple[int, str, int | None, float, str]] = self.db.conn.execute(sql, [run_id, last_id]).fetchall()
+        return rows
 
     def newest(self, run_id: str, kind: str) -> Event | None:
         """The run's newest event of one type."""
