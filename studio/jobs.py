@@ -15,6 +15,7 @@ import threading
 import time
 from pathlib import Path
 
+from engine import threads
 from engine.errors import ConfigError
 from engine.paths import inside
 from engine.train.job import JobSpec
@@ -23,6 +24,9 @@ from studio.lock import OwnerLock
 from studio.store import Row, StateError, Store, UnknownError, new_run_id
 
 logger = logging.getLogger("studio.jobs")
+
+MOST_PROCESSES = 64
+"""Of one run on one machine."""
 
 
 class Jobs:
@@ -62,12 +66,19 @@ class Jobs:
         """`home/runs/<id>`, for an id of the right shape."""
         return inside(self.home / "runs", run_id)
 
-    def submit(self, spec: JobSpec, dataset: str | None = None) -> str:
+    def submit(self, spec: JobSpec, dataset: str | None = None, processes: int = 1) -> str:
         """Write the run's folder with `spec.yaml` and queue it; returns the id.
 
+        Args:
+            spec: the job.
+            dataset: the data set that it learns from.
+            processes: how many share each step, one for each GPU; it is kept with the run.
+
         Raises:
-            ConfigError: the job would open files that nobody brought in.
+            ConfigError: the job would open files that nobody brought in, or `processes` is no number of processes.
         """
+        if not 1 <= processes <= MOST_PROCESSES:
+            raise ConfigError(f"processes is {processes}; needed: 1 to {MOST_PROCESSES}, one for each GPU.")
         if spec.task == "captioning" and spec.training.sample_prompts:
             raise ConfigError(
                 "A run of the studio describes pictures that it holds back; it takes no sample_prompts, which are "
@@ -79,7 +90,7 @@ class Jobs:
         folder.mkdir(parents=True)
         try:
             spec.save(folder / "spec.yaml")
-            self.store.add_run(spec, dataset, run_id)
+            self.store.add_run(spec, dataset, run_id, processes)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -211,7 +222,7 @@ class Jobs:
         )
         if not moved:
             return
-        environment = process.environment(self.home, row["spec"]["training"].get("threads"))
+        environment = process.environment(self.home, _threads(row))
         try:
             with (self.folder(run_id) / "worker.log").open("ab") as log:
                 child = subprocess.Popen(
@@ -302,6 +313,14 @@ class Jobs:
         if row["deleted_at"] is not None:
             raise StateError(f"The run {run_id} is in the bin: {command} is not possible now.", "Take it out first.")
         raise StateError(f"The run {run_id} is {row['state']}: {command} is not possible now.", hint)
+
+
+def _threads(row: Row) -> int | None:
+    """CPU threads of each of a run's processes; None leaves the choice to the machine."""
+    asked: int | None = row["spec"]["training"].get("threads")
+    if asked or row["processes"] == 1:
+        return asked
+    return max(1, threads.available_cores() // int(row["processes"]))
 
 
 def _status(child: subprocess.Popen[bytes]) -> int | None:

@@ -122,3 +122,14 @@ def adapters(db: Database) -> None:
         " pid INTEGER, pid_started REAL, result TEXT, error TEXT)"
     )
     _table(db, "works").create_index(["state"])
+
+
+@_step("0008_train")
+def train(db: Database) -> None:
+    # `machine` says where a run trained: how long a step takes there says nothing of another.
+    db.execute("ALTER TABLE runs ADD COLUMN machine TEXT")
+    db.execute("ALTER TABLE runs ADD COLUMN processes INTEGER NOT NULL DEFAULT 1")
+    db.execute(
+        "CREATE TABLE presets (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, task TEXT NOT NULL, recipe TEXT"
+        " NOT NULL, created REAL NOT NULL, deleted_at REAL)"
+    )
