@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ PARTS = (
 """Parts of the memory bar and the parts of a prediction (`engine.memory.Prediction`) that each sums up."""
 VERDICTS = {"fits": N_("fits"), "tight": N_("tight"), "exceeds": N_("won't fit")}
 _KINDS = {"fits": "good", "tight": "warn", "exceeds": "bad"}
+NOTHING_FITS = N_("No smaller batch, checkpointing or 4-bit base makes it fit: take a smaller base or shorter rows.")
 _STEPS = 200
 """So many steps of an earlier run are looked at."""
 
@@ -80,7 +82,7 @@ def _step_seconds(store: Store, run_id: str) -> float | None:
     """The median time from one step to the next; checks and checkpoints between two steps do not move it."""
     sql = "SELECT step, time FROM events WHERE run_id = ? AND type = 'step' ORDER BY id DESC LIMIT ?"
     rows = list(store.db.query(sql, [run_id, _STEPS]))
-    passed = [b["time"] - a["time"] for b, a in zip(rows, rows[1:], strict=False) if b["step"] - a["step"] == 1]
+    passed = [b["time"] - a["time"] for b, a in itertools.pairwise(rows) if b["step"] - a["step"] == 1]
     return statistics.median(passed) if len(passed) >= 3 else None
 
 
@@ -143,7 +145,8 @@ def _memory(found: Mapping[str, Mapping[str, Any]], busy: bool) -> str:
         said = t("Not predicted for this task yet. Begin with a batch of 1 and raise it while there is room.")
         return f'<div class="tc-line">{name}<span>{esc(said)}</span></div>'
     prediction, budget, verdict = peak["prediction"], machine["budget"], peak["verdict"]
-    badge = f'<span class="st-badge tc-verdict {_KINDS[verdict]}" data-verdict="{verdict}">{esc(t(VERDICTS[verdict]))}</span>'
+    said = esc(t(VERDICTS[verdict]))
+    badge = f'<span class="st-badge {_KINDS[verdict]}" data-verdict="{verdict}">{said}</span>'
     words = esc(
         t("about {peak} at the peak; {budget} of {memory} are free now.", peak=size(prediction["peak"]),
           budget=size(budget), memory=size(machine["memory"]))
@@ -163,9 +166,7 @@ def _largest(found: Mapping[str, Mapping[str, Any]], busy: bool) -> str:
             t("It fits with {changes} (about {peak}).", changes=changed(remedy["changes"]), peak=size(remedy["peak"]))
         )
     elif remedy is not None:
-        said.append(
-            t("No smaller batch, checkpointing or 4-bit base makes it fit: take a smaller base or shorter rows.")
-        )
+        said.append(t(NOTHING_FITS))
     if largest is not None:
         said.append(
             t("The largest batch that fits: {batch}.", batch=f"{largest['batch']:,}")
@@ -186,7 +187,7 @@ def changed(changes: Mapping[str, Any]) -> str:
 
 
 def _bar(parts: Sequence[tuple[str, int]], budget: int, peak: int) -> str:
-    """A bar of the parts, as wide as the larger of the peak and what is free; a line stands where the free memory ends."""
+    """A bar of the parts, as wide as the larger of the peak and what is free; a line shows where that ends."""
     total = sum(count for _, count in parts)
     # Loading can take more than a step: the rest of the bar up to the peak.
     more = peak - total if parts and peak > total else 0
@@ -197,7 +198,7 @@ def _bar(parts: Sequence[tuple[str, int]], budget: int, peak: int) -> str:
         for number, (label, count) in enumerate(parts)
     )
     keys = "".join(
-        f'<li><i class="tc-p{number}"></i>{esc(label)} <b>{size(count)}</b></li>'
+        f'<li><i class="tc-p{number}"></i>{esc(label)} {size(count)}</li>'
         for number, (label, count) in enumerate(parts)
     )
     mark = f'<em style="left:{100 * budget / whole:.2f}%"></em>' if parts else ""

@@ -1,8 +1,8 @@
 """The process that holds one base model: JSON lines in, JSON lines out, ends when its input ends.
 
 In: `{"id", "op": "generate" | "mix" | "rank_errors" | "count" | "estimate" | "methods" | "cancel", ...}`. Out:
-`{"id", "type": "progress" | "piece" | "stage" | "result" | "done" | "error", ...}`. Requests are answered one after the other; `cancel` is heard
-at once.
+`{"id", "type": "progress" | "piece" | "stage" | "result" | "done" | "error", ...}`. Requests are answered one after the
+other; `cancel` is heard at once.
 """
 
 from __future__ import annotations

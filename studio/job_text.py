@@ -1,4 +1,4 @@
-"""A job as text: read from YAML without opening what it names, the command that repeats it, what differs from another."""
+"""A job as text: read from YAML without opening what it names, repeated by a command, compared with another."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ import yaml
 from engine.errors import ConfigError
 from engine.train.job import JobSpec, TrainingSpec
 from studio import forms, recipes
-from studio.i18n import t
+from studio.i18n import N_, t
 
 LONGEST = 100_000
 """Characters of a job's text; the longest that the form writes are a few thousand."""
+OUTSIDE = N_(
+    "model is {value}, a path outside of this studio's folder; choose the base on the page and leave model out"
+)
 _DEEPEST = 12
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _NOT_COMPARED = ("name", "data.path", "data.format", "data.columns")
@@ -41,12 +44,7 @@ def read(text: str, known_base: Callable[[str], str]) -> dict[str, Any]:
     faults = _faults(spec)
     base = known_base(spec["model"])
     if not base:
-        faults.append(
-            t(
-                "model is {value}, a path outside of this studio's folder; choose the base on the page and leave model out",
-                value=repr(spec["model"])[:80],
-            )
-        )
+        faults.append(t(OUTSIDE, value=repr(spec["model"])[:80]))
     if faults:
         head = t("This job cannot be taken over:")
         raise ConfigError("\n".join([head, *(f"- {fault}" for fault in faults)]), t("Mend these lines in the file."))

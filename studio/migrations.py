@@ -130,6 +130,6 @@ def train(db: Database) -> None:
     db.execute("ALTER TABLE runs ADD COLUMN machine TEXT")
     db.execute("ALTER TABLE runs ADD COLUMN processes INTEGER NOT NULL DEFAULT 1")
     db.execute(
-        "CREATE TABLE presets (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, task TEXT NOT NULL, recipe TEXT"
-        " NOT NULL, created REAL NOT NULL, deleted_at REAL)"
+        "CREATE TABLE presets (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, task TEXT NOT NULL,"
+        " recipe TEXT NOT NULL, created REAL NOT NULL, deleted_at REAL)"
     )

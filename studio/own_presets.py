@@ -21,7 +21,7 @@ class OwnPresets:
         self.store = store
 
     def save(self, name: str, spec: Mapping[str, Any]) -> int:
-        """Keep a job's settings under a name; the preset of this task that had the name goes to where `restore` finds it.
+        """Keep a job's settings under a name, in place of this task's preset of that name.
 
         Args:
             name: one line.

@@ -12,14 +12,15 @@ from engine.models.catalogue import BUILTIN
 from engine.train.job import TASKS, DataSpec, JobSpec
 from studio import forms, presets
 from studio.datasets import usable
+from studio.i18n import N_
 from studio.store import Row
 
 METHOD = "lora"
 FULL = presets.Method(
     name="full",
-    title="Full fine-tuning",
-    meaning="Every weight of the base learns; what is kept is a whole model.",
-    when="To see what an adapter gives up, or when the base is small and everything about it should change.",
+    title=N_("Full fine-tuning"),
+    meaning=N_("Every weight of the base learns; what is kept is a whole model."),
+    when=N_("To see what an adapter gives up, or when the base is small and everything about it should change."),
     paper="",
     fields=(),
     training={"learning_rate": 0.00005},

@@ -130,7 +130,7 @@ def wire(page: Page, parts: Parts) -> None:
             **updates,
         }
 
-    def cost(before: list[str], *inputs: Any, request: gr.Request) -> Iterator[Updates]:
+    def cost(request: gr.Request, before: list[str], *inputs: Any) -> Iterator[Updates]:
         """The card of the form as it is, growing as more is known; earlier questions of this page are given up."""
         wanted = newest.begin(str(request.session_hash))
         time.sleep(PAUSE)
@@ -178,7 +178,7 @@ def wire(page: Page, parts: Parts) -> None:
                 found[parts.widgets[owned.key]] = forms.show(owned.field, value)
         return found
 
-    def compare(opened: bool, *inputs: Any, request: gr.Request) -> Iterator[str]:
+    def compare(request: gr.Request, opened: bool, *inputs: Any) -> Iterator[str]:
         """What each method costs with the fields that it has in the form."""
         wanted = tables.begin(str(request.session_hash))
         if not opened:

@@ -13,7 +13,7 @@ from typing import Any
 from engine.errors import EngineError
 from engine.memory.machine import available, memory_limit
 from engine.memory.predicting import TASKS, Job
-from engine.memory.prediction import Prediction, fits
+from engine.memory.prediction import fits
 from engine.train.job import JobSpec
 
 Stage = dict[str, Any]
@@ -25,29 +25,31 @@ class _AbandonedError(Exception):
     """Nobody waits for the prediction any more."""
 
 
-class _Watched(Job):
-    """Predictions that end between two simulations when nobody waits for them."""
+def _interruptible(going: Callable[[], bool]) -> Any:
+    """A context in which every operation of torch first asks whether somebody still waits for its result."""
+    from torch.utils._python_dispatch import TorchDispatchMode
 
-    going: Callable[[], bool]
+    class Asking(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if not going():
+                raise _AbandonedError
+            return func(*args, **(kwargs or {}))
 
-    def predict(self, batch_size: int | None = None, length: int | None = None) -> Prediction:
-        if not self.going():
-            raise _AbandonedError
-        return super().predict(batch_size, length)
+    return Asking()
 
 
 def stages(spec: JobSpec, going: Callable[[], bool] = lambda: True) -> Iterator[Stage]:
-    """A job's costs, each as `{"stage": NAME, ...}`; the run's own checks of optimizer, targets and base come with them.
+    """A job's costs, each as `{"stage": NAME, ...}`; the run's own checks of optimizer, targets and base come along.
 
     - `machine`: `device`, `gpus` (how many), `memory` and `budget` (what is free now) in bytes.
     - `count`: as `engine.inspection.count`, and `full`.
-    - `peak`: `prediction` (`Prediction.to_dict`) and `verdict`; or `unknown`, a sentence, where the task is not followed.
+    - `peak`: `prediction` (a dict) and `verdict`; or `unknown`, a sentence, of a task that it does not follow.
     - `remedy`, of a job that does not fit: `changes` and `peak`, or None in both.
     - `largest`: the largest batch that fits.
 
     Args:
         spec: the job.
-        going: asked before each simulation; False ends the stages early.
+        going: asked all the time; False ends the stages at once.
 
     Raises:
         EngineError: the job cannot run: what training would say of it.
@@ -65,17 +67,25 @@ def stages(spec: JobSpec, going: Callable[[], bool] = lambda: True) -> Iterator[
         _attach(spec)
         yield {"stage": "peak", "unknown": f"The memory of the task {spec.task} cannot be predicted yet."}
         return
+    yield from _predicted(spec, place, budget, going)
+
+
+def _predicted(spec: JobSpec, place: str, budget: int, going: Callable[[], bool]) -> Iterator[Stage]:
+    """The stages that take simulations; none any more when nobody waits."""
     try:
-        job = _Watched(spec, place)
-        job.going = going
-        prediction = job.predict()
+        with _interruptible(going):
+            job = Job(spec, place)
+            prediction = job.predict()
         verdict = fits(prediction, budget)
         yield {"stage": "peak", "prediction": prediction.to_dict(), "verdict": verdict}
         if verdict == "exceeds":
-            found = job.remedy(budget)
+            with _interruptible(going):
+                found = job.remedy(budget)
             peak = found.prediction.peak if found else None
             yield {"stage": "remedy", "changes": dict(found.changes) if found else None, "peak": peak}
-        yield {"stage": "largest", "batch": job.largest_batch(budget)}
+        with _interruptible(going):
+            largest = job.largest_batch(budget)
+        yield {"stage": "largest", "batch": largest}
     except _AbandonedError:
         return
 
