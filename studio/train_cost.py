@@ -115,11 +115,13 @@ def wire(page: Page, parts: Parts) -> None:
 
     def refused(fault: EngineError, before: list[str], inputs: tuple[Any, ...]) -> Updates:
         """The reason in the card's place and beside the field."""
-        blamed = {fault.field: fault.message} if isinstance(fault, RefusedError) and fault.field else None
         task, method = inputs[1], inputs[7]
-        updates = marked(parts, blamed or recipes.faulty(fault, task, method), before, task, method)
+        named = recipes.faulty(fault, task, method)
+        quantised = isinstance(fault, RefusedError) and fault.field == "quantization"
+        if quantised:
+            named = {**named, "quantization": fault.message}
+        updates = marked(parts, named, before, task, method)
         stop = isinstance(fault, RefusedError)
-        quantised = bool(blamed) and "quantization" in (blamed or {})
         changes = {"quantization": "none"} if quantised else None
         return {
             parts.cost: costs.card({}, "", fault=error(fault, t("These settings do not fit this base"))),
