@@ -107,8 +107,9 @@ def wire(page: Page, parts: Parts) -> None:
             parts.remedy: gr.Button(
                 t("Take {changes}", changes=costs.changed(changes)) if changes else "", visible=bool(changes)
             ),
-            parts.start: gr.Button(variant="secondary" if changes else "primary", interactive=True),
         }
+        if not busy:
+            updates[parts.start] = gr.Button(variant="secondary" if changes else "primary")
         if "machine" in found:
             updates[parts.processes] = gr.Number(visible=gpus > 1, maximum=max(1, gpus))
         return updates
@@ -128,7 +129,7 @@ def wire(page: Page, parts: Parts) -> None:
             parts.refused: updates.pop(parts.marked),
             parts.changes: changes,
             parts.remedy: gr.Button(t("Take the base as it is (quantization none)"), visible=quantised),
-            parts.start: gr.Button(interactive=not stop, variant="secondary" if quantised else "primary"),
+            **({parts.start: gr.Button(interactive=False)} if stop else {}),
             **updates,
         }
 

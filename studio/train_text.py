@@ -10,6 +10,7 @@ import gradio as gr
 
 from engine.errors import ConfigError, EngineError
 from studio import adapting, costs, forms, job_text, recipes
+from studio.datasets import train_rows
 from studio.i18n import t
 from studio.markup import error, notice
 from studio.own_presets import OwnPresets
@@ -21,16 +22,30 @@ from studio.train_parts import Parts
 Updates = dict[Any, Any]
 
 
-def wire(page: Page, parts: Parts) -> None:
-    """Connect what is said of the form at once, its text, and its own presets."""
+def wire(page: Page, parts: Parts) -> dict[str, Any]:
+    """Connect what is said of the form at once, its text, and its own presets.
+
+    Returns:
+        The callback that says it, as what an event takes: to follow whatever fills the form.
+    """
     form = [*parts.head, *parts.values]
-    _wire_words(page, parts, form)
     _wire_file(page, parts)
     _wire_own(page, parts, form)
+    return _wire_words(page, parts, form)
 
 
-def _wire_words(page: Page, parts: Parts, form: list[Any]) -> None:
-    """The YAML, the command, the differences and the faults, at every change."""
+def _wire_words(page: Page, parts: Parts, form: list[Any]) -> dict[str, Any]:
+    """The one button that is next, the YAML, the command, the differences and the faults, at every change."""
+
+    def offered(dataset_id: str | None, eval_split: float | None, able: bool) -> Updates:
+        """The one button that is next. It is written here alone: two answers at once would undo each other's part."""
+        ready = dataset_id in {key for _, key in recipes.datasets(page.studio.store.datasets())}
+        count = train_rows(page.studio.store.dataset(dataset_id), eval_split or 0.0) if ready and dataset_id else 0
+        text = t("Train on these {count} rows", count=f"{count:,}")
+        return {
+            parts.start: gr.Button(text, visible=ready, interactive=able),
+            parts.to_data: gr.Button(visible=not ready),
+        }
 
     def describe(before: list[str], origin: Mapping[str, Any] | None, processes: float | None, *inputs: Any) -> Updates:
         task, method = inputs[1], inputs[7]
@@ -41,7 +56,7 @@ def _wire_words(page: Page, parts: Parts, form: list[Any]) -> None:
             return {
                 parts.text.same: lines,
                 parts.fault: gr.HTML(error(fault, t("These settings cannot work")), visible=True),
-                parts.start: gr.Button(interactive=False),
+                **offered(inputs[0], inputs[4], able=False),
                 **marked(parts, recipes.faulty(fault, task, method), before, task, method),
             }
         plain = spec.to_dict()
@@ -49,7 +64,7 @@ def _wire_words(page: Page, parts: Parts, form: list[Any]) -> None:
             parts.text.same: forms.as_yaml(plain),
             parts.text.command: job_text.command(int(processes or 1)),
             parts.fault: gr.HTML(visible=False),
-            parts.start: gr.Button(interactive=True),
+            **offered(inputs[0], inputs[4], able=True),
             parts.diff: gr.HTML(visible=False),
             **marked(parts, {}, before, task, method),
         }
@@ -58,16 +73,24 @@ def _wire_words(page: Page, parts: Parts, form: list[Any]) -> None:
             found[parts.diff] = gr.HTML(costs.differences(rows, origin["title"]), visible=True)
         return found
 
-    outputs = [parts.text.same, parts.text.command, parts.diff, parts.fault, parts.start]
+    words: dict[str, Any] = {
+        "fn": describe,
+        "inputs": [parts.marked, parts.origin, parts.processes, *form],
+        "outputs": [
+            parts.text.same,
+            parts.text.command,
+            parts.diff,
+            parts.fault,
+            parts.start,
+            parts.to_data,
+            parts.marked,
+            parts.advanced,
+            *parts.markable,
+        ],
+    }
     changed = [widget.change for widget in [*form, parts.processes, parts.origin] if widget is not parts.preset]
-    gr.on(
-        [page.tab[TRAIN].select, *changed],
-        describe,
-        [parts.marked, parts.origin, parts.processes, *form],
-        [*outputs, parts.marked, parts.advanced, *parts.markable],
-        trigger_mode="always_last",
-        **HIDDEN,
-    )
+    gr.on(changed, **words, trigger_mode="always_last", **HIDDEN)
+    return words
 
 
 def _wire_file(page: Page, parts: Parts) -> None:

@@ -10,7 +10,6 @@ import gradio as gr
 
 from engine.errors import EngineError
 from studio import forms, live, presets, recipes, train_cost, train_form, train_text
-from studio.datasets import train_rows
 from studio.i18n import N_, t
 from studio.markup import error, esc
 from studio.page import DATA, HIDDEN, TRAIN, Page, go
@@ -32,22 +31,13 @@ def wire(page: Page) -> None:
     parts: Parts = page.parts[ID]
     live.wire(page, parts.live, parts.form)
     train_cost.wire(page, parts)
-    train_text.wire(page, parts)
+    words = train_text.wire(page, parts)
     form = [*parts.head, *parts.values]
     methods = recipes.methods()
     usual = [o for o in recipes.fields() if not o.method and any(o.field.name in m.training for m in methods)]
 
     def known() -> list[tuple[str, str]]:
         return recipes.datasets(page.studio.store.datasets())
-
-    def offer(dataset_id: str | None, eval_split: float | None) -> dict[Any, Any]:
-        """The one button that is next."""
-        ready = dataset_id in {key for _, key in known()}
-        count = train_rows(page.studio.store.dataset(dataset_id), eval_split or 0.0) if ready and dataset_id else 0
-        return {
-            parts.start: gr.Button(t("Train on these {count} rows", count=f"{count:,}"), visible=ready),
-            parts.to_data: gr.Button(visible=not ready),
-        }
 
     def takes(task: presets.Task, dataset_id: str | None) -> bool:
         """Whether a task can learn from the data set; any can where none is chosen."""
@@ -70,9 +60,7 @@ def wire(page: Page) -> None:
             **filled(parts, recipes.of_preset(task, first)),
         }
 
-    def enter(
-        dataset_id: str | None, task: str | None, eval_split: float | None, recipe: Mapping[str, Any] | None = None
-    ) -> dict[Any, Any]:
+    def enter(dataset_id: str | None, task: str | None, recipe: Mapping[str, Any] | None = None) -> dict[Any, Any]:
         """The data sets there are now; the newest is chosen when none is. A choice that stands is not touched:
         the form may be being filled at this moment, from `recipe`, which says the task too."""
         choices = known()
@@ -84,17 +72,15 @@ def wire(page: Page) -> None:
         chosen = choices[0][1] if choices else None
         return {
             parts.dataset: gr.Dropdown(choices, value=chosen),
-            **offer(chosen, eval_split),
             **fit(chosen, task),
         }
 
-    def use(dataset_id: str, task: str | None, eval_split: float | None) -> dict[Any, Any]:
+    def use(dataset_id: str, task: str | None) -> dict[Any, Any]:
         """The data set that was chosen on Data."""
         if not dataset_id:
             return {}
         return {
             parts.dataset: gr.Dropdown(known(), value=dataset_id),
-            **offer(dataset_id, eval_split),
             **fit(dataset_id, task),
         }
 
@@ -107,7 +93,7 @@ def wire(page: Page) -> None:
         filling = filled(parts, recipes.of_preset(form, preset))
         return {parts.meaning: esc(t(preset.meaning)), parts.preset: preset.name, **filling}
 
-    def turn(name: str | None, dataset_id: str | None, eval_split: float | None) -> dict[Any, Any]:
+    def turn(name: str | None, dataset_id: str | None) -> dict[Any, Any]:
         """Another task, and the newest data set that it can learn from where the chosen one is for another.
 
         Task and data set are written whatever they are: an answer that left the server before this choice may have
@@ -116,7 +102,7 @@ def wire(page: Page) -> None:
         task = recipes.task_of(name)
         fitting = [key for _, key in known() if takes(task, key)]
         chosen = dataset_id if dataset_id in fitting else next(iter(fitting), None)
-        return {parts.task: task.name, parts.dataset: chosen, **offer(chosen, eval_split), **begin(task)}
+        return {parts.task: task.name, parts.dataset: chosen, **begin(task)}
 
     def switch(name: str, task: str, before: Mapping[str, Any] | None, *now: Any) -> dict[Any, Any]:
         """Another method: its fields, and the training settings that it usually needs. With a method that needs none,
@@ -161,7 +147,6 @@ def wire(page: Page) -> None:
             parts.dataset: gr.Dropdown(choices, value=dataset_id),
             parts.fault: gr.HTML(visible=False),
             **filled(parts, asked),
-            **offer(dataset_id, asked["eval_split"]),
         }
 
     def start(processes: float | None, *inputs: Any) -> dict[Any, Any]:
@@ -182,22 +167,18 @@ def wire(page: Page) -> None:
         parts.meaning,
         parts.origin,
         parts.fault,
-        parts.start,
-        parts.to_data,
     ]
-    split = [parts.dataset, parts.task, parts.eval_split]
-    page.blocks.load(enter, split, everything, **HIDDEN)
-    page.tab[ID].select(enter, [*split, page.recipe], everything, **HIDDEN)
-    page.dataset.change(use, [page.dataset, parts.task, parts.eval_split], everything, **HIDDEN)
-    page.recipe.change(fill, page.recipe, everything, **HIDDEN)
+    chosen = [parts.dataset, parts.task]
+    # The words after each: a widget that was filled before it was first shown does not tell that it changed.
+    page.blocks.load(enter, chosen, everything, **HIDDEN).then(**words, **HIDDEN)
+    page.tab[ID].select(enter, [*chosen, page.recipe], everything, **HIDDEN).then(**words, **HIDDEN)
+    page.dataset.change(use, [page.dataset, parts.task], everything, **HIDDEN).then(**words, **HIDDEN)
+    page.recipe.change(fill, page.recipe, everything, **HIDDEN).then(**words, **HIDDEN)
     for task, radio in parts.presets.items():
         radio.input(functools.partial(choose, task), radio, everything, **HIDDEN)
-    parts.task.input(turn, [parts.task, parts.dataset, parts.eval_split], everything, **HIDDEN)
-    parts.dataset.input(fit, [parts.dataset, parts.task], everything, **HIDDEN)
+    parts.task.input(turn, [parts.task, parts.dataset], everything, **HIDDEN).then(**words, **HIDDEN)
+    parts.dataset.input(fit, chosen, everything, **HIDDEN)
     own_settings = [parts.widgets[owned.key] for owned in usual]
     parts.method.input(switch, [parts.method, parts.task, parts.before, *own_settings], everything, **HIDDEN)
-    # Not left to `change` alone: a widget that was filled before it was first shown does not tell.
-    offered = [parts.start, parts.to_data]
-    gr.on([parts.dataset.change, parts.eval_split.change], offer, [parts.dataset, parts.eval_split], offered, **HIDDEN)
     parts.start.click(start, [parts.processes, *form], [page.run, parts.fault], trigger_mode="once", **HIDDEN)
     parts.to_data.click(lambda: go(DATA), None, page.tabs, **HIDDEN)
