@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from engine.errors import EngineError
-from studio import forms, live, presets, recipes, train_cost, train_form, train_text
+from studio import doctor, forms, live, presets, recipes, train_cost, train_form, train_text
 from studio.i18n import N_, t
 from studio.markup import error, esc
 from studio.page import DATA, HIDDEN, TRAIN, Page, go
@@ -141,7 +141,7 @@ def wire(page: Page) -> None:
             parts.task: task.name,
             parts.base: gr.Dropdown(recipes.bases(task), value=spec["model"]),
             **preset_shown(parts, task, None),
-            parts.meaning: esc(recipe.get("meaning") or t("Settings of an earlier run; change what you like.")),
+            parts.meaning: doctor.recipe_note(recipe),
             parts.origin: origin(recipe),
             parts.name: spec.get("name", ""),
             parts.dataset: gr.Dropdown(choices, value=dataset_id),
