@@ -145,7 +145,7 @@ def test_a_job_goes_out_as_a_file_and_comes_in_as_text(page: Any, server: str, t
     page.click("#train-take")
     expect(page, "#train-text-fault").to_contain_text("The form is filled")
     sync_api.expect(box(page, "#field-batch_size")).to_have_value("3")
-    expect(page, "#train-dataset input").to_have_value("lighthouse.jsonl (60 rows)")
+    expect(page, "#train-dataset input").to_have_value("lighthouse.jsonl (304 rows)")
     expect(page, "#train-same").to_contain_text("quantization: int8")
     assert "passwd" not in page.locator("#train-same").inner_text()
 
