@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+from engine import threads
 from engine.errors import ConfigError
 from engine.paths import inside
 from engine.train.job import JobSpec
@@ -25,6 +26,9 @@ from studio.storage import Storage
 from studio.store import Row, StateError, Store, UnknownError, is_run_id, new_run_id
 
 logger = logging.getLogger("studio.jobs")
+
+MOST_PROCESSES = 64
+"""Of one run on one machine."""
 
 
 class Jobs:
@@ -65,12 +69,19 @@ class Jobs:
         """`home/runs/<id>`, for an id of the right shape."""
         return inside(self.home / "runs", run_id)
 
-    def submit(self, spec: JobSpec, dataset: str | None = None) -> str:
+    def submit(self, spec: JobSpec, dataset: str | None = None, processes: int = 1) -> str:
         """Write the run's folder with `spec.yaml` and queue it; returns the id.
 
+        Args:
+            spec: the job.
+            dataset: the data set that it learns from.
+            processes: how many share each step, one for each GPU; it is kept with the run.
+
         Raises:
-            ConfigError: the job would open files that nobody brought in.
+            ConfigError: the job would open files that nobody brought in, or `processes` is no number of processes.
         """
+        if not 1 <= processes <= MOST_PROCESSES:
+            raise ConfigError(f"processes is {processes}; needed: 1 to {MOST_PROCESSES}, one for each GPU.")
         if spec.task == "captioning" and spec.training.sample_prompts:
             raise ConfigError(
                 "A run of the studio describes pictures that it holds back; it takes no sample_prompts, which are "
@@ -82,7 +93,7 @@ class Jobs:
         folder.mkdir(parents=True)
         try:
             spec.save(folder / "spec.yaml")
-            self.store.add_run(spec, dataset, run_id)
+            self.store.add_run(spec, dataset, run_id, processes)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -249,7 +260,7 @@ class Jobs:
         )
         if not moved:
             return
-        environment = process.environment(self.home, row["spec"]["training"].get("threads"))
+        environment = process.environment(self.home, _threads(row))
         try:
             with (self.folder(run_id) / "worker.log").open("ab") as log:
                 child = subprocess.Popen(
@@ -359,6 +370,14 @@ def _moved(order: list[str], run_id: str, to: Any) -> list[str]:
     else:
         raise ConfigError(f"`to` is {str(to)[:40]!r}.", "Say up, down, next, last, or the id of a run that waits.")
     return [*rest[:place], run_id, *rest[place:]]
+
+
+def _threads(row: Row) -> int | None:
+    """CPU threads of each of a run's processes; None leaves the choice to the machine."""
+    asked: int | None = row["spec"]["training"].get("threads")
+    if asked or row["processes"] == 1:
+        return asked
+    return max(1, threads.available_cores() // int(row["processes"]))
 
 
 def _status(child: subprocess.Popen[bytes]) -> int | None:

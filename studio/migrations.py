@@ -144,6 +144,17 @@ def runs_page(db: Database) -> None:
         db.execute("UPDATE runs SET place = ? WHERE id = ?", [place, run_id])
 
 
+@_step("0008_train")
+def train(db: Database) -> None:
+    # `machine` says where a run trained: how long a step takes there says nothing of another.
+    db.execute("ALTER TABLE runs ADD COLUMN machine TEXT")
+    db.execute("ALTER TABLE runs ADD COLUMN processes INTEGER NOT NULL DEFAULT 1")
+    db.execute(
+        "CREATE TABLE presets (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, task TEXT NOT NULL,"
+        " recipe TEXT NOT NULL, created REAL NOT NULL, deleted_at REAL)"
+    )
+
+
 @_step("0009_compare")
 def compare(db: Database) -> None:
     # `kind` is `answers` or `grid`; `picture` is the file that was asked about.

@@ -98,7 +98,7 @@ class Store:
 
     # Runs
 
-    def add_run(self, spec: JobSpec, dataset: str | None = None, run_id: str | None = None) -> str:
+    def add_run(self, spec: JobSpec, dataset: str | None = None, run_id: str | None = None, processes: int = 1) -> str:
         """A new queued run for `spec`, with a colour that the latest runs do not have; returns its id."""
         run_id, method = run_id or new_run_id(), "full" if spec.full else spec.adapter["method"]
         now = time.time()
@@ -106,8 +106,8 @@ class Store:
             used = [row["colour"] for row in db.query("SELECT colour FROM runs ORDER BY created DESC, rowid DESC")]
             colour = free_colour(used)
             db.execute(
-                "INSERT INTO runs (id, name, state, task, model, method, dataset, colour, spec, created, queued, place)"
-                f" VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, {_LAST_PLACE})",
+                "INSERT INTO runs (id, name, state, task, model, method, dataset, colour, spec, created, queued,"
+                f" processes, place) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, {_LAST_PLACE})",
                 [
                     run_id,
                     spec.name or f"{method} {run_id[4:]}",
@@ -120,6 +120,7 @@ class Store:
                     json.dumps(spec.to_dict(), ensure_ascii=False),
                     now,
                     now,
+                    processes,
                 ],
             )
         return run_id
