@@ -1,4 +1,4 @@
-"""The guided path as HTML: goals, the options of a step, what it comes to. Buttons say in `data-` names what they are."""
+"""The guided path as HTML: goals, the options of a step, what it comes to. Buttons say by `data-` what they are."""
 
 from __future__ import annotations
 

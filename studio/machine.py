@@ -20,8 +20,8 @@ from studio.markup import esc, size
 _ASK = (sys.executable, "-m", "engine", "doctor", "--json")
 _LONGEST = 180.0
 _BYTES_PER_WEIGHT = 3.0
-"""Of graphics memory that LoRA in bf16 takes for each of the base's weights, by rule of thumb: two for the weight, one for
-what a step keeps. `engine.memory` is exact, and needs the job."""
+"""Of graphics memory that LoRA in bf16 takes for each of the base's weights, by rule of thumb: two for the weight, one
+for what a step keeps. `engine.memory` is exact, and needs the job."""
 
 
 @dataclass(frozen=True)
