@@ -1,0 +1,11 @@
+// Gradio makes its whole configuration reactive, and then compares each of its hundreds of components with each trigger of
+// each callback, every comparison through proxies. The two lists never change: as arrays of another class they stay plain.
+(() => {
+  class Plain extends Array {
+    static get [Symbol.species]() { return Array; }
+  }
+  const config = window.gradio_config || {};
+  for (const list of [config.dependencies, config.components]) {
+    if (Array.isArray(list)) Object.setPrototypeOf(list, Plain.prototype);
+  }
+})();
