@@ -3,12 +3,15 @@
 Gradio draws in the browser, from a configuration of every tab; until it has, a browser shows nothing. This middleware
 puts the same goals and samples that Start shows into the HTML, with the styles they need. What is pressed meanwhile is
 pressed on the page once it stands. It also takes the parts of the configuration that never change out of the reach of
-Gradio's reactive proxies, through which each of thousands of comparisons would go.
+Gradio's reactive proxies, through which each of thousands of comparisons would go, and lets the other tabs be filled
+when they are selected.
 """
 
 from __future__ import annotations
 
 import functools
+import json
+from collections.abc import Sequence
 from urllib.parse import parse_qs
 
 from starlette.datastructures import MutableHeaders
@@ -28,22 +31,23 @@ ELSEWHERE = ("run", "guide", "deep_link", "view")
 class FirstPage:
     """ASGI middleware: the page at `/` is sent with its first view in it."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, later: Sequence[int] = ()) -> None:
+        self.app, self.later = app, later
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] != "http" or scope["path"] != "/" or scope["method"] != "GET":
             await self.app(scope, receive, send)
             return
-        await self.app(scope, receive, _Whole(send, is_first(scope["query_string"].decode("latin-1"))))
+        first = is_first(scope["query_string"].decode("latin-1"))
+        await self.app(scope, receive, _Whole(send, first, self.later if first else ()))
 
 
 class _Whole:
     """Passes an answer on; a page is held back until it is whole, and then filled."""
 
-    def __init__(self, send: Send, first: bool) -> None:
-        self.send, self.first = send, first
+    def __init__(self, send: Send, first: bool, later: Sequence[int]) -> None:
+        self.send, self.first, self.later = send, first, later
         self.start: Message | None = None
         self.body = b""
 
@@ -57,7 +61,7 @@ class _Whole:
             self.body += message.get("body", b"")
             if message.get("more_body"):
                 return
-            body = filled(self.body, self.first)
+            body = filled(self.body, self.first, self.later)
             start, self.start = self.start, None
             MutableHeaders(raw=start["headers"])["content-length"] = str(len(body))
             await self.send(start)
@@ -71,9 +75,16 @@ def is_first(query: str) -> bool:
     return not any(name in asked for name in ELSEWHERE) and asked.get("tab", [START])[0] == START
 
 
-def filled(page: bytes, first: bool) -> bytes:
-    """Gradio's page with our script in its head, and the first view in its body where that is what was asked for."""
-    page = page.replace(b"</head>", f"<script>{_asset('config.js')}</script></head>".encode(), 1)
+def filled(page: bytes, first: bool, later: Sequence[int] = ()) -> bytes:
+    """Gradio's page with our script in its head, and the first view in its body where that is what was asked for.
+
+    Args:
+        page: its HTML.
+        first: whether the first page is asked for.
+        later: the callbacks that wait until their tab is selected.
+    """
+    script = f"<script>window.studioLater = {json.dumps([*later])};{_asset('config.js')}</script></head>"
+    page = page.replace(b"</head>", script.encode(), 1)
     # Someone who has yet to log in is shown the form for that alone.
     if not first or b'"auth_required":true' in page[:100_000]:
         return page

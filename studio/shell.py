@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import gradio as gr
 
 from studio import api
 from studio.context import Studio
-from studio.page import HIDDEN, TAB_IDS, TRAIN, Page, go
+from studio.page import HIDDEN, START, TAB_IDS, TRAIN, Page, go
 from studio.store import is_run_id
 from studio.tabs import TABS
 
@@ -32,7 +33,10 @@ def create_app(studio: Studio) -> gr.Blocks:
                     page.tab[module.ID] = tab
                     module.build(page)
         for module in TABS:
+            before = set(blocks.fns)
             module.wire(page)
+            if module.ID != START:
+                page.later += _loading(blocks, set(blocks.fns) - before)
             page.tab[module.ID].select(
                 None, None, None, js=f"() => window.studioAddress('tab', '{module.ID}')", **HIDDEN
             )
@@ -47,7 +51,13 @@ def create_app(studio: Studio) -> gr.Blocks:
 
         blocks.load(arrive, None, [run, tabs], **HIDDEN)
     _lighten(blocks, run)
+    blocks.studio_later = page.later
     return cast(gr.Blocks, blocks)
+
+
+def _loading(blocks: gr.Blocks, numbers: Iterable[int]) -> list[int]:
+    """Those of the callbacks that are called when the page has loaded."""
+    return sorted(number for number in numbers if any(event == "load" for _, event in blocks.fns[number].targets))
 
 
 def _lighten(blocks: gr.Blocks, place: gr.Component) -> None:

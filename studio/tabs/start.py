@@ -33,20 +33,20 @@ class Parts:
     Attributes:
         path: where somebody is on the way, as in the address.
         board: the goals, or a step with its options.
+        way: all that stands below a step's options.
         bring: the drop zone of the data step.
         rows: what the chosen rows look like.
         cost: what will learn, on the last step.
-        bar: back, all settings, on.
     """
 
     path: gr.Textbox
     board: gr.HTML
+    way: gr.Column
     bring: gr.Column
     file: gr.File
     rows: gr.HTML
     cost: gr.HTML
     fault: gr.HTML
-    bar: gr.Row
     back: gr.Button
     every: gr.Button
     on: gr.Button
@@ -58,37 +58,35 @@ def build(page: Page) -> None:
     """Lay out the first step; the others are drawn into the same places."""
     path = gr.Textbox(visible="hidden", elem_id="guide-path")
     board = gr.HTML(guide_words.goals(), js_on_load=guide_words.LIVE, elem_id="start-board")
-    with gr.Column(visible=False, elem_id="guide-bring") as bring:
-        file = gr.File(
-            label=t("Or rows of your own: a table, a text, or a zip of pictures"),
-            file_types=[*data.KINDS],
-            height=120,
-            elem_id="guide-file",
-        )
-        gr.HTML('<div id="guide-limit" class="notice error" role="alert" data-code="data-too-large" hidden></div>')
-    fault = gr.HTML(visible=False, js_on_load=guide_words.LIVE, elem_id="guide-fault")
-    rows = gr.HTML(visible=False, elem_id="guide-rows")
-    cost = gr.HTML(visible=False, elem_id="guide-cost")
-    with gr.Row(visible=False, elem_id="guide-bar") as bar:
-        back = gr.Button(t("Back"), elem_id="guide-back")
-        every = gr.Button(t("Every setting"), elem_id="guide-every")
-        on = gr.Button(t("Go on"), variant="primary", elem_id="guide-on")
+    fault = gr.HTML("", js_on_load=guide_words.LIVE, elem_id="guide-fault", elem_classes="gd-maybe")
+    with gr.Column(visible=False, elem_id="guide-way") as way:
+        with gr.Column(elem_id="guide-bring") as bring:
+            file = gr.File(
+                label=t("Or rows of your own: a table, a text, or a zip of pictures"),
+                file_types=[*data.KINDS],
+                height=120,
+                elem_id="guide-file",
+            )
+            gr.HTML('<div id="guide-limit" class="notice error" role="alert" data-code="data-too-large" hidden></div>')
+        rows = gr.HTML("", elem_id="guide-rows", elem_classes="gd-maybe")
+        cost = gr.HTML("", elem_id="guide-cost", elem_classes="gd-maybe")
+        with gr.Row(elem_id="guide-bar"):
+            back = gr.Button(t("Back"), elem_id="guide-back")
+            every = gr.Button(t("Every setting"), elem_id="guide-every")
+            on = gr.Button(t("Go on"), variant="primary", elem_id="guide-on")
     last = gr.HTML(visible=False, js_on_load=PICK, elem_id="start-last")
     here = gr.HTML(machine.words(page.studio.machine), elem_id="start-machine")
-    page.parts[ID] = Parts(path, board, bring, file, rows, cost, fault, bar, back, every, on, last, here)
+    page.parts[ID] = Parts(path, board, way, bring, file, rows, cost, fault, back, every, on, last, here)
 
 
 def show(page: Page, path: Path) -> Updates:
     """Everything that follows from where somebody is."""
     parts: Parts = page.parts[ID]
-    found: Updates = {
-        parts.path: str(path),
-        parts.bring: gr.Column(visible=path.step == "data"),
-        parts.rows: gr.HTML(visible=False),
-        parts.cost: gr.HTML("", visible=path.step == "check"),
-        parts.fault: gr.HTML(visible=False),
-        parts.bar: gr.Row(visible=bool(path.goal)),
-    }
+    # Values rather than visibility where both say the same: for each change of visibility Gradio walks the whole page.
+    found: Updates = {parts.path: str(path), parts.fault: "", parts.rows: "", parts.cost: ""}
+    found[parts.way] = gr.Column(visible=bool(path.goal))
+    if path.goal:
+        found[parts.bring] = gr.Column(visible=path.step == "data")
     if not path.goal:
         return {**found, parts.board: guide_words.goals()}
     try:
@@ -97,7 +95,7 @@ def show(page: Page, path: Path) -> Updates:
         return {
             **found,
             parts.board: guide_words.head(path),
-            parts.fault: gr.HTML(error(fault), visible=True),
+            parts.fault: error(fault),
             parts.on: gr.Button(interactive=False),
         }
 
@@ -111,7 +109,7 @@ def _step(page: Page, path: Path) -> Updates:
         count = checked.prepared.kept if checked.prepared else 0
         body = guide_words.options(guide.data_options(path, page.studio.store.datasets()), path.data)
         preview = words.preview(checked.prepared) if checked.prepared else ""
-        found[parts.rows] = gr.HTML(preview, visible=bool(preview))
+        found[parts.rows] = preview
         label = t("Use these {n} rows", n=f"{count:,}")
     elif path.step == "model":
         offered = guide.model_options(path)
@@ -203,7 +201,7 @@ def _brief(row: Row) -> str:
 def wire(page: Page) -> None:
     """Connect the path, the samples and the last run."""
     parts: Parts = page.parts[ID]
-    step = [parts.path, parts.board, parts.bring, parts.file, parts.rows, parts.cost, parts.fault, parts.bar, parts.on]
+    step = [parts.path, parts.board, parts.way, parts.bring, parts.rows, parts.cost, parts.fault, parts.on]
     away = [page.recipe, page.run, page.tabs]
 
     def at(text: str | None) -> Path:
@@ -221,12 +219,12 @@ def wire(page: Page) -> None:
             found = page.datasets.bring_in(chosen.rows())
             spec = chosen.spec().to_dict()
         except EngineError as problem:
-            return {parts.fault: gr.HTML(error(problem, t("The sample cannot be loaded")), visible=True)}
+            return {parts.fault: error(problem, t("The sample cannot be loaded"))}
         return {
             page.recipe: message(spec=spec, dataset=found.id, meaning=t(chosen.meaning)),
             page.run: "",
             page.tabs: go(TRAIN),
-            parts.fault: gr.HTML(visible=False),
+            parts.fault: "",
         }
 
     def press(event: gr.EventData, text: str | None) -> Updates:
@@ -254,10 +252,10 @@ def wire(page: Page) -> None:
         try:
             found = page.datasets.bring_in(File(file))
         except EngineError as fault:
-            return {parts.fault: gr.HTML(error(fault, t("This file cannot be used")), visible=True)}
+            return {parts.fault: error(fault, t("This file cannot be used"))}
         why = misfit(path, found)
         if why:
-            return {parts.fault: gr.HTML(why, visible=True)}
+            return {parts.fault: why}
         return show(page, guide.settled(replace(path, data=found.id), page.studio.store.datasets()))
 
     def count(text: str | None) -> Iterator[Any]:
@@ -289,7 +287,7 @@ def wire(page: Page) -> None:
             dataset = _dataset(page, path)
             run_id = page.studio.jobs.submit(guide.job(path, dataset), dataset["id"])
         except EngineError as fault:
-            return {parts.fault: gr.HTML(error(fault, t("This run cannot start yet")), visible=True)}
+            return {parts.fault: error(fault, t("This run cannot start yet"))}
         return {**show(page, Path()), page.run: run_id, page.tabs: go(TRAIN)}
 
     def every(text: str | None) -> Updates:
@@ -299,7 +297,7 @@ def wire(page: Page) -> None:
             dataset = _dataset(page, path)
             spec = guide.job(path, dataset).to_dict()
         except EngineError as fault:
-            return {parts.fault: gr.HTML(error(fault), visible=True)}
+            return {parts.fault: error(fault)}
         meaning = t("From the guided path; change what you like.")
         return {
             page.recipe: message(spec=spec, dataset=dataset["id"], meaning=meaning),

@@ -5,6 +5,10 @@
     static get [Symbol.species]() { return Array; }
   }
   const config = window.gradio_config || {};
+  const later = new Set(window.studioLater);
+  for (const call of config.dependencies || []) {
+    if (later.has(call.id)) call.targets = call.targets.filter(([, event]) => event !== "load");
+  }
   for (const list of [config.dependencies, config.components]) {
     if (Array.isArray(list)) Object.setPrototypeOf(list, Plain.prototype);
   }
