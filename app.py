@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
             theme=theme.theme(),
             css=theme.css(),
             head=theme.head(),
-            app_kwargs={"middleware": [Middleware(FirstPage, later=app.studio_later)]},
+            app_kwargs={"middleware": [Middleware(FirstPage, later=app.later)]},
         )
         print(f"Adapter Studio is ready at http://{asked.host}:{asked.port} (Ctrl+C ends it; runs go on)", flush=True)
         app.block_thread()

@@ -20,8 +20,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from engine.paths import REPOSITORY
 from studio import guide_words, theme
 from studio.i18n import t
+from studio.languages import switch
 from studio.markup import esc
-from studio.page import START
+from studio.page import START, TAB_TITLES
 
 _FOLDER = REPOSITORY / "studio" / "assets" / "first"
 ELSEWHERE = ("run", "guide", "deep_link", "view")
@@ -94,15 +95,14 @@ def filled(page: bytes, first: bool, later: Sequence[int] = ()) -> bytes:
 
 def view() -> str:
     """The first view: what Start says in its first step, under the page's head."""
-    from studio.tabs import TABS
-
     tabs = "".join(
-        f'<button type="button" data-tab="{esc(tab.ID)}"{_now(tab.ID)}>{esc(t(tab.TITLE))}</button>' for tab in TABS
+        f'<button type="button" data-tab="{esc(tab)}"{_now(tab)}>{esc(t(title))}</button>'
+        for tab, title in TAB_TITLES.items()
     )
     saying = t("teach a model something small, and see what it changed")
     return (
         f'<div id="first-page"><style>{theme.css()}{_asset("first.css")}</style><div class="first-inside">'
-        f'<div class="brand"><b>Adapter Studio</b><span>{esc(saying)}</span></div>'
+        f'<div class="brand"><b>Adapter Studio</b><span>{esc(saying)}</span>{switch()}</div>'
         f'<div class="first-tabs">{tabs}</div>'
         f'<div class="prose first-board">{guide_words.goals(ids=False)}</div></div></div>'
         f"<script>{_asset('first.js')}</script>"

@@ -21,7 +21,6 @@ from studio.samples import SAMPLES
 from studio.store import Row
 
 ID = START
-TITLE = "Start"
 PAGES = (DATA, TRAIN)
 Updates = dict[Any, Any]
 
