@@ -40,7 +40,7 @@ class Goal:
         task: the task that learns it.
         formats: the rows that it learns from; those of the task where empty.
         sample: the finished sample whose rows are offered.
-        presets: the presets that are offered; those of the task where empty.
+        offered: the presets that are offered; those of the task where empty.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Goal:
     task: str
     sample: str
     formats: tuple[str, ...] = ()
-    presets: tuple[str, ...] = ()
+    offered: tuple[str, ...] = ()
 
     @property
     def form(self) -> presets.Task:
@@ -251,7 +251,7 @@ def preset_options(path: Path) -> list[Option]:
         sample = sample_of(path)
         if sample.spec().model == path.model:
             found.append(Option(SAMPLE, t("As the sample was made"), t(sample.meaning), (t("a good start"),)))
-    names = path.about.presets or tuple(path.about.form.presets)
+    names = path.about.offered or tuple(path.about.form.presets)
     for name in names:
         preset = path.about.form.presets[name]
         first = (t("a good start"),) if not found else ()
@@ -305,7 +305,7 @@ def _recipe(path: Path) -> dict[str, Any]:
     own = path.data != SAMPLE
     if path.preset == SAMPLE or (path.preset == TASTE and not own and sample_of(path).spec().model == path.model):
         return recipes.of_spec(sample_of(path).spec().to_dict())
-    names = path.about.presets or tuple(task.presets)
+    names = path.about.offered or tuple(task.presets)
     found = recipes.of_preset(task, task.presets[names[0] if path.preset == TASTE else path.preset])
     if own and "prefix" in found["options"] and path.preset in (names[0], TASTE):
         # Its words name the sample's languages.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import gradio as gr
 
@@ -62,7 +62,7 @@ def _page(studio: Studio) -> Pages:
         arrival.then(None, None, None, js="() => { window.studioArrived = true; }", **HIDDEN)
     _lighten(blocks, run)
     blocks.later = page.later
-    return blocks
+    return cast(Pages, blocks)
 
 
 def _loading(blocks: gr.Blocks, numbers: Iterable[int]) -> list[int]:
