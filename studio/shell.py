@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import gradio as gr
 
@@ -57,7 +57,7 @@ def _page(studio: Studio) -> Pages:
         arrival = blocks.load(arrive, None, [run, tabs], **HIDDEN)
         arrival.then(None, None, None, js="() => { window.studioArrived = true; }", **HIDDEN)
     _lighten(blocks, run)
-    return blocks
+    return cast(Pages, blocks)
 
 
 def _lighten(blocks: gr.Blocks, place: gr.Component) -> None:
