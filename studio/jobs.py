@@ -353,14 +353,6 @@ class Jobs:
         raise StateError(f"The run {run_id} is {row['state']}: {command} is not possible now.", hint)
 
 
-def _threads(row: Row) -> int | None:
-    """CPU threads of each of a run's processes; None leaves the choice to the machine."""
-    asked: int | None = row["spec"]["training"].get("threads")
-    if asked or row["processes"] == 1:
-        return asked
-    return max(1, threads.available_cores() // int(row["processes"]))
-
-
 def _moved(order: list[str], run_id: str, to: Any) -> list[str]:
     """The ids with one of them moved; see `Jobs.reorder`."""
     at, rest = order.index(run_id), [it for it in order if it != run_id]
@@ -378,6 +370,14 @@ def _moved(order: list[str], run_id: str, to: Any) -> list[str]:
     else:
         raise ConfigError(f"`to` is {str(to)[:40]!r}.", "Say up, down, next, last, or the id of a run that waits.")
     return [*rest[:place], run_id, *rest[place:]]
+
+
+def _threads(row: Row) -> int | None:
+    """CPU threads of each of a run's processes; None leaves the choice to the machine."""
+    asked: int | None = row["spec"]["training"].get("threads")
+    if asked or row["processes"] == 1:
+        return asked
+    return max(1, threads.available_cores() // int(row["processes"]))
 
 
 def _status(child: subprocess.Popen[bytes]) -> int | None:
