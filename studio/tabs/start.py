@@ -57,7 +57,7 @@ def build(page: Page) -> None:
     """Lay out the first step; the others are drawn into the same places."""
     path = gr.Textbox(visible="hidden", elem_id="guide-path")
     board = gr.HTML(guide_words.goals(), js_on_load=guide_words.LIVE, elem_id="start-board")
-    fault = gr.HTML("", js_on_load=guide_words.LIVE, elem_id="guide-fault", elem_classes="gd-maybe")
+    fault = gr.HTML("", js_on_load=guide_words.LIVE, elem_id="guide-fault")
     with gr.Column(visible=False, elem_id="guide-way") as way:
         with gr.Column(elem_id="guide-bring") as bring:
             file = gr.File(
@@ -67,8 +67,8 @@ def build(page: Page) -> None:
                 elem_id="guide-file",
             )
             gr.HTML('<div id="guide-limit" class="notice error" role="alert" data-code="data-too-large" hidden></div>')
-        rows = gr.HTML("", elem_id="guide-rows", elem_classes="gd-maybe")
-        cost = gr.HTML("", elem_id="guide-cost", elem_classes="gd-maybe")
+        rows = gr.HTML("", elem_id="guide-rows")
+        cost = gr.HTML("", elem_id="guide-cost")
         with gr.Row(elem_id="guide-bar"):
             back = gr.Button(t("Back"), elem_id="guide-back")
             every = gr.Button(t("Every setting"), elem_id="guide-every")
