@@ -121,7 +121,8 @@ class Endpoints:
             usual = {} if same or method is None else method.training
             job["adapter"] = {**(preset.adapter if same else {}), **own}
             job["training"] = {**job["training"], **usual, **given}
-        job["data"] = {"path": row["path"], "format": row["format"], "columns": row["columns"], "eval_split": split}
+        said = {key: row[key] for key in ("path", "format", "columns", "fixes")}
+        job["data"] = {**said, "eval_split": split}
         return {"run": self.studio.jobs.submit(JobSpec.from_dict(job), dataset_id)}
 
     def run_status(self, run: str, since: int = 0) -> Answer:
