@@ -27,6 +27,7 @@ from engine.data.errors import (
     TooLargeError,
 )
 from engine.data.fixes import REMEDIES, version
+from engine.data.fixes import checked as checked_fixes
 from engine.data.formats import FORMATS, Format, FormatInfo, recognise
 from engine.data.images import open_picture
 from engine.data.ingest import KINDS, fingerprint, read
@@ -63,6 +64,7 @@ __all__ = [
     "Row",
     "Table",
     "TooLargeError",
+    "checked_fixes",
     "fingerprint",
     "leaks",
     "load",
