@@ -103,7 +103,7 @@ def shown(reader: Reader, examples: Sequence[Example]) -> list[dict[str, Any]]:
     """Rows for a page, of JSON's types.
 
     Of each: `line`, `error` (why the base cannot take it, or ""), and `parts`: of each sequence `part`, `tokens`
-    (before the cut), `learned` (after it), `lost` (tokens cut), `pieces` ([text, marks] of the first `MOST_PIECES`
+    (before the cut), `learned` (after it), `lost` (tokens cut), `limit` (the most that are kept), `pieces` ([text, marks] of the first `MOST_PIECES`
     tokens, and of the ten around the cut where that comes later, [None, n] standing for n tokens between).
     """
     found = []
@@ -114,12 +114,13 @@ def shown(reader: Reader, examples: Sequence[Example]) -> list[dict[str, Any]]:
 
 
 def lengths(reader: Reader, examples: Sequence[Example]) -> list[list[int]]:
-    """Of each row: tokens of its longest sequence, how many of all are cut, how many the loss counts."""
+    """Of each row: tokens of its longest sequence, how many of all are cut, how many the loss counts, the limit."""
     return [
         [
             max((len(one.ids) for one in sequences), default=0),
             sum(one.lost[1] - one.lost[0] for one in sequences),
             sum(one.targets for one in sequences),
+            min((one.limit for one in sequences), default=0),
         ]
         for sequences, _ in reader.rows(examples)
     ]
@@ -149,6 +150,7 @@ def _part(sequence: Sequenced) -> dict[str, Any]:
         "tokens": count,
         "learned": sequence.targets,
         "lost": stop - start,
+        "limit": sequence.limit,
         "pieces": listed,
     }
 

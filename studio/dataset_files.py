@@ -117,7 +117,7 @@ def _together(tables: Sequence[Path]) -> str | None:
         return None
     if kind in (".csv", ".tsv"):
         heads = [next(csv.reader(io.StringIO(text, newline=""))) for text in texts]
-        if any(head != heads[0] for head in heads):
+        if any(head != heads[0] or "\n" in "".join(head) for head in heads):
             return None
         texts = [texts[0], *(text.split("\n", 1)[-1] for text in texts[1:])]
     elif any(text.lstrip().startswith("[") for text in texts):

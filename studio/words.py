@@ -1,4 +1,4 @@
-"""Data rows and runs as the pages show them: HTML from plain values."""
+"""Runs as the pages show them: HTML from plain values."""
 
 from __future__ import annotations
 
@@ -6,17 +6,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engine import data
 from studio import states
-from studio.charts import histogram
-from studio.datasets import Checked
-from studio.markup import badge, dot, error, esc, notice, number, seconds, table
+from studio.markup import badge, dot, esc, number, seconds, table
 from studio.pictures import thumbnail
 from studio.store import Row
 
-_SHOWN_ROWS = 5
-_SHOWN_PROBLEMS = 50
-_SHOWN_TEXT = 400
 METRICS = {
     "accuracy": "Accuracy on rows held back (higher is better)",
     "macro_f1": "Macro F1 on rows held back (higher is better)",
@@ -29,88 +23,6 @@ METRICS = {
 def metric(name: str) -> str:
     """What a chart of a metric is called."""
     return METRICS.get(name, name.replace("_", " ").capitalize())
-
-
-def preview(prepared: data.Prepared) -> str:
-    """The first rows: grey is what the base reads, underlined what the adapter learns."""
-    rows = []
-    for example in prepared.examples[:_SHOWN_ROWS]:
-        rows.append([f'<span class="num">{example["line"]}</span>', _example(example)])
-    caption = "First rows. Grey is read; underlined is learned."
-    return table([prepared.unit, "text"], rows, caption)
-
-
-def _example(example: Mapping[str, Any]) -> str:
-    if "messages" in example:
-        return "<br>".join(_turn(turn["role"], turn["content"]) for turn in example["messages"])
-    if "chosen" in example:
-        asked = "<br>".join(_turn(turn["role"], turn["content"]) for turn in example["prompt"])
-        better, worse = _turn("assistant", "better: " + example["chosen"]), _turn("", "worse: " + example["rejected"])
-        return f"{asked}<br>{better}<br>{worse}"
-    if "image" in example:
-        shown = thumbnail(example["image"], example["text"], 64)
-        return f'<span class="st-pictured">{shown} {_turn("assistant", example["text"])}</span>'
-    if "labels" in example:
-        classes = ", ".join(example["labels"]) or "none"
-        return _turn("", example["text"]) + "<br>" + _turn("assistant", classes)
-    if "source" in example:
-        return _turn("", example["source"]) + "<br>" + _turn("assistant", example["target"])
-    if "prompt" in example:
-        return _turn("user", example["prompt"]) + "<br>" + _turn("assistant", example["completion"])
-    return _turn("assistant", example["text"])
-
-
-def _turn(role: str, text: str) -> str:
-    cut = text if len(text) <= _SHOWN_TEXT else text[:_SHOWN_TEXT] + " ..."
-    return f'<span class="{"learn" if role == "assistant" else "read"}">{esc(cut)}</span>'
-
-
-def problems(prepared: data.Prepared) -> str:
-    """What was skipped or mended, by line; kept and skipped add up to all rows."""
-    total = f"{prepared.kept:,} kept + {prepared.skipped:,} skipped = {prepared.total:,} rows"
-    if not prepared.problems:
-        return notice("good", "No problems found.", total)
-    done = {"skip": "skipped", "fix": "mended, kept", "note": "kept"}
-    shown = prepared.problems[:_SHOWN_PROBLEMS]
-    rows = [
-        [
-            f'<span class="num">{f"{item.line:,}" if item.line else ""}</span>',
-            esc(item.column),
-            esc(item.message),
-            done.get(item.severity, ""),
-        ]
-        for item in shown
-    ]
-    counts = ", ".join(f"{code} {count:,}" for code, count in prepared.counts.items())
-    more = sum(prepared.counts.values()) - len(shown)
-    tail = f'<p class="st-hint">and {more:,} more</p>' if more > 0 else ""
-    return (
-        notice("warn", total, f"By cause: {counts}.", "Training works with the rows that are kept.")
-        + '<div class="scroll" tabindex="0">'
-        + table([prepared.unit, "column", "problem", "what was done"], rows)
-        + "</div>"
-        + tail
-    )
-
-
-def lengths(prepared: data.Prepared) -> str:
-    """How long the rows are."""
-    shape = data.profile(prepared)["histogram"]
-    return histogram(shape["edges"], shape["counts"], "Length of rows", "characters")
-
-
-def recognised(found: Checked) -> str:
-    """What the file was recognised as, or what is missing."""
-    if found.fault is not None:
-        return error(found.fault, "These rows cannot be used yet")
-    if found.prepared is None or found.format is None:
-        return notice("warn", "Which column is which?", found.reason, "Choose a format and its columns below.")
-    if found.guessed:
-        title = f"Is this right? {found.name} read as {found.format}"
-        return notice("warn", title, found.reason, "If not, choose a format and its columns below.")
-    about = data.FORMATS[found.format].about
-    kept = f"{found.prepared.kept:,} rows ready"
-    return notice("good", f"{found.name}: recognised as {found.format}, {kept}", found.reason or about)
 
 
 def run_head(row: Row, extra: Mapping[str, Any] | None = None, adapter: bool = False) -> str:

@@ -60,6 +60,7 @@ class Sequenced:
         ids: token ids.
         learned: for each, whether the loss counts it where it is kept.
         lost: the tokens that are cut, from the first to before the last; (n, n) where none is.
+        limit: the most tokens that are kept.
         part: which of the row's sequences it is (`source`, `chosen`, ...), "" of an only one.
         tokenizer: what the ids are of.
     """
@@ -67,6 +68,7 @@ class Sequenced:
     ids: tuple[int, ...]
     learned: tuple[bool, ...]
     lost: tuple[int, int]
+    limit: int
     part: str
     tokenizer: Any
 
@@ -78,11 +80,11 @@ class Sequenced:
 
 
 def sequenced(
-    ids: Sequence[int], learned: Sequence[bool], kept: Sequence[int], tokenizer: Any, part: str = ""
+    ids: Sequence[int], learned: Sequence[bool], kept: Sequence[int], limit: int, tokenizer: Any, part: str = ""
 ) -> Sequenced:
-    """A sequence and what is cut of it; `kept` are the ids of the row that is trained on."""
+    """A sequence and what is cut of it; `kept` are the ids of the row that is trained on, at most `limit`."""
     start = next((n for n, (one, other) in enumerate(zip(ids, kept, strict=False)) if one != other), len(kept))
-    return Sequenced(tuple(ids), tuple(learned), (start, len(ids) - (len(kept) - start)), part, tokenizer)
+    return Sequenced(tuple(ids), tuple(learned), (start, len(ids) - (len(kept) - start)), limit, part, tokenizer)
 
 
 class Task(Protocol):

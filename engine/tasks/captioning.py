@@ -150,7 +150,7 @@ class Captioning:
         for example in examples:
             ids = self._whole(str(example["text"]).strip(), tokenizer, config)
             learned = [number >= max(1, given) for number in range(len(ids))]
-            yield [sequenced(ids, learned, _shortened(ids, limit), tokenizer, "caption")]
+            yield [sequenced(ids, learned, _shortened(ids, limit), limit, tokenizer, "caption")]
 
     def length(self, row: Shown) -> int:
         """What a row costs, so that captions of like length can stand in one batch."""

@@ -109,7 +109,7 @@ class CausalLM:
     ) -> Iterator[list[Sequenced]]:
         limit, tokenizer = room(loaded, training), loaded.processor
         for rows in _whole(examples, tokenizer, training.loss_on):
-            yield [sequenced(row.ids, (False, *row.learned[1:]), row.ids[:limit], tokenizer) for row in rows]
+            yield [sequenced(row.ids, (False, *row.learned[1:]), row.ids[:limit], limit, tokenizer) for row in rows]
 
     def collator(self, loaded: Loaded) -> Callable[[list[Tokens]], Batch]:
         return batcher(loaded)

@@ -109,7 +109,7 @@ class Classification:
         limit, tokenizer = _room(loaded.model, training.max_length), loaded.processor
         texts = [example["text"] for example in examples]
         for text, ids in zip(texts, ids_of(tokenizer, texts), strict=True):
-            yield [sequenced(ids, (False,) * len(ids), _shortened(text, ids, limit, tokenizer), tokenizer)]
+            yield [sequenced(ids, (False,) * len(ids), _shortened(text, ids, limit, tokenizer), limit, tokenizer)]
 
     def restored(self, folder: Path) -> Classifier:
         """The task for the labels that an adapter was trained on.

@@ -170,7 +170,7 @@ class Preference:
         limit, tokenizer = room(loaded, training), loaded.processor
         for pair in _whole(examples, tokenizer):
             yield [
-                sequenced(row.ids, (False, *row.learned[1:]), row.ids[:limit], tokenizer, role)
+                sequenced(row.ids, (False, *row.learned[1:]), row.ids[:limit], limit, tokenizer, role)
                 for row, role in zip(pair, _ROLES, strict=True)
             ]
 

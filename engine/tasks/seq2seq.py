@@ -161,7 +161,7 @@ class Seq2Seq:
         tokenizer, end = loaded.processor, loaded.processor.eos_token_id
         for both in self._whole([(str(one["source"]), str(one["target"])) for one in examples], tokenizer):
             yield [
-                sequenced(ids, (side == "target",) * len(ids), _shortened(ids, limit, end), tokenizer, side)
+                sequenced(ids, (side == "target",) * len(ids), _shortened(ids, limit, end), limit, tokenizer, side)
                 for ids, side in zip(both, ("source", "target"), strict=True)
             ]
 

@@ -182,7 +182,7 @@ class TextToImage:
             words = str(example.get("text", "")).strip() or self.instance_prompt.strip()
             ids = first(words, verbose=False)["input_ids"]
             kept = ids if len(ids) <= limit else first(words, truncation=True, max_length=limit)["input_ids"]
-            yield [sequenced(ids, (False,) * len(ids), kept, first, "words")]
+            yield [sequenced(ids, (False,) * len(ids), kept, limit, first, "words")]
 
     def extra(self, loaded: Loaded, on_progress: Progress) -> list[Painted]:
         """DreamBooth's pictures of the class, as the base draws them."""
