@@ -198,3 +198,12 @@ def problems(prepared: data.Prepared) -> str:
         return notice("good", t("No problems found."), total(prepared))
     counts = ", ".join(f"{code} {count:,}" for code, count in prepared.counts.items())
     return notice("warn", total(prepared), counts) + problem_rows(prepared, "", 0, _SHOWN_PROBLEMS)[0]
+
+
+def decided(before: Checked, found: Checked, cause: str, action: str) -> str:
+    """What a decision has changed."""
+    was = before.prepared.kept if before.prepared else 0
+    now = found.prepared.kept if found.prepared else 0
+    what = button_of(cause, action.partition(":")[0]) if action else t("Taken back")
+    told = t("{before} rows became {after}. The file is as it was.", before=f"{was:,}", after=f"{now:,}")
+    return notice("good", f"{cause_of(cause)}: {what}", told)

@@ -124,7 +124,8 @@ def histogram(lengths: Sequence[Sequence[int]], task: str, total: int) -> str:
     return (
         f'<figure class="chart histogram dp-lengths" role="img" data-cut="{cut}" data-limit="{limit}" aria-label="'
         f'{esc(said)}"><figcaption><strong>{esc(said)}</strong></figcaption><div class="dp-plot"><div class="bars">'
-        f'{bars}</div>{mark}</div><div class="ends"><span>0</span><span>{span - 1:,} {esc(t("tokens"))}</span></div></figure>'
+        f'{bars}</div>{mark}</div><div class="ends"><span>0</span><span>{span - 1:,} {esc(t("tokens"))}</span></div>'
+        "</figure>"
         f"{_verdict(len(lengths), total, cut, none, limit, sizes[-1])}"
     )
 
