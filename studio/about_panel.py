@@ -107,12 +107,12 @@ def wire(page: Page, parts: Parts, dataset: gr.State) -> dict[str, Any]:
 
     def look(dataset_id: str) -> dict[Any, Any]:
         """The facts as they are now."""
-        return shown(page, parts, dataset_id, name=False) if dataset_id else {}
+        return shown(page, parts, dataset_id, name=False) if dataset_id else gr.skip()
 
     def ask(dataset_id: str) -> dict[Any, Any]:
         """Say what deleting means before it is done."""
         if not dataset_id:
-            return {}
+            return gr.skip()
         return {parts.asked: gr.Row(visible=True), parts.question: question(page, dataset_id)}
 
     parts.delete.click(ask, dataset, [parts.asked, parts.question], **HIDDEN)

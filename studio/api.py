@@ -16,7 +16,7 @@ import gradio as gr
 from engine import data
 from engine.errors import ConfigError, EngineError
 from engine.train.job import TASKS, JobSpec
-from studio import adapter_api, presets, score_words, scores, states
+from studio import adapter_api, data_api, presets, score_words, scores, states
 from studio.comparing import Answers, answer
 from studio.context import Studio
 from studio.datasets import Datasets
@@ -360,3 +360,4 @@ def build(studio: Studio) -> None:
         function.__doc__ = getattr(ends, function.__name__).__doc__
         gr.events.api(function, api_name=function.__name__, concurrency_limit=8)
     adapter_api.build(studio, _guarded)
+    data_api.build(studio, _guarded)

@@ -86,7 +86,7 @@ def wire(page: Page, parts: Parts, dataset: gr.State) -> None:
         def handler(dataset_id: str, chosen: str, at: int) -> dict[Any, Any]:
             """Another page of rows."""
             if not dataset_id:
-                return {}
+                return gr.skip()
             return shown(parts, page.datasets.open(dataset_id), chosen, max(0, at + by))
 
         return handler

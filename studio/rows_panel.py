@@ -108,7 +108,7 @@ def wire(page: Page, parts: Parts, dataset: gr.State) -> None:
         def handler(dataset_id: str, query: str, number: float | None, view: str | None) -> dict[Any, Any]:
             """Another page; a new search or view begins at the first."""
             if not dataset_id:
-                return {}
+                return gr.skip()
             asked = (number or 1) + by if by < 2 else 1
             return shown(parts, page.datasets.open(dataset_id), query, asked, view)
 

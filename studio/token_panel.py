@@ -47,6 +47,7 @@ class Parts:
     after: gr.Button
     lengths: gr.HTML
     all: gr.Button
+    cut: gr.Button
     at: gr.State
 
     @property
@@ -72,12 +73,16 @@ def build() -> Parts:
         )
     look = gr.Button(t("Fetch the base and show the tokens"), visible=False, elem_id="token-look")
     lengths = gr.HTML(elem_id="token-lengths")
-    count_all = gr.Button(t("Count all rows"), size="sm", visible=False, elem_id="token-all")
+    with gr.Row():
+        cut = gr.Button(t("Show the next row that is cut"), size="sm", visible=False, elem_id="token-cut")
+        count_all = gr.Button(t("Count all rows"), size="sm", visible=False, elem_id="token-all")
     tokens = gr.HTML(elem_id="token-rows")
     with gr.Row(visible=False, elem_classes="dp-turn") as turning:
         before = gr.Button(t("Rows before"), size="sm", elem_id="token-before", min_width=90)
         after = gr.Button(t("Next rows"), size="sm", elem_id="token-after", min_width=90)
-    return Parts(task, base, length, loss_on, look, tokens, turning, before, after, lengths, count_all, gr.State(0))
+    return Parts(
+        task, base, length, loss_on, look, tokens, turning, before, after, lengths, count_all, cut, gr.State(0)
+    )
 
 
 def ready(base: str) -> bool:
@@ -102,14 +107,14 @@ def fresh(parts: Parts, found: Checked) -> dict[Any, Any]:
     blank: dict[Any, Any] = {parts.tokens: "", parts.lengths: "", parts.at: 0}
     if found.prepared is None or not tasks:
         return blank
-    return {**blank, parts.task: gr.Dropdown([(one.title, one.name) for one in tasks]), **of_task(parts, tasks[0])}
+    offered = gr.Dropdown([(one.title, one.name) for one in tasks], value=tasks[0].name)
+    return {**blank, **of_task(parts, tasks[0]), parts.task: offered}
 
 
 def of_task(parts: Parts, task: presets.Task) -> dict[Any, Any]:
     """A task's bases, length and what of a row it learns."""
     fields = {field.name for field in task.fields}
     return {
-        parts.task: task.name,
         parts.base: gr.Dropdown(recipes.bases(task), value=first_base(task)),
         parts.length: gr.Number(usual_length(task), visible="max_length" in fields),
         parts.loss_on: gr.Radio(value="answers", visible="loss_on" in fields),
@@ -150,7 +155,7 @@ def read(studio: Studio, asked: Asked, examples: Sequence[Mapping[str, Any]], wa
 def lengths(studio: Studio, found: Checked, asked: Asked, most: int) -> Iterator[list[list[int]]]:
     """Lengths of at most `most` rows, evenly chosen: as they become more, and then all. Kept for a while."""
     assert found.prepared is not None
-    key = repr((found.id, found.format, sorted(found.columns.items()), asked, most))
+    key = _key(found, asked, most)
     if key in _counted:
         yield _counted[key]
         return
@@ -171,12 +176,27 @@ def lengths(studio: Studio, found: Checked, asked: Asked, most: int) -> Iterator
         _counted.popitem(last=False)
 
 
+def next_cut(found: Checked, asked: Asked, at: int) -> int:
+    """The place of the first row after `at` that is cut, as far as lengths are known; round to the first one again."""
+    assert found.prepared is not None
+    known = [_counted.get(_key(found, asked, most)) for most in (found.prepared.kept, SAMPLED)]
+    counted = next((one for one in known if one is not None), [])
+    places = data_rows.spread(found.prepared.kept, len(counted)) if counted else []
+    cut = [place for place, row in zip(places, counted, strict=True) if row[1]]
+    return next((place for place in cut if place > at), cut[0] if cut else at)
+
+
+def _key(found: Checked, asked: Asked, most: int) -> str:
+    return repr((found.id, found.format, sorted(found.columns.items()), asked, most))
+
+
 def wire(page: Page, parts: Parts, dataset: gr.State) -> Any:
     """Connect the form; returns what looks at the rows, for whoever opens this view."""
     studio = page.studio
-    written = [parts.tokens, parts.turning, parts.before, parts.after, parts.lengths, parts.all, parts.look, parts.at]
+    written = [parts.tokens, parts.turning, parts.before, parts.after]
+    written += [parts.lengths, parts.all, parts.cut, parts.look, parts.at]
 
-    def looking(fetch: bool = False, by: int = 0, whole: bool = False) -> Any:
+    def looking(fetch: bool = False, by: int = 0, whole: bool = False, cut: bool = False) -> Any:
         def handler(
             dataset_id: str, task: str | None, base: str | None, length: float | None, loss_on: str | None, at: int
         ) -> Iterator[dict[Any, Any]]:
@@ -188,13 +208,18 @@ def wire(page: Page, parts: Parts, dataset: gr.State) -> Any:
                 yield {parts.tokens: "", parts.lengths: "", parts.look: gr.Button(visible=False)}
                 return
             try:
-                yield from draw(found, Asked.of(task, base, length, loss_on), at, fetch, by, whole)
+                asked = Asked.of(task, base, length, loss_on)
+                if cut:
+                    at = next_cut(found, asked, at)
+                yield from draw(found, asked, at, fetch, by, whole, cut)
             except EngineError as fault:
                 yield {parts.tokens: error(fault, t("These rows cannot be read")), parts.lengths: ""}
 
         return handler
 
-    def draw(found: Checked, asked: Asked, at: int, fetch: bool, by: int, whole: bool) -> Iterator[dict[Any, Any]]:
+    def draw(
+        found: Checked, asked: Asked, at: int, fetch: bool, by: int, whole: bool, cut: bool
+    ) -> Iterator[dict[Any, Any]]:
         assert found.prepared is not None
         examples, total = found.prepared.examples, found.prepared.kept
         if not (fetch or ready(asked.base)):
@@ -203,7 +228,7 @@ def wire(page: Page, parts: Parts, dataset: gr.State) -> Any:
             yield {parts.tokens: notice("info", told, why), parts.lengths: "", parts.look: gr.Button(visible=True)}
             return
         at = min(max(0, at + by * ROWS), max(0, total - 1))
-        if not by and not whole:
+        if not by and not whole and not cut:
             yield {parts.tokens: _SKELETON, parts.look: gr.Button(visible=False)}
         if not whole:
             rows = read(studio, asked, examples[at : at + ROWS])
@@ -214,12 +239,13 @@ def wire(page: Page, parts: Parts, dataset: gr.State) -> Any:
                 parts.after: gr.Button(interactive=at + ROWS < total),
                 parts.at: at,
             }
-        if by:
+        if by or cut:
             return
         for counted in lengths(studio, found, asked, total if whole else SAMPLED):
             yield {
                 parts.lengths: token_words.histogram(counted, asked.task, total),
                 parts.all: gr.Button(visible=len(counted) < total and not whole),
+                parts.cut: gr.Button(visible=any(row[1] for row in counted)),
             }
 
     asked = [dataset, parts.task, parts.base, parts.length, parts.loss_on, parts.at]
@@ -229,7 +255,7 @@ def wire(page: Page, parts: Parts, dataset: gr.State) -> Any:
         return of_task(parts, recipes.task_of(task))
 
     look = {"fn": looking(), "inputs": asked, "outputs": written, **HIDDEN, "concurrency_limit": 4}
-    parts.task.input(turn, parts.task, [parts.task, parts.base, parts.length, parts.loss_on], **HIDDEN).then(**look)
+    parts.task.input(turn, parts.task, [parts.base, parts.length, parts.loss_on], **HIDDEN).then(**look)
     gr.on(
         [parts.base.input, parts.length.submit, parts.length.blur, parts.loss_on.input],
         trigger_mode="always_last",
@@ -238,5 +264,6 @@ def wire(page: Page, parts: Parts, dataset: gr.State) -> Any:
     parts.look.click(looking(fetch=True), asked, written, **HIDDEN)
     parts.before.click(looking(by=-1), asked, written, **HIDDEN)
     parts.after.click(looking(by=1), asked, written, **HIDDEN)
+    parts.cut.click(looking(cut=True), asked, written, **HIDDEN)
     parts.all.click(looking(whole=True), asked, written, **HIDDEN)
     return look

@@ -125,8 +125,7 @@ def leaks(train: Sequence[Example], held: Sequence[Example]) -> Leaks:
 
 
 def _marks(example: Example) -> Iterator[tuple[str, int]]:
-    words = [value for name, value in example.items() if name != "line"]
-    yield "rows", hash(_plain(repr(words)))
+    yield "rows", hash(tuple(_words([value for name, value in example.items() if name != "line"])))
     yield "questions", hash(_question(example))
     if "labels" in example or "image" in example:
         return
@@ -136,3 +135,14 @@ def _marks(example: Example) -> Iterator[tuple[str, int]]:
         answer = next((str(example[role]) for role in ("completion", "target", "chosen") if role in example), "")
     if len(_plain(answer)) >= LONG:
         yield "answers", hash(_plain(answer))
+
+
+def _words(value: Any) -> Iterator[str]:
+    """Every text in a row, plain, in its order."""
+    if isinstance(value, list):
+        for one in value:
+            yield from _words(one)
+    elif isinstance(value, dict):
+        yield from _words(list(value.values()))
+    else:
+        yield _plain(str(value))

@@ -223,7 +223,7 @@ def wire(page: Page) -> None:
     def upload(paths: list[str] | None) -> dict[Any, Any]:
         """Take in what was chosen or dropped."""
         if not paths:
-            return {}
+            return gr.skip()
         try:
             brought = dataset_files.bring_in(page.datasets, [Path(path) for path in paths])
             shown = show(page, brought.sets[0], data_words.brought(brought))
@@ -234,7 +234,7 @@ def wire(page: Page) -> None:
     def reopen(dataset_id: str | None) -> dict[Any, Any]:
         """Show an earlier data set."""
         if not dataset_id:
-            return {}
+            return gr.skip()
         try:
             return show(page, page.datasets.open(dataset_id))
         except EngineError as fault:
@@ -260,7 +260,7 @@ def wire(page: Page) -> None:
     def remap(dataset_id: str, format: str | None, *columns: str | None) -> dict[Any, Any]:
         """Read the data set as the person says."""
         if not dataset_id or not format:
-            return {}
+            return gr.skip()
         roles = data.FORMATS[format].roles if format in data.FORMATS else ()
         asked = {role: column for role, column in zip(roles, columns, strict=False) if column}
         try:
@@ -272,7 +272,7 @@ def wire(page: Page) -> None:
         """Do something about a cause, take it back, or list its rows."""
         asked = event._data
         if not dataset_id:
-            return {}
+            return gr.skip()
         before = page.datasets.open(dataset_id)
         if asked.get("see"):
             see = "" if asked["see"] == chosen else asked["see"]
@@ -328,7 +328,7 @@ def _if_open(name: str, look: Any) -> Any:
             if view == name:
                 yield from look(*asked)
             else:
-                yield {}
+                yield gr.skip()
 
         return stream
 
@@ -346,7 +346,7 @@ def wire_shelf(page: Page, outputs: list[Any]) -> None:
     def rename(dataset_id: str, name: str) -> dict[Any, Any]:
         """Another name for the data set that is shown."""
         if not dataset_id:
-            return {}
+            return gr.skip()
         try:
             shelf.rename(page.studio.store, dataset_id, name)
         except EngineError as fault:
@@ -362,7 +362,7 @@ def wire_shelf(page: Page, outputs: list[Any]) -> None:
     def delete(dataset_id: str) -> dict[Any, Any]:
         """Into the bin; the page is as it is without a data set."""
         if not dataset_id:
-            return {}
+            return gr.skip()
         try:
             row = shelf.into_bin(page.studio.store, dataset_id)
         except EngineError as fault:
@@ -381,7 +381,7 @@ def wire_shelf(page: Page, outputs: list[Any]) -> None:
     def restore(file: str | None) -> dict[Any, Any]:
         """Out of the bin, and shown."""
         if not file:
-            return {}
+            return gr.skip()
         shelf.take_out(page.studio.store, file)
         row = shelf.current(page.studio.store, file)
         try:
