@@ -103,8 +103,9 @@ def shown(reader: Reader, examples: Sequence[Example]) -> list[dict[str, Any]]:
     """Rows for a page, of JSON's types.
 
     Of each: `line`, `error` (why the base cannot take it, or ""), and `parts`: of each sequence `part`, `tokens`
-    (before the cut), `learned` (after it), `lost` (tokens cut), `limit` (the most that are kept), `pieces` ([text, marks] of the first `MOST_PIECES`
-    tokens, and of the ten around the cut where that comes later, [None, n] standing for n tokens between).
+    (before the cut), `learned` (after it), `lost` (tokens cut), `limit` (the most that are kept) and `pieces`:
+    [text, marks] of the first `MOST_PIECES` tokens, and of the ten around the cut where that comes later, with
+    [None, n] for n tokens between.
     """
     found = []
     for example, (sequences, error) in zip(examples, reader.rows(examples), strict=True):
