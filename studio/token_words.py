@@ -148,7 +148,7 @@ def _verdict(counted: int, total: int, cut: int, none: int, limit: int, longest:
         return notice("good", f"{of} {fits}")
     parts = []
     if cut:
-        parts.append(t("{count} are longer than {limit} tokens and are cut.", count=f"{cut:,}", limit=f"{limit:,}"))
+        parts.append(t("longer than {limit} tokens and cut: {count}.", count=f"{cut:,}", limit=f"{limit:,}"))
     if none:
-        parts.append(t("{count} have nothing to learn within that and are left out.", count=f"{none:,}"))
+        parts.append(t("left out, with nothing to learn within that: {count}.", count=f"{none:,}"))
     return notice("warn", f"{of} {' '.join(parts)}", "", t("Raise the length, or shorten these rows."))

@@ -23,7 +23,10 @@ DROP = """() => {
   const file = (path, content) => ({name: path.split('/').pop(), fullPath: path, isFile: true, isDirectory: false,
     file: (done) => done(new File([content], path.split('/').pop()))});
   const folder = (path, inside) => ({name: path.split('/').pop(), fullPath: path, isFile: false, isDirectory: true,
-    createReader: () => { let left = inside; return {readEntries: (done) => { const some = left; left = []; done(some); }}; }});
+    createReader: () => {
+      let left = inside;
+      return {readEntries: (done) => { const some = left; left = []; done(some); }};
+    }});
   const dropped = folder('/texts', [file('/texts/one.csv', 'question,answer\\na,1\\n'), file('/texts/.hidden', 'x'),
     folder('/texts/more', [file('/texts/more/one.csv', 'question,answer\\nb,2\\nc,3\\n')])]);
   const event = new Event('drop', {bubbles: true, cancelable: true});
@@ -107,7 +110,7 @@ def test_columns_tokens_and_the_cut_before_anything_starts(page: Any, server: st
     assert int(first.get_attribute("data-tokens")) == first.locator(".tk").count()
     lengths = page.locator("#token-lengths .dp-lengths")
     expect(lengths).to_have_attribute("data-cut", "1")
-    expect(page.locator("#token-lengths .notice")).to_contain_text("1 are longer than 128 tokens and are cut")
+    expect(page.locator("#token-lengths .notice")).to_contain_text("longer than 128 tokens and cut: 1.")
     page.click("#token-cut")
     expect(rows.first.locator("h4")).to_contain_text("cut at 128")
     assert rows.first.locator(".tk.x").count() > 100

@@ -204,7 +204,7 @@ def test_uneven_classes_are_said_and_even_ones_are_not() -> None:
 def test_a_histogram_says_where_rows_are_cut_and_how_many() -> None:
     drawn = token_words.histogram([[100, 36, 10, 64], [30, 0, 5, 64], [90, 26, 0, 64]], "causal_lm", 3)
     assert 'data-cut="2" data-limit="64"' in drawn and "cut at 64" in drawn
-    assert "2 are longer than 64 tokens" in drawn and "1 have nothing to learn" in drawn
+    assert "longer than 64 tokens and cut: 2." in drawn and "nothing to learn within that: 1." in drawn
     fits = token_words.histogram([[30, 0, 5, 512]], "causal_lm", 1)
     assert 'data-cut="0"' in fits and "none is cut" in fits and "dp-cut" not in fits
     sampled = token_words.histogram([[30, 0, 0, 512]], "classification", 9)
