@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +12,11 @@ from engine import data
 from studio import data_words
 from studio.datasets import Checked
 from studio.i18n import t
+from studio.markup import esc
 from studio.page import HIDDEN, Page
 
 SHOWN = 5
-_known: dict[tuple[Any, ...], str] = {}
+_known: dict[tuple[Any, ...], tuple[int, Sequence[Any], data.Leaks]] = {}
 
 
 @dataclass
@@ -37,18 +39,24 @@ def build() -> Parts:
 
 
 def drawn(found: Checked, share: float, seed: int) -> str:
-    """Both sides of a data set, remembered for a while."""
+    """Both sides of a data set in words."""
     if found.prepared is None:
         return ""
+    train, held, leak = sides(found, share, seed)
+    rows = data_words.rows(found.prepared, held[:SHOWN]) if held else ""
+    head = f'<h4 class="dp-head">{esc(t("The first rows held back"))}</h4>' if held else ""
+    return f"{data_words.sides(train, held, leak, found.prepared)}{head}{rows}"
+
+
+def sides(found: Checked, share: float, seed: int) -> tuple[int, Sequence[Any], data.Leaks]:
+    """How many rows are trained on, those held back, and what stands on both sides; remembered for a while."""
+    assert found.prepared is not None
     key = (found.id, found.format, repr(sorted(found.columns.items())), share, seed)
     if key not in _known:
         train, held = data.split(found.prepared.examples, share, seed)
-        told = data_words.sides(len(train), held, data.leaks(train, held), found.prepared)
-        rows = data_words.rows(found.prepared, held[:SHOWN]) if held else ""
-        head = t("The first rows held back") if held else ""
-        while len(_known) > 16:
+        while len(_known) >= 4:
             _known.pop(next(iter(_known)))
-        _known[key] = f'{told}<h4 class="dp-head">{head}</h4>{rows}'
+        _known[key] = len(train), held, data.leaks(train, held)
     return _known[key]
 
 
