@@ -33,7 +33,8 @@ TITLES = {
 
 def title_of(format: str) -> str:
     """What a format is called."""
-    return t(TITLES.get(format, format))
+    title = TITLES.get(format)
+    return t(title) if title else format
 
 
 def recognised(found: Checked) -> str:

@@ -81,7 +81,8 @@ DONE = {"skip": N_("skipped"), "fix": N_("mended, kept"), "note": N_("kept")}
 
 def unit(name: str) -> str:
     """What a row's place counts, in the person's language."""
-    return t(UNITS.get(name, "row"))
+    word = UNITS.get(name) or UNITS["row"]
+    return t(word)
 
 
 def total(prepared: data.Prepared) -> str:
@@ -96,12 +97,14 @@ def total(prepared: data.Prepared) -> str:
 
 def cause_of(code: str) -> str:
     """A cause in plain words."""
-    return t(CAUSES.get(code, code))
+    told = CAUSES.get(code)
+    return t(told) if told else code
 
 
 def button_of(code: str, action: str) -> str:
     """What the button of a remedy says."""
-    return t(BUTTONS.get((code, action)) or BUTTONS["", action])
+    said = BUTTONS.get((code, action)) or BUTTONS["", action]
+    return t(said)
 
 
 def severities(prepared: data.Prepared) -> dict[str, str]:

@@ -115,7 +115,7 @@ def wire(page: Page, parts: Parts, dataset: gr.State) -> None:
         return handler
 
     asked = [dataset, parts.search, parts.number, parts.view]
-    gr.on([parts.search.input, parts.view.input], turn(2), asked, written, trigger_mode="always_last", **HIDDEN)
+    gr.on([parts.search.change, parts.view.input], turn(2), asked, written, trigger_mode="always_last", **HIDDEN)
     gr.on([parts.number.submit, parts.number.blur], turn(0), asked, written, **HIDDEN)
     parts.before.click(turn(-1), asked, written, **HIDDEN)
     parts.after.click(turn(1), asked, written, **HIDDEN)
