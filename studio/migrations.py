@@ -124,6 +124,12 @@ def adapters(db: Database) -> None:
     _table(db, "works").create_index(["state"])
 
 
+@_step("0005_live")
+def live(db: Database) -> None:
+    # The newest event of a kind, and the few warnings or samples among a hundred thousand steps, without reading those.
+    _table(db, "events").create_index(["run_id", "type", "id"])
+
+
 @_step("0007_data")
 def data_sets(db: Database) -> None:
     # A data set is a file with what was decided about its rows. `file` is the fingerprint of the file, `replaced` is 1
@@ -143,3 +149,19 @@ def data_sets(db: Database) -> None:
         " time REAL NOT NULL, kind TEXT NOT NULL, data TEXT NOT NULL)"
     )
     _table(db, "dataset_events").create_index(["file"])
+
+
+@_step("0009_compare")
+def compare(db: Database) -> None:
+    # `kind` is `answers` or `grid`; `picture` is the file that was asked about.
+    db.execute("ALTER TABLE comparisons ADD COLUMN kind TEXT NOT NULL DEFAULT 'answers'")
+    db.execute("ALTER TABLE comparisons ADD COLUMN picture TEXT NOT NULL DEFAULT ''")
+    db.execute("ALTER TABLE comparisons ADD COLUMN deleted_at REAL")
+    # A row stands from when both have answered; `choice` (left, right, tie) is NULL until somebody has voted. Sides are
+    # told apart by version: an adapter that is trained on is another one.
+    db.execute(
+        "CREATE TABLE votes (id TEXT PRIMARY KEY, base TEXT NOT NULL, prompt TEXT NOT NULL, picture TEXT NOT NULL"
+        " DEFAULT '', settings TEXT NOT NULL, left_version TEXT NOT NULL, right_version TEXT NOT NULL, sides TEXT NOT"
+        " NULL, choice TEXT, created REAL NOT NULL, voted REAL)"
+    )
+    _table(db, "votes").create_index(["base", "choice"])

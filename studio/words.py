@@ -1,4 +1,4 @@
-"""Runs as the pages show them: HTML from plain values."""
+"""Data rows and runs as the pages show them: HTML from plain values."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from studio import states
+from studio.i18n import N_, reported, t
 from studio.markup import badge, dot, esc, number, seconds, table
 from studio.pictures import thumbnail
 from studio.store import Row
 
+_SHOWN_FRAMES = 24
 METRICS = {
-    "accuracy": "Accuracy on rows held back (higher is better)",
-    "macro_f1": "Macro F1 on rows held back (higher is better)",
-    "margin": "Margin of the better answer (higher is better)",
-    "reward_chosen": "Reward of the better answer",
-    "reward_rejected": "Reward of the worse answer",
+    "accuracy": N_("Accuracy on rows held back (higher is better)"),
+    "macro_f1": N_("Macro F1 on rows held back (higher is better)"),
+    "margin": N_("Margin of the better answer (higher is better)"),
+    "reward_chosen": N_("Reward of the better answer"),
+    "reward_rejected": N_("Reward of the worse answer"),
 }
 
 
 def metric(name: str) -> str:
     """What a chart of a metric is called."""
-    return METRICS.get(name, name.replace("_", " ").capitalize())
+    return t(METRICS[name]) if name in METRICS else name.replace("_", " ").capitalize()
 
 
 def run_head(row: Row, extra: Mapping[str, Any] | None = None, adapter: bool = False) -> str:
@@ -32,30 +34,36 @@ def run_head(row: Row, extra: Mapping[str, Any] | None = None, adapter: bool = F
     total, step = row["total_steps"], row["step"] or 0
     facts = []
     if total:
-        facts.append(f"step <b>{step:,}</b> of {total:,}")
+        facts.append(t("step {step} of {total}", step=f"<b>{step:,}</b>", total=f"{total:,}"))
     if state in states.ACTIVE and extra.get("eta_s") is not None:
-        facts.append(f"<b>{seconds(extra['eta_s'])}</b> left")
+        facts.append(t("{time} left", time=f"<b>{seconds(extra['eta_s'])}</b>"))
     if extra.get("tokens_per_s"):
-        facts.append(f"<b>{extra['tokens_per_s']:,.0f}</b> tokens/s")
+        facts.append(t("{count} tokens/s", count=f"<b>{extra['tokens_per_s']:,.0f}</b>"))
     if row["loss"] is not None:
-        facts.append(f"loss <b>{number(row['loss'])}</b>")
+        facts.append(t("loss {value}", value=f"<b>{number(row['loss'])}</b>"))
     if row["eval_loss"] is not None:
-        facts.append(f"evaluation <b>{number(row['eval_loss'])}</b>")
+        facts.append(t("evaluation {value}", value=f"<b>{number(row['eval_loss'])}</b>"))
     if state in states.FINISHED and row["started"] and row["ended"]:
-        facts.append(f"took <b>{seconds(row['ended'] - row['started'])}</b>")
-    word = states.WORDS[state]
-    if state == states.STOPPED:
-        word += ", adapter kept" if adapter else "; no adapter was saved"
-    message = extra.get("message")
-    if state in (states.STARTING, states.RUNNING, states.PAUSING) and message and not step:
-        word = message
+        facts.append(t("took {time}", time=f"<b>{seconds(row['ended'] - row['started'])}</b>"))
     return (
         f'<div class="run-head" data-run="{esc(row["id"])}" data-state="{esc(state)}"><h2>{dot(row["colour"])}'
         f"{esc(row['name'])} {badge(state)}</h2>"
-        f"{_bar(row, extra)}<div class='st-facts'><span>{esc(word)}</span>"
+        f"{_bar(row, extra)}<div class='st-facts'><span>{esc(_state(row, extra, adapter))}</span>"
         + "".join(f"<span>{fact}</span>" for fact in facts)
         + "</div></div>"
     )
+
+
+def _state(row: Row, extra: Mapping[str, Any], adapter: bool) -> str:
+    """What the run is doing, or how it ended, in words."""
+    state, message = row["state"], extra.get("message")
+    if state == states.STOPPED:
+        return t("Stopped early, adapter kept") if adapter else t("Stopped early; no adapter was saved")
+    if state == states.DONE and extra.get("early"):
+        return t("Done early: step {step} was the best, and is kept", step=f"{extra['best_step']:,}")
+    if state in (states.STARTING, states.RUNNING, states.PAUSING) and message and not row["step"]:
+        return reported(str(message))
+    return t(states.WORDS[state])
 
 
 def _bar(row: Row, extra: Mapping[str, Any]) -> str:
@@ -75,7 +83,7 @@ def _bar(row: Row, extra: Mapping[str, Any]) -> str:
 
 
 def film(samples: Sequence[Mapping[str, Any]]) -> str:
-    """The sample prompts' answers from the first check to now."""
+    """The sample prompts' answers from the first check to now; of many checks the first, the last and some between."""
     if not samples:
         return ""
     prompts: dict[str, dict[int, str]] = {}
@@ -86,13 +94,21 @@ def film(samples: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     for prompt, answers in prompts.items():
         frames = "".join(
-            f'<div class="frame"><small>step {step:,}</small>'
-            f"{thumbnail(drawn[prompt, step], prompt, 160) if (prompt, step) in drawn else esc(text)}</div>"
-            for step, text in sorted(answers.items())
+            f'<div class="frame"><small>{esc(t("step {step}", step=f"{step:,}"))}</small>'
+            f"{thumbnail(drawn[prompt, step], prompt, 160) if (prompt, step) in drawn else esc(answers[step])}</div>"
+            for step in _some(sorted(answers))
         )
-        head = thumbnail(pictures[prompt], "the picture") if prompt in pictures else esc(prompt)
+        head = thumbnail(pictures[prompt], t("the picture")) if prompt in pictures else esc(prompt)
         parts.append(f'<h4>{head}</h4><div class="frames">{frames}</div>')
     return f'<div class="film">{"".join(parts)}</div>'
+
+
+def _some(steps: Sequence[int]) -> list[int]:
+    """At most `_SHOWN_FRAMES` of them, evenly from the first to the last."""
+    last = len(steps) - 1
+    if last < _SHOWN_FRAMES:
+        return list(steps)
+    return [steps[round(number * last / (_SHOWN_FRAMES - 1))] for number in range(_SHOWN_FRAMES)]
 
 
 def run_table(rows: Sequence[Row], chosen: str = "") -> str:
@@ -115,4 +131,4 @@ def run_table(rows: Sequence[Row], chosen: str = "") -> str:
                 f'<span class="num">{steps}</span>',
             ]
         )
-    return table(["run", "state", "base", "method", "loss", "time", "steps"], lines)
+    return table([t("run"), t("state"), t("base"), t("method"), t("loss"), t("time"), t("steps")], lines)
