@@ -105,11 +105,11 @@ def emptied(page: Page) -> str:
 def wire(page: Page, parts: Parts, dataset: gr.State) -> dict[str, Any]:
     """Connect the name; returns what looks at the facts, for whoever opens this view."""
 
-    def look(dataset_id: str) -> dict[Any, Any]:
+    def look(dataset_id: str) -> Any:
         """The facts as they are now."""
         return shown(page, parts, dataset_id, name=False) if dataset_id else gr.skip()
 
-    def ask(dataset_id: str) -> dict[Any, Any]:
+    def ask(dataset_id: str) -> Any:
         """Say what deleting means before it is done."""
         if not dataset_id:
             return gr.skip()

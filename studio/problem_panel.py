@@ -83,7 +83,7 @@ def wire(page: Page, parts: Parts, dataset: gr.State) -> None:
     """Connect the pages; what a remedy does belongs to the whole page (`studio.tabs.data`)."""
 
     def turn(by: int) -> Any:
-        def handler(dataset_id: str, chosen: str, at: int) -> dict[Any, Any]:
+        def handler(dataset_id: str, chosen: str, at: int) -> Any:
             """Another page of rows."""
             if not dataset_id:
                 return gr.skip()

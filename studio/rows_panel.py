@@ -105,7 +105,7 @@ def wire(page: Page, parts: Parts, dataset: gr.State) -> None:
     written = [parts.rows, parts.count, parts.number, parts.turning, parts.before, parts.after, parts.view]
 
     def turn(by: int) -> Any:
-        def handler(dataset_id: str, query: str, number: float | None, view: str | None) -> dict[Any, Any]:
+        def handler(dataset_id: str, query: str, number: float | None, view: str | None) -> Any:
             """Another page; a new search or view begins at the first."""
             if not dataset_id:
                 return gr.skip()

@@ -148,8 +148,9 @@ class Asked:
 
 def read(studio: Studio, asked: Asked, examples: Sequence[Mapping[str, Any]], want: str = "rows") -> list[Any]:
     """What the inference process says of rows."""
-    how = {"max_length": asked.length, "loss_on": asked.loss_on}
-    return studio.inference.tokens(asked.base, asked.task, examples, want=want, **how)
+    return studio.inference.tokens(
+        asked.base, asked.task, examples, want=want, max_length=asked.length, loss_on=asked.loss_on
+    )
 
 
 def lengths(studio: Studio, found: Checked, asked: Asked, most: int) -> Iterator[list[list[int]]]:

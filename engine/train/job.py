@@ -50,7 +50,8 @@ class DataSpec:
             found.append("data.path is empty; name a csv, json, jsonl, parquet or txt file, or a zip of pictures")
         if not 0 <= self.eval_split <= 0.5:
             found.append(f"data.eval_split is {self.eval_split}; needed: 0 to 0.5")
-        from engine.data.fixes import FixError, checked
+        from engine.data.errors import FixError
+        from engine.data.fixes import checked
 
         try:
             checked(self.fixes)

@@ -125,7 +125,7 @@ def build(page: Page) -> None:
         file, folder, earlier, fault, offered, samples, recent, verdict, mapping, format, roles, use, told, views, tabs,
         gr.State(""), gr.State(ROWS),
     )  # fmt: skip
-    page.parts[ID] = Whole(tab, *panels.values(), about_panel.build_bin())
+    page.parts[ID] = Whole(tab, **panels, bin=about_panel.build_bin())
 
 
 def show(page: Page, found: Checked, told: str = "", problem: str = "", done: str = "") -> dict[Any, Any]:
@@ -220,7 +220,7 @@ def wire(page: Page) -> None:
     rows_panel.wire(page, whole.rows, dataset)
     problem_panel.wire(page, whole.problems, dataset)
 
-    def upload(paths: list[str] | None) -> dict[Any, Any]:
+    def upload(paths: list[str] | None) -> Any:
         """Take in what was chosen or dropped."""
         if not paths:
             return gr.skip()
@@ -231,7 +231,7 @@ def wire(page: Page) -> None:
             shown = failed(page, fault)
         return {**shown, parts.file: None, parts.earlier: gr.Dropdown(choices(page), value=None)}
 
-    def reopen(dataset_id: str | None) -> dict[Any, Any]:
+    def reopen(dataset_id: str | None) -> Any:
         """Show an earlier data set."""
         if not dataset_id:
             return gr.skip()
@@ -257,7 +257,7 @@ def wire(page: Page) -> None:
 
         return handler
 
-    def remap(dataset_id: str, format: str | None, *columns: str | None) -> dict[Any, Any]:
+    def remap(dataset_id: str, format: str | None, *columns: str | None) -> Any:
         """Read the data set as the person says."""
         if not dataset_id or not format:
             return gr.skip()
@@ -268,7 +268,7 @@ def wire(page: Page) -> None:
         except EngineError as fault:
             return failed(page, fault)
 
-    def decide(dataset_id: str, chosen: str, event: gr.EventData) -> dict[Any, Any]:
+    def decide(dataset_id: str, chosen: str, event: gr.EventData) -> Any:
         """Do something about a cause, take it back, or list its rows."""
         asked = event._data
         if not dataset_id:
@@ -289,7 +289,7 @@ def wire(page: Page) -> None:
             parts.earlier: gr.Dropdown(choices(page)),
         }
 
-    brings = {"outputs": outputs, "show_progress": "minimal", "api_visibility": "private"}
+    brings: dict[str, Any] = {"outputs": outputs, "show_progress": "minimal", "api_visibility": "private"}
     read = [parts.file.upload(upload, parts.file, **brings), parts.folder.upload(upload, parts.folder, **brings)]
     read.append(parts.earlier.input(reopen, parts.earlier, outputs, **HIDDEN))
     read.append(parts.recent.click(pick, None, outputs, **HIDDEN))
@@ -343,7 +343,7 @@ def wire_shelf(page: Page, outputs: list[Any]) -> None:
     whole: Whole = page.parts[ID]
     parts, about, box, dataset = whole.tab, whole.about, whole.bin, whole.tab.shown
 
-    def rename(dataset_id: str, name: str) -> dict[Any, Any]:
+    def rename(dataset_id: str, name: str) -> Any:
         """Another name for the data set that is shown."""
         if not dataset_id:
             return gr.skip()
@@ -359,7 +359,7 @@ def wire_shelf(page: Page, outputs: list[Any]) -> None:
             **about_panel.shown(page, about, dataset_id),
         }
 
-    def delete(dataset_id: str) -> dict[Any, Any]:
+    def delete(dataset_id: str) -> Any:
         """Into the bin; the page is as it is without a data set."""
         if not dataset_id:
             return gr.skip()
@@ -378,7 +378,7 @@ def wire_shelf(page: Page, outputs: list[Any]) -> None:
             parts.told: gr.HTML(told, visible=True),
         }  # fmt: skip
 
-    def restore(file: str | None) -> dict[Any, Any]:
+    def restore(file: str | None) -> Any:
         """Out of the bin, and shown."""
         if not file:
             return gr.skip()
