@@ -240,7 +240,7 @@ def wire(page: Page) -> None:
         except EngineError as fault:
             return failed(page, fault)
 
-    def pick(event: gr.EventData) -> dict[Any, Any]:
+    def pick(event: gr.EventData) -> Any:
         """Show the data set whose card was clicked."""
         return reopen(event._data.get("set"))
 
