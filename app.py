@@ -57,8 +57,11 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    from starlette.middleware import Middleware
+
     from studio import theme
     from studio.context import Studio
+    from studio.first_page import FirstPage
     from studio.shell import create_app
 
     studio = Studio.open()
@@ -84,6 +87,7 @@ def main(argv: list[str] | None = None) -> int:
             theme=theme.theme(),
             css=theme.css(),
             head=theme.head(),
+            app_kwargs={"middleware": [Middleware(FirstPage, later=app.later)]},
         )
         print(f"Adapter Studio is ready at http://{asked.host}:{asked.port} (Ctrl+C ends it; runs go on)", flush=True)
         app.block_thread()

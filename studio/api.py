@@ -16,7 +16,7 @@ import gradio as gr
 from engine import data
 from engine.errors import ConfigError, EngineError
 from engine.train.job import TASKS, JobSpec
-from studio import adapter_api, compare_api, data_api, presets, score_words, scores, states
+from studio import adapter_api, compare_api, data_api, presets, run_api, score_words, scores, states
 from studio.answers import Answers
 from studio.comparing import answer
 from studio.context import Studio
@@ -366,3 +366,4 @@ def build(studio: Studio) -> None:
     adapter_api.build(studio, _guarded)
     data_api.build(studio, _guarded)
     compare_api.build(studio, _guarded)
+    run_api.build(studio, _guarded)

@@ -130,6 +130,20 @@ def live(db: Database) -> None:
     _table(db, "events").create_index(["run_id", "type", "id"])
 
 
+@_step("0006_runs")
+def runs_page(db: Database) -> None:
+    # `place` orders the queue. `bytes` and `spark` are what the page of runs shows, kept until the run has moved on:
+    # `measured` says when, `spark_at` for which step and end.
+    for column in ("place INTEGER", "bytes INTEGER", "measured REAL", "spark TEXT", "spark_at TEXT"):
+        db.execute(f"ALTER TABLE runs ADD COLUMN {column}")
+    db.execute(
+        "CREATE TABLE run_tags (run_id TEXT NOT NULL, tag TEXT NOT NULL COLLATE NOCASE, PRIMARY KEY (run_id, tag))"
+    )
+    waiting = db.execute("SELECT id FROM runs WHERE state = 'queued' ORDER BY queued, rowid").fetchall()
+    for place, (run_id,) in enumerate(waiting, 1):
+        db.execute("UPDATE runs SET place = ? WHERE id = ?", [place, run_id])
+
+
 @_step("0007_data")
 def data_sets(db: Database) -> None:
     # A data set is a file with what was decided about its rows. `file` is the fingerprint of the file, `replaced` is 1
@@ -149,6 +163,17 @@ def data_sets(db: Database) -> None:
         " time REAL NOT NULL, kind TEXT NOT NULL, data TEXT NOT NULL)"
     )
     _table(db, "dataset_events").create_index(["file"])
+
+
+@_step("0008_train")
+def train(db: Database) -> None:
+    # `machine` says where a run trained: how long a step takes there says nothing of another.
+    db.execute("ALTER TABLE runs ADD COLUMN machine TEXT")
+    db.execute("ALTER TABLE runs ADD COLUMN processes INTEGER NOT NULL DEFAULT 1")
+    db.execute(
+        "CREATE TABLE presets (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, task TEXT NOT NULL,"
+        " recipe TEXT NOT NULL, created REAL NOT NULL, deleted_at REAL)"
+    )
 
 
 @_step("0009_compare")
