@@ -1,7 +1,7 @@
 """The process that holds one base model: JSON lines in, JSON lines out, ends when its input ends.
 
-In: `{"id", "op": "generate" | "mix" | "rank_errors" | "count" | "tokens" | "estimate" | "methods" | "cancel",
-...}`. Out: `{"id", "type": "progress" | "piece" | "stage" | "result" | "done" | "error", ...}`. Requests are answered one
+In: `{"id", "op": "generate" | "mix" | "rank_errors" | "count" | "tokens" | "estimate" | "methods" | "cancel", ...}`.
+Out: `{"id", "type": "progress" | "piece" | "stage" | "result" | "done" | "error", ...}`. Requests are answered one
 after the other; `cancel` is heard at once.
 """
 
