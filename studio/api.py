@@ -16,7 +16,7 @@ import gradio as gr
 from engine import data
 from engine.errors import ConfigError, EngineError
 from engine.train.job import TASKS, JobSpec
-from studio import adapter_api, compare_api, presets, run_api, score_words, scores, states
+from studio import adapter_api, compare_api, data_api, presets, run_api, score_words, scores, states
 from studio.answers import Answers
 from studio.comparing import answer
 from studio.context import Studio
@@ -122,7 +122,8 @@ class Endpoints:
             usual = {} if same or method is None else method.training
             job["adapter"] = {**(preset.adapter if same else {}), **own}
             job["training"] = {**job["training"], **usual, **given}
-        job["data"] = {"path": row["path"], "format": row["format"], "columns": row["columns"], "eval_split": split}
+        said = {key: row[key] for key in ("path", "format", "columns", "fixes")}
+        job["data"] = {**said, "eval_split": split}
         return {"run": self.studio.jobs.submit(JobSpec.from_dict(job), dataset_id)}
 
     def run_status(self, run: str, since: int = 0) -> Answer:
@@ -363,5 +364,6 @@ def build(studio: Studio) -> None:
         function.__doc__ = getattr(ends, function.__name__).__doc__
         gr.events.api(function, api_name=function.__name__, concurrency_limit=8)
     adapter_api.build(studio, _guarded)
+    data_api.build(studio, _guarded)
     compare_api.build(studio, _guarded)
     run_api.build(studio, _guarded)

@@ -192,6 +192,36 @@ class Inference:
         request = {"op": "count", "base": base, "adapter": dict(adapter), "task": task, "options": dict(options or {})}
         return self._result(request, None)
 
+    def tokens(
+        self,
+        base: str,
+        task: str,
+        examples: Sequence[Mapping[str, Any]],
+        *,
+        want: str = "rows",
+        options: Mapping[str, Any] | None = None,
+        max_length: int = 512,
+        loss_on: str = "answers",
+    ) -> list[Any]:
+        """What `engine.preview` says of rows: with `want="rows"` its `shown`, with `"lengths"` its `lengths`.
+
+        The process needs only the base's tokenizer for it, whatever base it holds.
+
+        Raises:
+            InferenceError: the base cannot be found, the settings cannot be used, or the process ended.
+        """
+        request = {
+            "op": "tokens",
+            "base": base,
+            "task": task,
+            "examples": list(examples),
+            "want": want,
+            "options": dict(options or {}),
+            "max_length": max_length,
+            "loss_on": loss_on,
+        }
+        return list(self._result(request, None)["rows"])
+
     def estimate(self, spec: Mapping[str, Any]) -> Generator[Message, None, None]:
         """What `engine.memory.preview.stages` says of a job, given as plain data. Closing the iterator ends the work.
 

@@ -1,8 +1,8 @@
 """The process that holds one base model: JSON lines in, JSON lines out, ends when its input ends.
 
-In: `{"id", "op": "generate" | "mix" | "rank_errors" | "count" | "estimate" | "methods" | "cancel", ...}`. Out:
-`{"id", "type": "progress" | "piece" | "stage" | "result" | "done" | "error", ...}`. Requests are answered one after the
-other; `cancel` is heard at once.
+In: `{"id", "op": "generate" | "mix" | "rank_errors" | "count" | "tokens" | "estimate" | "methods" | "cancel", ...}`.
+Out: `{"id", "type": "progress" | "piece" | "stage" | "result" | "done" | "error", ...}`. Requests are answered one
+after the other; `cancel` is heard at once.
 """
 
 from __future__ import annotations
@@ -83,6 +83,8 @@ class Server:
                 self._rank_errors(request, message)
             elif message["op"] == "count":
                 self._count(request, message)
+            elif message["op"] == "tokens":
+                self._tokens(request, message)
             elif message["op"] == "estimate":
                 self._estimate(request, message)
             elif message["op"] == "methods":
@@ -208,6 +210,24 @@ class Server:
         task, options = message.get("task", "causal_lm"), message.get("options")
         value = count(message["base"], message["adapter"], task, options)
         self.send({"id": request, "type": "result", "value": value})
+
+    def _tokens(self, request: str, message: Message) -> None:
+        """Rows as the tokens that a run would see; needs a tokenizer, and no base in memory."""
+        from engine import preview
+
+        def progress(phase: str, fraction: float | None, text: str) -> None:
+            self._tell(request, phase, fraction, text)
+
+        reader = preview.reader(
+            message["base"],
+            message["task"],
+            message["options"],
+            message["max_length"],
+            message["loss_on"],
+            progress,
+        )
+        give = preview.shown if message["want"] == "rows" else preview.lengths
+        self.send({"id": request, "type": "result", "value": {"rows": give(reader, message["examples"])}})
 
     def _estimate(self, request: str, message: Message) -> None:
         """A job's costs before it starts; a job that cannot run is a stage too, with the setting to blame."""

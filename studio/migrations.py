@@ -144,6 +144,27 @@ def runs_page(db: Database) -> None:
         db.execute("UPDATE runs SET place = ? WHERE id = ?", [place, run_id])
 
 
+@_step("0007_data")
+def data_sets(db: Database) -> None:
+    # A data set is a file with what was decided about its rows. `file` is the fingerprint of the file, `replaced` is 1
+    # for a version that another stands for, `events` tell the history of all versions of one file.
+    for column in (
+        "file TEXT NOT NULL DEFAULT ''",
+        "file_name TEXT NOT NULL DEFAULT ''",
+        "fixes TEXT NOT NULL DEFAULT '{}'",
+        "replaced INTEGER NOT NULL DEFAULT 0",
+        "deleted_at REAL",
+    ):
+        db.execute(f"ALTER TABLE datasets ADD COLUMN {column}")
+    db.execute("UPDATE datasets SET file = id, file_name = name")
+    _table(db, "datasets").create_index(["file"])
+    db.execute(
+        "CREATE TABLE dataset_events (id INTEGER PRIMARY KEY AUTOINCREMENT, file TEXT NOT NULL, dataset TEXT NOT NULL,"
+        " time REAL NOT NULL, kind TEXT NOT NULL, data TEXT NOT NULL)"
+    )
+    _table(db, "dataset_events").create_index(["file"])
+
+
 @_step("0008_train")
 def train(db: Database) -> None:
     # `machine` says where a run trained: how long a step takes there says nothing of another.

@@ -31,6 +31,9 @@ RUN_ID = re.compile(r"run-[0-9a-f]{8}")
 DATASET_ID = re.compile(r"[0-9a-f]{16}")
 COMMANDS = ("stop", "pause", "checkpoint", "sample")
 
+_JSON = ("columns", "profile", "fixes")
+"""Columns of a data set that hold plain data."""
+
 _WAITING = f"FROM runs WHERE state = '{states.QUEUED}'"
 _FIRST_PLACE = f"(SELECT COALESCE(MIN(place), 1) - 1 {_WAITING})"
 _LAST_PLACE = f"(SELECT COALESCE(MAX(place), 0) + 1 {_WAITING})"
@@ -326,15 +329,16 @@ class Store:
     # Data sets
 
     def save_dataset(self, row: Row) -> None:
-        """Insert or replace a data set by its content hash."""
+        """Insert a data set, or change what `row` names of it."""
         plain = {
-            **row,
-            "columns": json.dumps(row["columns"]),
-            "profile": json.dumps(row["profile"], ensure_ascii=False),
+            name: json.dumps(value, ensure_ascii=False) if name in _JSON else value
+            for name, value in {"file": row["id"], **row}.items()
         }
-        names = ", ".join(plain)
+        names, changes = ", ".join(plain), ", ".join(f"{name} = excluded.{name}" for name in plain if name != "id")
         self.db.execute(
-            f"INSERT OR REPLACE INTO datasets ({names}) VALUES ({', '.join('?' * len(plain))})", list(plain.values())
+            f"INSERT INTO datasets ({names}) VALUES ({', '.join('?' * len(plain))})"
+            f" ON CONFLICT (id) DO UPDATE SET {changes}",
+            list(plain.values()),
         )
 
     def dataset(self, dataset_id: str) -> Row:
@@ -350,8 +354,9 @@ class Store:
         return _plain_dataset(found[0])
 
     def datasets(self) -> list[Row]:
-        """Every data set, newest first."""
-        return [_plain_dataset(row) for row in self._rows("SELECT * FROM datasets ORDER BY created DESC, rowid DESC")]
+        """Every data set, newest first; not those in the bin, nor versions that another stands for."""
+        sql = "SELECT * FROM datasets WHERE deleted_at IS NULL AND replaced = 0 ORDER BY created DESC, rowid DESC"
+        return [_plain_dataset(row) for row in self._rows(sql)]
 
 
 def free_colour(used: Sequence[str]) -> str:
@@ -393,4 +398,4 @@ def _plain_event(row: Row) -> Event:
 
 
 def _plain_dataset(row: Row) -> Row:
-    return {**row, "columns": json.loads(row["columns"] or "{}"), "profile": json.loads(row["profile"] or "{}")}
+    return {**row, **{name: json.loads(row[name] or "{}") for name in _JSON}}
