@@ -13,6 +13,7 @@ from typing import Any
 from engine import data
 from engine.errors import DataError, UnsafeFileError
 from engine.paths import inside
+from studio import demo, visitors
 from studio.store import Row, Store
 
 _CACHED_BYTES = 20 * 2**20
@@ -62,14 +63,17 @@ class Datasets:
         Raises:
             DataError: the file cannot be used at all.
             UnsafeFileError: the name would lead out of the folder.
+            DemoError: it is larger than the demo takes.
         """
         name = name or path.name
         if any(mark in name for mark in ("/", "\\", "\0")) or name in (".", ".."):
             raise UnsafeFileError(
                 f"The name {name[:80]!r} cannot be used as a file name here.", "Give a plain name without folders."
             )
+        demo.check_upload(path, len(self.store.datasets()))
         table = data.read(path)
-        dataset_id = data.fingerprint(path)
+        demo.check_rows(len(table.rows))
+        dataset_id = visitors.own(data.fingerprint(path))
         home = inside(self.folder, dataset_id)
         kept = home / f"rows{path.suffix.lower()}"
         if not kept.exists():

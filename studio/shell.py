@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import gradio as gr
 
-from studio import api
+from studio import api, demo
 from studio.context import Studio
 from studio.page import HIDDEN, TAB_IDS, TRAIN, Page, go
 from studio.store import is_run_id
@@ -15,12 +15,12 @@ from studio.tabs import TABS
 
 def create_app(studio: Studio) -> gr.Blocks:
     """The whole page over an opened home folder."""
-    # One day: a file that was uploaded but never used is no longer needed then. What is used is copied.
-    with gr.Blocks(title="Adapter Studio", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
+    with gr.Blocks(title="Adapter Studio", analytics_enabled=False, delete_cache=demo.cache_rule()) as blocks:
         gr.HTML(
             '<div class="brand"><b>Adapter Studio</b><span>teach a model something small, and see what it'
             " changed</span></div>"
         )
+        demo.banner()
         # First, so that no callback of the page takes one of their names.
         api.build(studio)
         run = gr.Textbox(visible="hidden", elem_id="run-id")

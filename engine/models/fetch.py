@@ -101,7 +101,7 @@ def resolve(name: str, on_progress: Progress | None = None) -> Path:
         ModelError: nothing usable is found under the name; the message says which of the cases it is.
     """
     name = canonical(name)
-    place = _local(name)
+    place = local_folder(name)
     if place is not None:
         return folders.check_folder(place)
     if name in BUILTIN:
@@ -116,7 +116,7 @@ def resolve_config(name: str, on_progress: Progress | None = None) -> Path:
         UnsafeFileError, ModelError: as `resolve`.
     """
     name = canonical(name)
-    place = _local(name)
+    place = local_folder(name)
     if place is None:
         known = name in BUILTIN
         place = BUILTIN[name].config_folder if known else hub.snapshot(
@@ -133,7 +133,7 @@ def command(name: str) -> list[str]:
     return module("engine.models.fetch", describe(name).name)
 
 
-def _local(name: str) -> Path | None:
+def local_folder(name: str) -> Path | None:
     """The local folder that a name means; None for a built-in name or a hub id. Refuses names that try to escape."""
     if not isinstance(name, str) or not name.strip() or len(name) > 1024:
         shown = str(name)[:80]
