@@ -80,8 +80,8 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    tools = mcp_wanted(limits is not None)
-    from studio import theme
+    with_tools = mcp_wanted(limits is not None)
+    from studio import theme, tools
     from studio.context import Studio
     from studio.shell import create_app
 
@@ -90,6 +90,8 @@ def main(argv: list[str] | None = None) -> int:
     entrance = demo.Entrance.open(studio)
     studio.jobs.start_queue()
     app = create_app(studio)
+    if with_tools:
+        tools.install()
     try:
         app.queue(default_concurrency_limit=8).launch(
             server_name=host,
@@ -99,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
             quiet=True,
             prevent_thread_lock=True,
             show_error=False,
-            mcp_server=tools,
+            mcp_server=with_tools,
             strict_cors=True,
             allowed_paths=[],
             run_history=False,
@@ -112,6 +114,8 @@ def main(argv: list[str] | None = None) -> int:
             head=theme.head(),
             **({"max_file_size": MAX_UPLOAD} if entrance is None else entrance.launch()),
         )
+        if with_tools and not app.mcp_server:
+            raise SystemExit(f"The tools for language models could not be served. {app.mcp_error or ''}")
         print(f"Adapter Studio is ready at http://{host}:{asked.port} (Ctrl+C ends it; runs go on)", flush=True)
         app.block_thread()
     except KeyboardInterrupt:

@@ -208,7 +208,7 @@ def test_data_sets_and_comparisons_come_back_as_they_went_in(store: Store) -> No
     }
     store.save_dataset(row)
     store.save_dataset({**row, "rows": 4})
-    assert store.dataset("0123456789abcdef") == {**row, "rows": 4}
+    assert store.dataset("0123456789abcdef") == {**row, "rows": 4, "owner": ""}
     assert len(store.datasets()) == 1
     store.add_comparison("tiny-llama", "hello", {"seed": 1}, [{"who": None, "text": "hi"}])
     (kept,) = store.comparisons()
