@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import ConfigError, UnsafeFileError
-from engine.models.fetch import local_folder
+from engine.models.catalogue import canonical
+from engine.models.fetch import hub_id, local_folder
 from studio import demo
 
 _NAMES = ("base_model_name_or_path", "tokenizer_name_or_path")
@@ -36,6 +37,8 @@ def checked(home: Path, name: Any) -> str:
             f"The folder {name[:200]!r} is not among those that this studio opens.",
             "Put the model below models/ in the home folder, or start the studio with STUDIO_MODELS=FOLDER.",
         )
+    if place is None:
+        hub_id(canonical(name))
     demo.check_model(name)
     return name
 

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import gradio as gr
 
-from studio import api, demo
+from studio import api, callbacks, demo
 from studio.context import Studio
 from studio.page import HIDDEN, TAB_IDS, TRAIN, Page, go
 from studio.store import is_run_id
@@ -47,6 +47,7 @@ def create_app(studio: Studio) -> gr.Blocks:
 
         blocks.load(arrive, None, [run, tabs], **HIDDEN)
     _lighten(blocks, run)
+    callbacks.tell_all(blocks)
     return cast(gr.Blocks, blocks)
 
 
