@@ -72,9 +72,9 @@ class Limits:
 
     models: tuple[str, ...] = (*_TOYS, *_LISTED)
     minutes: float = 5.0
-    steps: int = 300
+    steps: int = 1000
     batch: int = 16
-    length: int = 256
+    length: int = 512
     rank: int = 64
     tokens: int = 120
     hidden: int = 1024

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 
 Call = tuple[int, list[Any]]
-BATCH = 24
+BATCH = 48
 
 
 @dataclass
