@@ -16,6 +16,11 @@ from studio.faults import is_memory, memory_event, unexpected_event
 logger = logging.getLogger("studio.callbacks")
 
 
+def _changes(found: Any) -> Any:
+    """A callback's answer; no changes at all, `{}`, would count as one value too few."""
+    return gr.skip() if isinstance(found, dict) and not found else found
+
+
 def told(function: Callable[..., Any]) -> Callable[..., Any]:
     """A callback whose errors reach the page in words: those raised on purpose as they are, others with a log entry.
 
@@ -32,7 +37,7 @@ def told(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def plain(*values, **named):  # type: ignore[no-untyped-def] # Gradio reads the hints of the function behind
         try:
-            return function(*values, **named)
+            return _changes(function(*values, **named))
         except gr.Error:
             raise
         except Exception as fault:
@@ -41,7 +46,7 @@ def told(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def stream(*values, **named):  # type: ignore[no-untyped-def]
         try:
-            yield from function(*values, **named)
+            yield from map(_changes, function(*values, **named))
         except gr.Error:
             raise
         except Exception as fault:
