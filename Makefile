@@ -45,8 +45,10 @@ lint:
 types:
 	$(BIN)/python -m mypy
 
+# Two at a time where nobody looks at a page: a browser and its studio want the machine for themselves.
 pytest:
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow and not browser" -n logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -m "browser and not slow"
 
 test-slow: $(VENV)/.dev-stamp
 	$(BIN)/python -m pytest -m slow

@@ -11,6 +11,7 @@ import gradio as gr
 from engine.errors import EngineError
 from studio import adapter_words, adapting, mixing
 from studio.adapter_words import FORMS
+from studio.i18n import t
 from studio.markup import error, esc
 from studio.page import HIDDEN, Page
 from studio.store import Row
@@ -57,22 +58,23 @@ def build() -> Parts:
         head = gr.HTML(elem_id="adapter-head")
         fault = gr.HTML(visible=False, elem_id="adapter-fault")
         with gr.Row():
-            mix = gr.Button("Mix it", elem_id="adapter-mix")
-            compare = gr.Button("Compare with its base", elem_id="adapter-compare")
-            delete = gr.Button("Delete", elem_id="adapter-delete")
-            close = gr.Button("Close", elem_id="adapter-close")
+            mix = gr.Button(t("Mix it"), elem_id="adapter-mix")
+            compare = gr.Button(t("Compare with its base"), elem_id="adapter-compare")
+            delete = gr.Button(t("Delete"), elem_id="adapter-delete")
+            close = gr.Button(t("Close"), elem_id="adapter-close")
         with gr.Row(visible=False) as confirm:
-            gr.HTML('<p class="st-hint">Into the bin? It can be taken out again until the bin is emptied.</p>')
-            confirmed = gr.Button("Yes, into the bin", variant="stop", elem_id="adapter-delete-yes")
-            kept = gr.Button("Keep it")
+            asked = t("Into the bin? It can be taken out again until the bin is emptied.")
+            gr.HTML(f'<p class="st-hint">{esc(asked)}</p>')
+            confirmed = gr.Button(t("Yes, into the bin"), variant="stop", elem_id="adapter-delete-yes")
+            kept = gr.Button(t("Keep it"))
         with gr.Row(elem_classes="ad-row"):
-            name = gr.Textbox(label="Name", elem_id="adapter-name", scale=3, min_width=240)
-            rename = gr.Button("Rename", elem_id="adapter-rename", scale=1)
-        with gr.Accordion("Export", open=False, elem_id="adapter-export"):
+            name = gr.Textbox(label=t("Name"), elem_id="adapter-name", scale=3, min_width=240)
+            rename = gr.Button(t("Rename"), elem_id="adapter-rename", scale=1)
+        with gr.Accordion(t("Export"), open=False, elem_id="adapter-export"):
             forms = gr.HTML()
             with gr.Row():
-                export = {form: gr.Button(title, elem_id=f"export-{form}") for form, (title, _) in FORMS.items()}
-        with gr.Accordion("Another rank", open=False, elem_id="adapter-ranks") as ranks:
+                export = {form: gr.Button(t(title), elem_id=f"export-{form}") for form, (title, _) in FORMS.items()}
+        with gr.Accordion(t("Another rank"), open=False, elem_id="adapter-ranks") as ranks:
             no_ranks = gr.HTML(visible=False)
             with gr.Column() as rank_form:
                 rank = gr.Slider(
@@ -80,14 +82,18 @@ def build() -> Parts:
                     64,
                     value=8,
                     step=1,
-                    label="Rank (r)",
-                    info="Lower: a smaller file, at the cost shown. Higher: the same answers, with room to learn more.",
+                    label=t("Rank (r)"),
+                    info=t(
+                        "Lower: a smaller file, at the cost shown. Higher: the same answers, with room to learn more."
+                    ),
                     elem_id="adapter-rank",
                 )
                 cost = gr.HTML(elem_id="adapter-cost")
                 with gr.Row(elem_classes="ad-row"):
-                    resized = gr.Textbox(label="Name", placeholder="The old name and the rank", scale=3, min_width=240)
-                    resize = gr.Button("Save as a new adapter", elem_id="adapter-resize", scale=1)
+                    resized = gr.Textbox(
+                        label=t("Name"), placeholder=t("The old name and the rank"), scale=3, min_width=240
+                    )
+                    resize = gr.Button(t("Save as a new adapter"), elem_id="adapter-resize", scale=1)
     return Parts(
         column,
         head,
@@ -164,7 +170,7 @@ def wire(page: Page, parts: Parts, started: Callable[[str], dict[Any, Any]], mor
             try:
                 return {**started(adapting.export(studio, adapter, form)), parts.fault: gr.HTML(visible=False)}
             except EngineError as fault:
-                return {parts.fault: gr.HTML(error(fault, "This cannot be exported now"), visible=True)}
+                return {parts.fault: gr.HTML(error(fault, t("This cannot be exported now")), visible=True)}
 
         return begin
 
@@ -174,8 +180,8 @@ def wire(page: Page, parts: Parts, started: Callable[[str], dict[Any, Any]], mor
             row = studio.library.usable(adapter)
             errors = errors or adapting.rank_errors(studio, adapter)
         except EngineError as fault:
-            return {parts.cost: error(fault, "The cost is not known")}
-        label = f"Save rank {int(rank)} as a new adapter"
+            return {parts.cost: error(fault, t("The cost is not known"))}
+        label = t("Save rank {rank} as a new adapter", rank=int(rank))
         same = int(rank) == row["rank"]
         return {
             parts.errors: errors,
@@ -187,7 +193,7 @@ def wire(page: Page, parts: Parts, started: Callable[[str], dict[Any, Any]], mor
         try:
             return {**started(adapting.resize(studio, adapter, rank, name)), parts.fault: gr.HTML(visible=False)}
         except EngineError as fault:
-            return {parts.fault: gr.HTML(error(fault, "The rank was not changed"), visible=True)}
+            return {parts.fault: gr.HTML(error(fault, t("The rank was not changed")), visible=True)}
 
     outputs = [parts.fault, *more]
     for form, button in parts.export.items():

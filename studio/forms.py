@@ -12,29 +12,36 @@ from gradio.components import Component
 
 from engine.errors import ConfigError
 from engine.train.job import JobSpec
+from studio.i18n import t
 from studio.presets import Field, Method, Preset, Task
 
 Values = dict[str, Any]
 
 
-def widget(field: Field, owner: str = "") -> Component:
-    """The widget of one field: plain name, exact name, one line of meaning. `owner` keeps two methods' fields apart."""
-    label = f"{field.label} ({field.name})"
+def widget(field: Field, owner: str = "", value: Any = None, visible: bool = True) -> Component:
+    """The widget of one field: plain name, exact name, one line of meaning.
+
+    Args:
+        field: the field.
+        owner: keeps two methods' fields apart.
+        value: what it holds at first, as `show` gives it.
+        visible: whether it is in view at first.
+    """
     common: dict[str, Any] = {
-        "label": label,
-        "info": field.help,
+        "value": value,
+        "label": f"{t(field.label)} ({field.name})",
+        "info": t(field.help),
         "elem_id": "-".join(filter(None, ("field", owner, field.name))),
+        "visible": visible,
     }
     if field.type == "choice":
-        return gr.Dropdown(choices=list(field.choices), value=field.default, **common)
+        return gr.Dropdown(choices=list(field.choices), **common)
     if field.type == "bool":
-        return gr.Checkbox(value=field.default, **common)
+        return gr.Checkbox(**common)
     if field.type == "lines":
-        return gr.Textbox(value="\n".join(field.default or []), lines=2, max_lines=6, **common)
-    if field.type in ("text", "words"):
-        return gr.Textbox(value=field.default, max_lines=1, **common)
+        return gr.Textbox(lines=2, max_lines=6, **common)
     # A Number would round 0.0001, turn "nothing" into 0, and answer a value out of bounds with a bare exception.
-    return gr.Textbox(value=show(field, field.default), max_lines=1, **common)
+    return gr.Textbox(max_lines=1, **common)
 
 
 def show(field: Field, value: Any) -> Any:

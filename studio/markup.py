@@ -10,6 +10,7 @@ from typing import Any
 
 from engine.errors import EngineError
 from studio import states
+from studio.i18n import N_, reported, t
 
 BASE_COLOUR = "#8A8F98"
 
@@ -18,6 +19,12 @@ def esc(text: Any) -> str:
     """Text made safe for HTML; `$` and braces too, which the page's own templates would read."""
     safe = html.escape(str(text), quote=True)
     return safe.replace("$", "&#36;").replace("{", "&#123;").replace("}", "&#125;").replace("`", "&#96;")
+
+
+def strong(text: str, **values: Any) -> str:
+    """`t(text)` as HTML, with each value in bold."""
+    words = html.escape(t(text), quote=True)
+    return words.format(**{name: f"<b>{esc(value)}</b>" for name, value in values.items()})
 
 
 def notice(kind: str, title: str, text: str = "", hint: str = "") -> str:
@@ -29,11 +36,12 @@ def notice(kind: str, title: str, text: str = "", hint: str = "") -> str:
     return f'<div class="notice {esc(kind)}" role="{role}">{"".join(parts)}</div>'
 
 
-def error(fault: EngineError | Mapping[str, Any], title: str = "That did not work") -> str:
-    """An error as an instruction; its code is there for whoever looks it up."""
+def error(fault: EngineError | Mapping[str, Any], title: str = "") -> str:
+    """An error as an instruction; its code is there for whoever looks it up. Without a title it did not work."""
     if isinstance(fault, EngineError):
         fault = fault.to_event()
-    box = notice("error", title, str(fault.get("message", "")), str(fault.get("hint", "")))
+    message, hint = (reported(str(fault.get(part, ""))) for part in ("message", "hint"))
+    box = notice("error", title or t("That did not work"), message, hint)
     return box.replace('class="notice error"', f'class="notice error" data-code="{esc(fault.get("code", ""))}"', 1)
 
 
@@ -46,8 +54,23 @@ def dot(colour: str) -> str:
     return f'<span class="st-dot" style="background:{esc(colour)}" aria-hidden="true"></span>'
 
 
+STATES = {
+    states.QUEUED: N_("queued"),
+    states.STARTING: N_("starting"),
+    states.RUNNING: N_("running"),
+    states.PAUSING: N_("pausing"),
+    states.PAUSED: N_("paused"),
+    states.STOPPING: N_("stopping"),
+    states.STOPPED: N_("stopped"),
+    states.DONE: N_("done"),
+    states.FAILED: N_("failed"),
+    states.LOST: N_("lost"),
+}
+"""A run's state in a word."""
+
+
 def badge(state: str) -> str:
-    """A run's state in a word."""
+    """A run's state as a mark."""
     kind = {
         states.DONE: "good",
         states.FAILED: "bad",
@@ -57,7 +80,7 @@ def badge(state: str) -> str:
         states.PAUSING: "live",
         states.STOPPING: "live",
     }.get(state, "calm")
-    return f'<span class="st-badge {kind}">{esc(state)}</span>'
+    return f'<span class="st-badge {kind}">{esc(t(STATES[state]) if state in STATES else state)}</span>'
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> str:
@@ -79,10 +102,10 @@ def seconds(value: float | None) -> str:
         return ""
     whole = max(0, round(value))
     if whole < 60:
-        return f"{whole} s"
+        return t("{seconds} s", seconds=whole)
     if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+        return t("{minutes} min {seconds:02d} s", minutes=whole // 60, seconds=whole % 60)
+    return t("{hours} h {minutes:02d} min", hours=whole // 3600, minutes=whole % 3600 // 60)
 
 
 def ago(moment: float | None) -> str:
@@ -91,11 +114,11 @@ def ago(moment: float | None) -> str:
         return ""
     passed = time.time() - moment
     if passed < 60:
-        return "just now"
+        return t("just now")
     if passed < 3600:
-        return f"{int(passed // 60)} min ago"
+        return t("{minutes} min ago", minutes=int(passed // 60))
     if passed < 86400:
-        return f"{int(passed // 3600)} h ago"
+        return t("{hours} h ago", hours=int(passed // 3600))
     return time.strftime("%Y-%m-%d", time.localtime(moment))
 
 
@@ -112,6 +135,6 @@ def size(count: float) -> str:
     """Bytes as people say it."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+            return t("{count:.0f} bytes", count=count) if unit == "bytes" else f"{count:.1f} {unit}"
         count /= 1000
     raise AssertionError

@@ -17,6 +17,7 @@ from studio import mixing, prompt_form, sampling_form
 from studio.adapter_words import meaning
 from studio.comparing import Column, columns_html, fitting, halted
 from studio.context import Studio
+from studio.i18n import t
 from studio.markup import error, notice
 from studio.page import HIDDEN
 from studio.sampling_form import Sampling
@@ -69,14 +70,14 @@ def build() -> Parts:
             value=[],
             multiselect=True,
             max_choices=mixing.MOST,
-            label="Adapters in the mix",
-            info=f"One to {mixing.MOST} of the same base.",
+            label=t("Adapters in the mix"),
+            info=t("One to {most} of the same base.", most=mixing.MOST),
             elem_id="mix-chosen",
             scale=3,
         )
         with gr.Column(scale=2, min_width=240, visible=False) as shelf:
-            mixes = gr.Dropdown([], value=None, label="Open a mix", info="Kept by name.", elem_id="mix-open")
-            forget = gr.Button("Remove this mix", size="sm", visible=False, elem_id="mix-forget")
+            mixes = gr.Dropdown([], value=None, label=t("Open a mix"), info=t("Kept by name."), elem_id="mix-open")
+            forget = gr.Button(t("Remove this mix"), size="sm", visible=False, elem_id="mix-forget")
     with gr.Column(visible=False) as body:
         with gr.Column(elem_id="mix-sliders"):
             sliders = [
@@ -85,15 +86,15 @@ def build() -> Parts:
                 )
                 for number in range(mixing.MOST)
             ]
-        prompt, picture, answer, stop = prompt_form.build("mix", "Ask something, then move a slider.", "Answer")
+        prompt, picture, answer, stop = prompt_form.build("mix", t("Ask something, then move a slider."), t("Answer"))
         fault = gr.HTML(visible=False, elem_id="mix-fault")
         answers = gr.HTML(elem_id="mix-answers")
-        with gr.Accordion("How they become one", open=False), gr.Row():
+        with gr.Accordion(t("How they become one"), open=False), gr.Row():
             with gr.Column(min_width=240):
                 how = gr.Dropdown(
-                    [(mixing.TITLES[name], name) for name in mixing.TYPES],
+                    [(t(mixing.TITLES[name]), name) for name in mixing.TYPES],
                     value=LIVE,
-                    label="Combination type",
+                    label=t("Combination type"),
                     elem_id="mix-how",
                 )
                 told = gr.HTML(meaning(LIVE), elem_id="mix-meaning")
@@ -103,8 +104,8 @@ def build() -> Parts:
                     256,
                     value=0,
                     step=1,
-                    label="Rank (svd_rank)",
-                    info="The most that the new rank may be; 0 takes the largest of the adapters'.",
+                    label=t("Rank (svd_rank)"),
+                    info=t("The most that the new rank may be; 0 takes the largest of the adapters'."),
                     elem_id="mix-rank",
                     visible=False,
                 )
@@ -113,18 +114,18 @@ def build() -> Parts:
                     1,
                     value=0.5,
                     step=0.05,
-                    label="Share kept (density)",
-                    info="Of each adapter's entries.",
+                    label=t("Share kept (density)"),
+                    info=t("Of each adapter's entries."),
                     elem_id="mix-density",
                     visible=False,
                 )
-        sampling = sampling_form.build("The same for base and mix.")
+        sampling = sampling_form.build(t("The same for base and mix."))
         with gr.Row(elem_classes="ad-row"):
             name = gr.Textbox(
-                label="Name", placeholder="A name for what you hear", elem_id="mix-name", scale=2, min_width=240
+                label=t("Name"), placeholder=t("A name for what you hear"), elem_id="mix-name", scale=2, min_width=240
             )
-            save = gr.Button("Save as a new adapter", elem_id="mix-save", scale=1)
-            keep = gr.Button("Keep as a mix", elem_id="mix-keep", scale=1)
+            save = gr.Button(t("Save as a new adapter"), elem_id="mix-save", scale=1)
+            keep = gr.Button(t("Keep as a mix"), elem_id="mix-keep", scale=1)
         kept = gr.HTML(visible=False, elem_id="mix-kept")
     return Parts(
         chosen,
@@ -241,7 +242,7 @@ def arranged(
         parts.picture: gr.Image(visible=task == "captioning"),
         parts.sampling.words: gr.Row(visible=task != "text_to_image"),
         parts.sampling.drawing: gr.Row(visible=task == "text_to_image"),
-        parts.answer: gr.Button("Draw" if task == "text_to_image" else "Answer"),
+        parts.answer: gr.Button(t("Draw" if task == "text_to_image" else "Answer")),
     }
 
 
@@ -291,7 +292,7 @@ def hear(studio: Studio, newest: Newest, parts: Parts) -> Callable[..., Iterator
         except EngineError as fault:
             if newest.holds(page, token):
                 yield {
-                    parts.fault: gr.HTML(error(fault, "There is no answer"), visible=True),
+                    parts.fault: gr.HTML(error(fault, t("There is no answer")), visible=True),
                     parts.stop: gr.Button(interactive=False),
                 }
 
@@ -336,7 +337,11 @@ def wire(studio: Studio, parts: Parts, started: Callable[[str], dict[Any, Any]],
             row = studio.library.mix(mix)
         except EngineError as fault:
             return {parts.kept: gr.HTML(error(fault), visible=True), **offered(studio, parts)}
-        gone = notice("warn", f"{row['missing']} of its adapters are no longer here.", "The others are in the mix.")
+        gone = notice(
+            "warn",
+            t("{count} of its adapters are no longer here.", count=row["missing"]),
+            t("The others are in the mix."),
+        )
         settings = row["settings"]
         how = settings["how"]
         return {
@@ -362,9 +367,12 @@ def wire(studio: Studio, parts: Parts, started: Callable[[str], dict[Any, Any]],
             mixture = asked(studio, values)
             mix = studio.library.save_mix(name, mixture.base, mixture.parts, mixture.settings)
         except EngineError as fault:
-            return {parts.kept: gr.HTML(error(fault, "The mix was not kept"), visible=True)}
+            return {parts.kept: gr.HTML(error(fault, t("The mix was not kept")), visible=True)}
         told = notice(
-            "good", f"Kept {name.strip()}.", "", "Open it above whenever you like; its adapters stay as they are."
+            "good",
+            t("Kept {name}.", name=name.strip()),
+            "",
+            t("Open it above whenever you like; its adapters stay as they are."),
         )
         return {**offered(studio, parts, mix), parts.kept: gr.HTML(told, visible=True)}
 
@@ -372,7 +380,7 @@ def wire(studio: Studio, parts: Parts, started: Callable[[str], dict[Any, Any]],
         try:
             work = mixing.kept(studio, asked(studio, values), name)
         except EngineError as fault:
-            return {parts.kept: gr.HTML(error(fault, "The mix was not saved"), visible=True)}
+            return {parts.kept: gr.HTML(error(fault, t("The mix was not saved")), visible=True)}
         return {**started(work), parts.kept: gr.HTML(visible=False)}
 
     quick: dict[str, Any] = {"trigger_mode": "multiple", "concurrency_limit": 8, **HIDDEN}

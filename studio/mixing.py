@@ -12,6 +12,7 @@ from engine.combinations import LIVE, PRUNING, Blend
 from engine.errors import ConfigError, PromptError
 from studio.comparing import Answers, Column
 from studio.context import Studio
+from studio.i18n import N_, t
 from studio.library import checked_name
 from studio.markup import BASE_COLOUR
 from studio.store import Row
@@ -24,32 +25,36 @@ MIX_COLOUR = "#6A3D9A"
 """The mix's own; no adapter has it."""
 
 MEANINGS: Mapping[str, str] = {
-    LIVE: "Every adapter stays whole and is added with its weight: what the sliders say, at once and exactly.",
-    "cat": "The adapters side by side in one file: exactly the live mix, its rank the sum of theirs. LoRA only.",
-    "svd": "The nearest to the live mix that fits into one rank: small, for any methods, with a small error.",
-    "linear": "PEFT's sum of the factors: small and quick, but the adapters also act on each other. Equal ranks, LoRA.",
-    "ties": "Keeps each adapter's largest entries and settles their conflicts by majority of signs. Equal ranks, LoRA.",
-    "dare_linear": "Drops entries at random and makes up for it, then adds: less disturbance. Equal ranks, LoRA.",
-    "dare_ties": "Drops entries at random, then settles conflicts by majority of signs. Equal ranks, LoRA.",
-    "magnitude_prune": "Keeps only the largest entries of each adapter, then adds. Equal ranks, LoRA.",
-    "ties_svd": "TIES on the whole change of each weight instead of its factors: more exact, slower, any methods.",
-    "dare_linear_svd": "DARE on the whole change of each weight: more exact, slower, any methods.",
-    "dare_ties_svd": "DARE with signs by majority on the whole change of each weight: slower, any methods.",
-    "magnitude_prune_svd": "The largest entries of the whole change of each weight: slower, any methods.",
+    LIVE: N_("Every adapter stays whole and is added with its weight: what the sliders say, at once and exactly."),
+    "cat": N_("The adapters side by side in one file: exactly the live mix, its rank the sum of theirs. LoRA only."),
+    "svd": N_("The nearest to the live mix that fits into one rank: small, for any methods, with a small error."),
+    "linear": N_(
+        "PEFT's sum of the factors: small and quick, but the adapters also act on each other. Equal ranks, LoRA."
+    ),
+    "ties": N_(
+        "Keeps each adapter's largest entries and settles their conflicts by majority of signs. Equal ranks, LoRA."
+    ),
+    "dare_linear": N_("Drops entries at random and makes up for it, then adds: less disturbance. Equal ranks, LoRA."),
+    "dare_ties": N_("Drops entries at random, then settles conflicts by majority of signs. Equal ranks, LoRA."),
+    "magnitude_prune": N_("Keeps only the largest entries of each adapter, then adds. Equal ranks, LoRA."),
+    "ties_svd": N_("TIES on the whole change of each weight instead of its factors: more exact, slower, any methods."),
+    "dare_linear_svd": N_("DARE on the whole change of each weight: more exact, slower, any methods."),
+    "dare_ties_svd": N_("DARE with signs by majority on the whole change of each weight: slower, any methods."),
+    "magnitude_prune_svd": N_("The largest entries of the whole change of each weight: slower, any methods."),
 }
 TITLES: Mapping[str, str] = {
-    LIVE: "live weights",
-    "cat": "cat (exact)",
-    "svd": "svd (nearest of a rank)",
-    "linear": "linear (PEFT's)",
-    "ties": "TIES",
-    "dare_linear": "DARE",
-    "dare_ties": "DARE + TIES",
-    "magnitude_prune": "largest entries",
-    "ties_svd": "TIES on whole changes",
-    "dare_linear_svd": "DARE on whole changes",
-    "dare_ties_svd": "DARE + TIES on whole changes",
-    "magnitude_prune_svd": "largest entries of whole changes",
+    LIVE: N_("live weights"),
+    "cat": N_("cat (exact)"),
+    "svd": N_("svd (nearest of a rank)"),
+    "linear": N_("linear (PEFT's)"),
+    "ties": N_("TIES"),
+    "dare_linear": N_("DARE"),
+    "dare_ties": N_("DARE + TIES"),
+    "magnitude_prune": N_("largest entries"),
+    "ties_svd": N_("TIES on whole changes"),
+    "dare_linear_svd": N_("DARE on whole changes"),
+    "dare_ties_svd": N_("DARE + TIES on whole changes"),
+    "magnitude_prune_svd": N_("largest entries of whole changes"),
 }
 TYPES = tuple(MEANINGS)
 """Every type, those that most people want first."""
@@ -97,16 +102,17 @@ def asked_as(task: str) -> str:
 def refusal(row: Mapping[str, Any]) -> str:
     """Why an adapter cannot be mixed; "" where it can."""
     if row["method"] in PROMPTS:
-        return "It is virtual tokens, which are read whole or not at all."
+        return t("It is virtual tokens, which are read whole or not at all.")
     if row["task"] == "classification":
-        return "It gives labels by a head of its own; heads of two adapters do not add up."
+        return t("It gives labels by a head of its own; heads of two adapters do not add up.")
     return ""
 
 
 def keeping_refusal(row: Mapping[str, Any]) -> str:
     """Why an adapter cannot be part of a combination that is saved; "" where it can."""
     whole = row["details"].get("whole")
-    return refusal(row) or (f"It also trains {whole} in full, which no combination can hold." if whole else "")
+    why = t("It also trains {names} in full, which no combination can hold.", names=whole) if whole else ""
+    return refusal(row) or why
 
 
 def check(
@@ -182,7 +188,7 @@ def answer(
             raise PromptError("There is no picture.", "Choose the picture that should be described.")
     elif not isinstance(prompt, str) or not prompt.strip():
         raise PromptError("The prompt is empty.", "Write what the mix should answer.")
-    first = base_answer or Column(None, "base", BASE_COLOUR)
+    first = base_answer or Column(None, t("base"), BASE_COLOUR)
     mixed = Column("mix", headline(mixture), MIX_COLOUR)
     state = Answers([first, mixed], status="Waking the base")
     if not studio.inference.holds(mixture.base):

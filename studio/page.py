@@ -10,10 +10,20 @@ import gradio as gr
 
 from studio.context import Studio
 from studio.datasets import Datasets
+from studio.i18n import N_
 
 START, DATA, TRAIN, ADAPTERS = "start", "data", "train", "adapters"
 COMPARE, RUNS, SCORES = "compare", "runs", "scores"
-TAB_IDS = (START, DATA, TRAIN, ADAPTERS, COMPARE, RUNS, SCORES)
+TAB_TITLES = {
+    START: N_("Start"),
+    DATA: N_("Data"),
+    TRAIN: N_("Train"),
+    ADAPTERS: N_("Adapters"),
+    COMPARE: N_("Compare"),
+    RUNS: N_("Runs"),
+    SCORES: N_("Scores"),
+}
+TAB_IDS = tuple(TAB_TITLES)
 
 HIDDEN: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 """For callbacks of the page itself: quiet, and no part of the public interface."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.paths import REPOSITORY
+from studio.i18n import N_, t
 from studio.markup import BASE_COLOUR
 
 Row = dict[str, Any]
@@ -22,7 +23,7 @@ class Metric:
     """A metric as the pages show it.
 
     Attributes:
-        title: its name.
+        title: its name, in English.
         sense: 1 where higher is better, -1 where lower is, 0 where neither is.
     """
 
@@ -32,21 +33,21 @@ class Metric:
     @property
     def hint(self) -> str:
         """Which way is better, in words."""
-        return {1: "higher is better", -1: "lower is better", 0: ""}[self.sense]
+        return t("higher is better" if self.sense > 0 else "lower is better") if self.sense else ""
 
 
 METRICS = {
-    "accuracy": Metric("Accuracy"),
-    "macro_f1": Metric("Macro F1"),
-    "margin": Metric("Margin of the better answer"),
-    "chrf": Metric("chrF"),
-    "bleu": Metric("BLEU"),
-    "rouge_l": Metric("ROUGE-L"),
-    "perplexity": Metric("Perplexity", -1),
-    "loss": Metric("Loss", -1),
-    "exact_match": Metric("Exact match"),
-    "reward_chosen": Metric("Reward of the better answer", 0),
-    "reward_rejected": Metric("Reward of the worse answer", 0),
+    "accuracy": Metric(N_("Accuracy")),
+    "macro_f1": Metric(N_("Macro F1")),
+    "margin": Metric(N_("Margin of the better answer")),
+    "chrf": Metric(N_("chrF")),
+    "bleu": Metric(N_("BLEU")),
+    "rouge_l": Metric(N_("ROUGE-L")),
+    "perplexity": Metric(N_("Perplexity"), -1),
+    "loss": Metric(N_("Loss"), -1),
+    "exact_match": Metric(N_("Exact match")),
+    "reward_chosen": Metric(N_("Reward of the better answer"), 0),
+    "reward_rejected": Metric(N_("Reward of the worse answer"), 0),
 }
 """In the order in which a leaderboard offers them: exact match comes late, being 0 for most texts."""
 
@@ -233,8 +234,8 @@ def ranked(entries: Iterable[Entry], name: str) -> list[Entry]:
 
 
 COSTS: dict[str, tuple[str, Callable[[Entry], float | None]]] = {
-    "bytes": ("Size of the result", lambda entry: entry.bytes),
-    "trained": ("Trained parameters", lambda entry: entry.trained),
+    "bytes": (N_("Size of the result"), lambda entry: entry.bytes),
+    "trained": (N_("Trained parameters"), lambda entry: entry.trained),
 }
 """What quality can be held against: name -> (title, value of an entry)."""
 
@@ -261,10 +262,10 @@ def cautions(entries: Sequence[Entry]) -> list[str]:
     runs, found = [entry for entry in entries if entry.run], []
     if len({entry.held for entry in runs}) > 1:
         found.append(
-            "Not all of these runs held back the same rows (share or seed differ): that alone changes a score."
+            t("Not all of these runs held back the same rows (share or seed differ): that alone changes a score.")
         )
     if len({entry.base for entry in runs}) > 1:
-        found.append("Loss and perplexity count each base's own tokens: compare them between runs of one base only.")
+        found.append(t("Loss and perplexity count each base's own tokens: compare them between runs of one base only."))
     return found
 
 

@@ -126,9 +126,10 @@ class Scoring:
             if row["pid"] is None and time.time() - row["created"] < _UNCLAIMED:
                 return {**row, "progress": ("Starting", None)}
             child = self._children.get(row["id"])
-            # One that this server started is settled by whoever waits for it, who knows its status.
-            if child is None or child.poll() is not None:
-                self._settle(row, child.returncode if child is not None else None)
+            if child is not None and child.poll() is None:
+                # Its main thread is dead, the others are not yet: it has an end when its status is known.
+                return {**row, "progress": ("Finishing", None)}
+            self._settle(row, child.returncode if child is not None else None)
         return None
 
     def newest(self, run_id: str) -> Row | None:

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import gradio as gr
 
 from studio import api, callbacks, demo
 from studio.context import Studio
-from studio.page import HIDDEN, TAB_IDS, TRAIN, Page, go
+from studio.i18n import t
+from studio.languages import Pages, in_each_language, switch
+from studio.markup import esc
+from studio.page import HIDDEN, START, TAB_IDS, TAB_TITLES, TRAIN, Page, go
 from studio.store import is_run_id
 from studio.tabs import TABS
 
 
-def create_app(studio: Studio) -> gr.Blocks:
-    """The whole page over an opened home folder."""
-    with gr.Blocks(title="Adapter Studio", analytics_enabled=False, delete_cache=demo.cache_rule()) as blocks:
-        gr.HTML(
-            '<div class="brand"><b>Adapter Studio</b><span>teach a model something small, and see what it'
-            " changed</span></div>"
-        )
+def create_app(studio: Studio) -> Pages:
+    """The whole page over an opened home folder, in every language."""
+    return in_each_language(lambda: _page(studio))
+
+
+def _page(studio: Studio) -> Pages:
+    """The page in the language that is spoken now."""
+    with Pages(title="Adapter Studio", analytics_enabled=False, delete_cache=demo.cache_rule()) as blocks:
+        saying = t("teach a model something small, and see what it changed")
+        gr.HTML(f'<div class="brand"><b>Adapter Studio</b><span>{esc(saying)}</span>{switch()}</div>')
         demo.banner()
         # First, so that no callback of the page takes one of their names.
         api.build(studio)
@@ -28,13 +34,16 @@ def create_app(studio: Studio) -> gr.Blocks:
         with gr.Tabs() as tabs:
             page = Page(studio, blocks, tabs, run, recipe, comparison, dataset)
             for module in TABS:
-                with gr.Tab(module.TITLE, id=module.ID, elem_id=f"tab-{module.ID}", render_children=True) as tab:
+                title = t(TAB_TITLES[module.ID])
+                with gr.Tab(title, id=module.ID, elem_id=f"tab-{module.ID}", render_children=True) as tab:
                     page.tab[module.ID] = tab
                     module.build(page)
         for module in TABS:
             module.wire(page)
+            # Gradio selects the first tab when it draws the page; that must not take the place out of the address.
+            when = "window.studioArrived && " if module.ID == START else ""
             page.tab[module.ID].select(
-                None, None, None, js=f"() => window.studioAddress('tab', '{module.ID}')", **HIDDEN
+                None, None, None, js=f"() => {when}window.studioAddress('tab', '{module.ID}')", **HIDDEN
             )
 
         def arrive(request: gr.Request) -> tuple[str, Any]:
@@ -45,10 +54,11 @@ def create_app(studio: Studio) -> gr.Blocks:
             tab_id = asked.get("tab", "")
             return run_id, go(tab_id) if tab_id in TAB_IDS else go(TRAIN) if run_id else gr.skip()
 
-        blocks.load(arrive, None, [run, tabs], **HIDDEN)
+        arrival = blocks.load(arrive, None, [run, tabs], **HIDDEN)
+        arrival.then(None, None, None, js="() => { window.studioArrived = true; }", **HIDDEN)
     _lighten(blocks, run)
     callbacks.tell_all(blocks)
-    return cast(gr.Blocks, blocks)
+    return blocks
 
 
 def _lighten(blocks: gr.Blocks, place: gr.Component) -> None:

@@ -10,6 +10,7 @@ import gradio as gr
 from gradio.components import Component
 
 from studio import forms, live, presets, recipes
+from studio.i18n import t
 from studio.markup import esc
 from studio.page import Page
 
@@ -93,9 +94,19 @@ def about(method: presets.Method) -> str:
 def build(page: Page) -> Parts:
     """Lay out the form and the live part."""
     task = recipes.task_of(TASK)
+    preset = task.presets[START_PRESET]
+    recipe = recipes.of_preset(task, preset)
+    # Laid out filled: to fill it once the page is there would undo what a quick person has chosen by then.
+    values = recipes.shown_values(recipe)
     fields = recipes.fields()
     widgets: dict[tuple[str, str, str], Component] = {}
     rows: list[tuple[str, str, gr.Row]] = []
+
+    def place(owned: recipes.Owned) -> None:
+        """One field; a method's or a task's own is hidden by its row."""
+        first = values.get(owned.key, forms.show(owned.field, owned.field.default))
+        visible = bool(owned.method or owned.task) or owned.key in values
+        widgets[owned.key] = forms.widget(owned.field, owned.method or owned.task, first, visible)
 
     def own_row(method: str, of_task: str, group: str) -> None:
         """A method's or a task's fields of a group, in a row that shows with it."""
@@ -103,7 +114,7 @@ def build(page: Page) -> Parts:
         if own:
             with gr.Row(elem_classes="fields", visible=own[0].shows(task, METHOD)) as row:
                 for owned in own:
-                    widgets[owned.key] = forms.widget(owned.field, method or of_task)
+                    place(owned)
             rows.append((method, of_task, row))
 
     def add_options(group: str) -> None:
@@ -117,7 +128,7 @@ def build(page: Page) -> Parts:
             own_row(item.name, "", group)
         for owned in fields:
             if not owned.method and not owned.task and owned.field.group == group:
-                widgets[owned.key] = forms.widget(owned.field)
+                place(owned)
 
     with gr.Column() as form:
         gr.HTML('<h2 class="page-title">What should learn, and how?</h2>')
@@ -153,7 +164,7 @@ def build(page: Page) -> Parts:
             )
             for item in recipes.tasks()
         }
-        meaning = gr.HTML(elem_classes="st-hint")
+        meaning = gr.HTML(esc(t(preset.meaning)), elem_classes="st-hint")
         method = gr.Dropdown(
             [(item.title, item.name) for item in recipes.methods()],
             value=METHOD,
@@ -175,14 +186,14 @@ def build(page: Page) -> Parts:
                     if group == "memory":
                         quantization = gr.Dropdown(
                             list(QUANTIZATIONS),
-                            value="none",
+                            value=recipe["quantization"],
                             label="Memory of the base (quantization)",
                             info="Fewer bits: a larger base fits, and answers a little worse.",
                             elem_id="field-quantization",
                         )
                     if group == "checks":
                         eval_split = gr.Number(
-                            0.1,
+                            recipe["eval_split"],
                             step=0.01,
                             label="Rows held back (eval_split)",
                             info="Share of the rows that is only for checking, 0 to 0.5.",

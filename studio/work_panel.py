@@ -13,6 +13,7 @@ from engine.errors import EngineError
 from studio import adapter_words, adapting, states
 from studio.adapter_api import served
 from studio.context import Studio
+from studio.i18n import t
 from studio.page import HIDDEN
 
 
@@ -40,9 +41,9 @@ def build() -> Parts:
     with gr.Column(elem_id="adapters-work"):
         told = gr.HTML(visible=False)
         with gr.Row(visible=False) as row:
-            stop = gr.Button("Stop", size="sm", visible=False, elem_id="work-stop")
-            download = gr.DownloadButton("Download", size="sm", visible=False, elem_id="work-download")
-            dismiss = gr.Button("Close", size="sm", visible=False, elem_id="work-close")
+            stop = gr.Button(t("Stop"), size="sm", visible=False, elem_id="work-stop")
+            download = gr.DownloadButton(t("Download"), size="sm", visible=False, elem_id="work-download")
+            dismiss = gr.Button(t("Close"), size="sm", visible=False, elem_id="work-close")
     return Parts(told, row, stop, download, dismiss, gr.Timer(0.7, active=False), gr.State(""), gr.State(""))
 
 

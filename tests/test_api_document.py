@@ -21,18 +21,6 @@ from studio.tools import TOOLS
 
 PAGE = (REPOSITORY / "docs" / "api.md").read_text(encoding="utf-8")
 CHANGING = ("submit", "control", "delete", "export", "download", "import", "save", "rename", "resize", "score_", "stop")
-    "submit",
-    "control",
-    "delete",
-    "export",
-    "download",
-    "import",
-    "save",
-    "rename",
-    "resize",
-    "score_run",
-    "stop",
-)
 
 
 @pytest.fixture(scope="module")

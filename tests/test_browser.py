@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import FAILED
 from gradio_client import Client, handle_file
 from PIL import Image
 from studio_server import serving
@@ -62,7 +63,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def page(browser: Any, server: str) -> Iterator[Any]:
+def page(browser: Any, server: str, request: pytest.FixtureRequest) -> Iterator[Any]:
     """A fresh page; at its end nothing may have been asked from anywhere but the server."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     page = context.new_page()
@@ -78,6 +79,8 @@ def page(browser: Any, server: str) -> Iterator[Any]:
     )
     page.on("request", lambda r: None if r.url.startswith((server, "data:", "blob:")) else foreign.append(r.url))
     yield page
+    if request.node.stash.get(FAILED, False):
+        print(f"The page at {page.url} said:\n{page.locator('body').inner_text()}")
     context.close()
     assert foreign == [] and told == []
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +19,7 @@ import pytest
 
 from engine.errors import ConfigError, EngineError
 from engine.train.job import DataSpec, JobSpec
-from studio import states
+from studio import process, states
 from studio.context import Studio
 from studio.scoring import Scoring
 from studio.store import StateError, UnknownError
@@ -111,6 +114,24 @@ def test_an_evaluation_that_is_killed_says_so(studio: Studio) -> None:
     wait(lambda: state(studio, run) == states.FAILED)
     row = studio.scoring.newest(run)
     assert row is not None and row["error"]["code"] == "lost" and "signal 9" in row["error"]["message"]
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="ends one thread by its number")
+def test_an_evaluation_that_is_still_ending_is_under_way(studio: Studio) -> None:
+    """A process whose main thread is dead before its others has neither a life nor a status yet."""
+    run = finished(studio)
+    code = "import ctypes, threading, time; threading.Thread(target=time.sleep, args=(600,)).start(); "
+    child = subprocess.Popen([sys.executable, "-c", code + "ctypes.CDLL(None).syscall(60, 0)"], start_new_session=True)
+    wait(lambda: not process.alive(child.pid, process.started_at(child.pid)))
+    values = [run, states.RUNNING, "{}", time.time(), child.pid, process.started_at(child.pid)]
+    told = "INSERT INTO scores (run_id, state, asked, created, pid, pid_started) VALUES (?, ?, ?, ?, ?, ?)"
+    with studio.store.exclusive() as db:
+        studio.scoring._children[int(db.conn.execute(told, values).lastrowid or 0)] = child
+    live = studio.scoring.present()
+    assert live is not None and live["run_id"] == run and child.poll() is None
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait(30)
+    assert studio.scoring.present() is None and state(studio, run) == states.FAILED
 
 
 def test_an_error_of_the_evaluation_comes_with_its_hint(studio: Studio) -> None:

@@ -11,12 +11,12 @@ import gradio as gr
 
 from engine.errors import EngineError
 from studio import adapter_panel, adapter_words, adapting, bin_form, mixer, mixing, work_panel
+from studio.i18n import t
 from studio.library import PAGE
 from studio.markup import error, esc, notice
 from studio.page import ADAPTERS, COMPARE, HIDDEN, START, Page, go, message
 
 ID = ADAPTERS
-TITLE = "Adapters"
 FIRST = 6
 """So many cards at first: the mixer below stays near."""
 
@@ -74,54 +74,56 @@ class Whole:
 
 def build(page: Page) -> None:
     """Lay out the library, the detail, the mixer and the bin."""
-    gr.HTML('<h2 class="page-title">What your models have learned</h2>')
+    gr.HTML(f'<h2 class="page-title">{esc(t("What your models have learned"))}</h2>')
     work = work_panel.build()
     empty = gr.HTML(visible=False, elem_id="adapters-empty")
-    to_start = gr.Button("Start with a sample", variant="primary", visible=False)
+    to_start = gr.Button(t("Start with a sample"), variant="primary", visible=False)
     with gr.Column(visible=False) as shelf:
         with gr.Row():
             search = gr.Textbox(
-                label="Search",
-                placeholder="Name, base, method, targets, data",
+                label=t("Search"),
+                placeholder=t("Name, base, method, targets, data"),
                 elem_id="adapters-search",
                 scale=3,
             )
-            base = gr.Dropdown([("every base", "")], value="", label="Base", elem_id="adapters-base", scale=1)
+            base = gr.Dropdown([(t("every base"), "")], value="", label=t("Base"), elem_id="adapters-base", scale=1)
         fault = gr.HTML(visible=False, elem_id="adapters-fault")
         with gr.Row(visible=False) as undo_row:
             undo_told = gr.HTML()
-            undo = gr.Button("Take it out again", size="sm", elem_id="adapters-undo")
+            undo = gr.Button(t("Take it out again"), size="sm", elem_id="adapters-undo")
         cards = gr.HTML(js_on_load=_PICK, elem_id="adapters-cards")
         count = gr.HTML(elem_id="adapters-count")
         with gr.Row():
-            more = gr.Button("Show more", visible=False, elem_id="adapters-more")
-            to_mixer = gr.Button("To the mixer", visible=False, elem_id="adapters-to-mixer")
-    with gr.Accordion("Import an adapter", open=False, elem_id="adapters-import"):
-        gr.HTML(
-            "<p class='st-hint'>A zip, PEFT's two files (adapter_config.json and adapter_model.safetensors), or a kohya"
-            " or diffusers file. Safetensors only: a pickle could run code, and is never opened.</p>"
+            more = gr.Button(t("Show more"), visible=False, elem_id="adapters-more")
+            to_mixer = gr.Button(t("To the mixer"), visible=False, elem_id="adapters-to-mixer")
+    with gr.Accordion(t("Import an adapter"), open=False, elem_id="adapters-import"):
+        kinds = t(
+            "A zip, PEFT's two files (adapter_config.json and adapter_model.safetensors), or a kohya or diffusers file."
+            " Safetensors only: a pickle could run code, and is never opened."
         )
-        files = gr.File(label="Files", file_count="multiple", type="filepath", height=140, elem_id="import-files")
+        gr.HTML(f'<p class="st-hint">{esc(kinds)}</p>')
+        files = gr.File(label=t("Files"), file_count="multiple", type="filepath", height=140, elem_id="import-files")
         with gr.Row():
-            import_name = gr.Textbox(label="Name", placeholder="The file's own", elem_id="import-name")
+            import_name = gr.Textbox(label=t("Name"), placeholder=t("The file's own"), elem_id="import-name")
             import_base = gr.Dropdown(
                 [],
                 value="",
                 allow_custom_value=True,
-                label="Base",
-                info="Left empty: what its file says.",
+                label=t("Base"),
+                info=t("Left empty: what its file says."),
                 elem_id="import-base",
             )
-        bring_in = gr.Button("Import", elem_id="import-start")
+        bring_in = gr.Button(t("Import"), elem_id="import-start")
         import_fault = gr.HTML(visible=False, elem_id="import-fault")
     detail = adapter_panel.build()
     with gr.Column(visible=False, elem_id="adapters-mixer") as mixing_part:
-        gr.HTML(
-            '<h2 class="page-title">Mix adapters</h2><p class="st-lead">Each slider says how much of an adapter'
-            " answers; below 0 it is taken away. Let go of one and the answer comes anew; nothing is loaded again.</p>"
+        lead = t(
+            "Each slider says how much of an adapter answers; below 0 it is taken away. Let go of one and the answer"
+            " comes anew; nothing is loaded again."
         )
+        gr.HTML(f'<h2 class="page-title">{esc(t("Mix adapters"))}</h2><p class="st-lead">{esc(lead)}</p>')
         panel = mixer.build()
-    bin_parts = bin_form.build("adapters-bin", "This removes the adapters in the bin with their files, for good.")
+    bin_parts = bin_form.build("adapters-bin", t("This removes the adapters in the bin with their files, for good."))
     tab = Parts(
         empty,
         to_start,
@@ -168,7 +170,7 @@ def wire(page: Page) -> None:
             parts.cards: adapter_words.cards(rows, chosen, inside or []),
             parts.count: adapter_words.shown_of(len(names), total, (search or "").strip()),
             parts.more: gr.Button(visible=len(names) < total),
-            parts.to_mixer: gr.Button(f"To the mixer ({len(inside or [])})", visible=bool(inside)),
+            parts.to_mixer: gr.Button(t("To the mixer ({count})", count=len(inside or [])), visible=bool(inside)),
             parts.limit: limit,
         }
 
@@ -179,9 +181,9 @@ def wire(page: Page) -> None:
         none = not library.count()
         tip = notice(
             "info",
-            "No adapters yet.",
-            "An adapter is what a run has learned: a small file that changes how its base answers.",
-            "Train one, or import one below.",
+            t("No adapters yet."),
+            t("An adapter is what a run has learned: a small file that changes how its base answers."),
+            t("Train one, or import one below."),
         )
         first = mixer._there(studio, inside[0]) if inside else None
         return {
@@ -191,9 +193,9 @@ def wire(page: Page) -> None:
             parts.to_start: gr.Button(visible=none),
             parts.shelf: gr.Column(visible=not none or bool(gone)),
             parts.base: gr.Dropdown(
-                [("every base", ""), *((it, it) for it in bases)], value=base if base in bases else ""
+                [(t("every base"), ""), *((it, it) for it in bases)], value=base if base in bases else ""
             ),
-            parts.import_base: gr.Dropdown([("as its file says", ""), *((it, it) for it in adapting.bases(studio))]),
+            parts.import_base: gr.Dropdown([(t("as its file says"), ""), *((it, it) for it in adapting.bases(studio))]),
             parts.mixing: gr.Column(visible=not none),
             mixed.chosen: gr.Dropdown(mixer.choices(studio, first)),
             **mixer.offered(studio, mixed),
@@ -201,7 +203,7 @@ def wire(page: Page) -> None:
 
     def bin_shown(gone: list[Any]) -> dict[Any, Any]:
         return {
-            parts.bin: gr.Accordion(f"Bin ({len(gone)})", visible=bool(gone)),
+            parts.bin: gr.Accordion(t("Bin ({count})", count=len(gone)), visible=bool(gone)),
             parts.bin_choice: gr.Dropdown(
                 [(row["name"], row["id"]) for row in gone], value=gone[0]["id"] if gone else None
             ),
@@ -239,7 +241,7 @@ def wire(page: Page) -> None:
         try:
             mixing.check(studio, [(it, 1.0) for it in inside]) if inside else None
         except EngineError as fault:
-            return {parts.fault: gr.HTML(error(fault, "It does not go into this mix"), visible=True)}
+            return {parts.fault: gr.HTML(error(fault, t("It does not go into this mix")), visible=True)}
         return {
             **shelf(search, base, limit, chosen, inside),
             parts.fault: gr.HTML(visible=False),
@@ -275,7 +277,7 @@ def wire(page: Page) -> None:
             **listing(search, base, limit, "", inside),
             mixed.chosen: gr.Dropdown(value=inside),
             parts.undo_row: gr.Row(visible=True),
-            parts.undo_told: f'<p class="st-hint">{esc(name)} is in the bin.</p>',
+            parts.undo_told: f'<p class="st-hint">{esc(t("{name} is in the bin.", name=name))}</p>',
             parts.binned: chosen,
         }
 
@@ -296,7 +298,7 @@ def wire(page: Page) -> None:
         try:
             work = adapting.bring_in(studio, [Path(it) for it in files or []], name, base or "")
         except EngineError as fault:
-            return {parts.import_fault: gr.HTML(error(fault, "This cannot be imported"), visible=True)}
+            return {parts.import_fault: gr.HTML(error(fault, t("This cannot be imported")), visible=True)}
         return {**started(work), parts.import_fault: gr.HTML(visible=False), parts.files: None, parts.import_name: ""}
 
     def compare(chosen: str) -> tuple[Any, Any]:

@@ -10,13 +10,13 @@ import gradio as gr
 
 from engine.errors import EngineError
 from studio import presets, score_words, scores, states
-from studio.markup import error, notice
+from studio.i18n import t
+from studio.markup import error, esc, notice
 from studio.page import HIDDEN, PICK, SCORES, START, Page, go
 from studio.scoring import ANSWERED, SHOWN
 from studio.store import Row
 
 ID = SCORES
-TITLE = "Scores"
 _SEE = "() => document.getElementById('scores-result')?.scrollIntoView({behavior: 'smooth', block: 'start'})"
 
 
@@ -50,51 +50,55 @@ class Parts:
 
 def build(page: Page) -> None:
     """Lay out the bar, the result of one run, and the leaderboard."""
-    gr.HTML(
-        '<h2 class="page-title">How good did it get?</h2>'
-        '<p class="st-lead">Base and adapter answer rows that the run held back: neither has learned from them.</p>'
-    )
+    lead = t("Base and adapter answer rows that the run held back: neither has learned from them.")
+    gr.HTML(f'<h2 class="page-title">{esc(t("How good did it get?"))}</h2><p class="st-lead">{esc(lead)}</p>')
     empty = gr.HTML(visible=False, elem_id="scores-empty")
-    to_start = gr.Button("Start with a sample", variant="primary", visible=False)
+    to_start = gr.Button(t("Start with a sample"), variant="primary", visible=False)
     with gr.Column(visible=False) as bar:
-        run = gr.Dropdown([], value=None, label="Run", elem_id="scores-run")
+        run = gr.Dropdown([], value=None, label=t("Run"), elem_id="scores-run")
         about = gr.HTML(elem_id="scores-about")
         with gr.Row():
-            score = gr.Button("Score base and adapter", variant="primary", elem_id="scores-start", scale=3)
-            stop = gr.Button("Stop", visible=False, elem_id="scores-stop", scale=1)
-        with gr.Accordion("Advanced", open=False), gr.Row():
+            score = gr.Button(t("Score base and adapter"), variant="primary", elem_id="scores-start", scale=3)
+            stop = gr.Button(t("Stop"), visible=False, elem_id="scores-stop", scale=1)
+        with gr.Accordion(t("Advanced"), open=False), gr.Row():
             shown = gr.Slider(
-                0, 64, value=SHOWN, step=1, label="Rows shown (rows)", info="So many are kept with both answers."
+                0,
+                64,
+                value=SHOWN,
+                step=1,
+                label=t("Rows shown (rows)"),
+                info=t("So many are kept with both answers."),
             )
             answered = gr.Slider(
                 1,
                 512,
                 value=ANSWERED,
                 step=1,
-                label="Rows answered in words (answers)",
-                info="For metrics of texts; each takes a generation by both. Loss takes every row.",
+                label=t("Rows answered in words (answers)"),
+                info=t("For metrics of texts; each takes a generation by both. Loss takes every row."),
             )
     progress = gr.HTML(visible=False, elem_id="scores-progress")
     fault = gr.HTML(visible=False, elem_id="scores-fault")
-    with gr.Accordion("End of the log", open=False, visible=False) as log_part:
+    with gr.Accordion(t("End of the log"), open=False, visible=False) as log_part:
         log = gr.Code(language=None, show_label=False, interactive=False, max_lines=24)
     result = gr.HTML(visible=False, elem_id="scores-result")
     with gr.Column(visible=False, elem_id="scores-board") as board:
-        gr.HTML('<h2 class="page-title">Leaderboard</h2>')
+        gr.HTML(f'<h2 class="page-title">{esc(t("Leaderboard"))}</h2>')
         with gr.Row():
-            group = gr.Dropdown([], value=None, label="Data set and task", elem_id="scores-group", scale=2)
-            metric = gr.Dropdown([], value=None, label="Quality", elem_id="scores-metric", scale=1)
+            group = gr.Dropdown([], value=None, label=t("Data set and task"), elem_id="scores-group", scale=2)
+            metric = gr.Dropdown([], value=None, label=t("Quality"), elem_id="scores-metric", scale=1)
         table = gr.HTML(js_on_load=PICK, elem_id="scores-table")
         cost = gr.Radio(
-            [(title, name) for name, (title, _) in scores.COSTS.items()],
+            [(t(title), name) for name, (title, _) in scores.COSTS.items()],
             value="bytes",
-            label="Against",
+            label=t("Against"),
             elem_id="scores-cost",
         )
         plot = gr.HTML(js_on_load=PICK, elem_id="scores-plot")
     rows = scores.measured()
     if rows:
-        gr.HTML('<h2 class="page-title">The project\'s own leaderboard</h2>' + score_words.measured_table(rows))
+        own = esc(t("The project's own leaderboard"))
+        gr.HTML(f'<h2 class="page-title">{own}</h2>{score_words.measured_table(rows)}')
     page.parts[ID] = Parts(
         empty,
         to_start,
@@ -131,8 +135,8 @@ def _failure(newest: Row | None) -> dict[str, Any]:
     if newest is None or newest["state"] in (states.DONE, states.STARTING, states.RUNNING):
         return {"value": "", "visible": False}
     if newest["error"]:
-        return {"value": error(newest["error"], "The evaluation failed"), "visible": True}
-    return {"value": notice("info", "The evaluation was stopped.", "Nothing of it counts."), "visible": True}
+        return {"value": error(newest["error"], t("The evaluation failed")), "visible": True}
+    return {"value": notice("info", t("The evaluation was stopped."), t("Nothing of it counts.")), "visible": True}
 
 
 def wire(page: Page) -> None:
@@ -145,22 +149,27 @@ def wire(page: Page) -> None:
         known, found = {row["id"]: row["name"] for row in store.datasets()}, []
         for dataset, task in scoring.boards():
             form = presets.tasks().get(task)
-            found.append((f"{known.get(dataset, 'other rows')}: {form.title if form else task}", _key(dataset, task)))
+            rows = known.get(dataset) or t("other rows")
+            found.append((f"{rows}: {t(form.title) if form else task}", _key(dataset, task)))
         return found
 
     def action(row: Row, live: Row | None) -> dict[Any, Any]:
         """The one button that is next, for the run that is chosen."""
         held = scoring.held_back(row["id"])
-        full = row["method"] == "full"
-        count = "" if held is None else f"{held:,} "
-        words = f"Score base and {'full model' if full else 'adapter'} on the {count}rows held back"
+        what = t("full model" if row["method"] == "full" else "adapter")
+        if held is None:
+            words = t("Score base and {what} on the rows held back", what=what)
+        elif scoring.scored(row["id"]) is None:
+            words = t("Score base and {what} on the {count:,} rows held back", what=what, count=held)
+        else:
+            words = t("Score base and {what} on the {count:,} rows held back again", what=what, count=held)
         tip = ""
         if held == 0:
-            tip = notice("info", "This run held no rows back.", "", "Train again with a share of the rows held back.")
-        again = scoring.scored(row["id"]) is not None
+            again = t("Train again with a share of the rows held back.")
+            tip = notice("info", t("This run held no rows back."), "", again)
         return {
             parts.about: gr.HTML(tip, visible=bool(tip)),
-            parts.score: gr.Button(words + (" again" if again else ""), interactive=live is None and held != 0),
+            parts.score: gr.Button(words, interactive=live is None and held != 0),
         }
 
     def chosen(run_id: str | None, rows: list[Row], live: Row | None) -> Row:
@@ -174,7 +183,9 @@ def wire(page: Page) -> None:
         rows, live = scoring.runs(), scoring.present()
         if not rows:
             tip = notice(
-                "info", "Nothing to score yet.", "Train a run first; some of its rows are held back for this page."
+                "info",
+                t("Nothing to score yet."),
+                t("Train a run first; some of its rows are held back for this page."),
             )
             shut = {widget: gr.HTML(visible=False) for widget in (parts.progress, parts.fault, parts.result)}
             return {
@@ -233,7 +244,7 @@ def wire(page: Page) -> None:
         return {
             parts.board: gr.Column(visible=True),
             parts.group: gr.Dropdown(known, value=group),
-            parts.metric: gr.Dropdown([(scores.metric(it).title, it) for it in names], value=name),
+            parts.metric: gr.Dropdown([(t(scores.metric(it).title), it) for it in names], value=name),
             parts.table: score_words.leaderboard(entries, name, cost, chosen or ""),
             parts.plot: score_words.pareto(entries, name, cost),
         }
@@ -264,7 +275,7 @@ def wire(page: Page) -> None:
         try:
             scoring.start(run_id or "", shown, answered)
         except EngineError as fault:
-            return {parts.fault: gr.HTML(error(fault, "This run cannot be scored now"), visible=True)}
+            return {parts.fault: gr.HTML(error(fault, t("This run cannot be scored now")), visible=True)}
         return bar(run_id)
 
     def stop(run_id: str | None) -> dict[Any, Any]:

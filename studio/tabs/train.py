@@ -155,12 +155,15 @@ def wire(page: Page) -> None:
         return {parts.meaning: esc(preset.meaning), parts.preset: preset.name, **filling}
 
     def turn(name: str | None, dataset_id: str | None, eval_split: float | None) -> dict[Any, Any]:
-        """Another task, and the newest data set that it can learn from where the chosen one is for another."""
+        """Another task, and the newest data set that it can learn from where the chosen one is for another.
+
+        Task and data set are written whatever they are: an answer that left the server before this choice may have
+        reached the page after it.
+        """
         task = recipes.task_of(name)
-        if takes(task, dataset_id):
-            return begin(task)
-        able = next((key for _, key in known() if takes(task, key)), None)
-        return {parts.dataset: able, **offer(able, eval_split), **begin(task)}
+        fitting = [key for _, key in known() if takes(task, key)]
+        chosen = dataset_id if dataset_id in fitting else next(iter(fitting), None)
+        return {parts.task: task.name, parts.dataset: chosen, **offer(chosen, eval_split), **begin(task)}
 
     def switch(name: str, task: str, before: Mapping[str, Any] | None, *now: Any) -> dict[Any, Any]:
         """Another method: its fields, and the training settings that it usually needs. With a method that needs none,
@@ -244,7 +247,7 @@ def wire(page: Page) -> None:
     counted_fields = [owned for owned in recipes.fields() if owned.method or owned.field.name in recipes.COUNTED]
     counted_widgets = [parts.widgets[owned.key] for owned in counted_fields]
     split = [parts.dataset, parts.task, parts.eval_split]
-    page.blocks.load(enter, split, everything, **HIDDEN).then(choose, [parts.task, parts.preset], everything, **HIDDEN)
+    page.blocks.load(enter, split, everything, **HIDDEN)
     page.tab[ID].select(enter, [*split, page.recipe], everything, **HIDDEN)
     page.dataset.change(use, [page.dataset, parts.task, parts.eval_split], everything, **HIDDEN)
     page.recipe.change(fill, page.recipe, everything, **HIDDEN)

@@ -1,0 +1,209 @@
+"""Two languages: which one is spoken, that every text is there in both, and that a layout differs in nothing else."""
+
+from __future__ import annotations
+
+import contextvars
+import json
+import logging
+import re
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import texts
+from gradio_client import Client
+from studio_server import serving
+
+from engine.paths import REPOSITORY
+from studio import i18n
+from studio.i18n import KOREAN, LANGUAGES, catalogue, language, preferred, speaking, t, wanted
+from studio.languages import mark, shape
+
+NAMES = {"한국어", "언어"}
+"""Of the language itself, which an English page says too."""
+SAYING = "teach a model something small, and see what it changed"
+
+
+@pytest.mark.parametrize(
+    ("header", "chosen"),
+    [
+        ("ko-KR,ko;q=0.9,en-US;q=0.8,en;q=0.7", "ko"),
+        ("en-US,en;q=0.9,ko;q=0.8", "en"),
+        ("en;q=0.5, ko;q=0.9", "ko"),
+        ("fr-FR,fr;q=0.9,KO;q=0.2", "ko"),
+        ("fr,ko;q=0", "en"),
+        ("fr", "en"),
+        ("*", "en"),
+        ("", "en"),
+        ("ko;q=x,,;;q=", "ko"),
+    ],
+)
+def test_the_browsers_first_language_of_ours_is_spoken(header: str, chosen: str) -> None:
+    assert preferred(header) == chosen
+
+
+def test_the_address_goes_before_the_cookie_and_the_cookie_before_the_browser() -> None:
+    korean = {"accept-language": "ko"}
+    assert wanted({}, {}, korean) == "ko"
+    assert wanted({}, {"studio-language": "en"}, korean) == "en"
+    assert wanted({"language": "ko"}, {"studio-language": "en"}, {}) == "ko"
+    # What nobody speaks is as good as nothing.
+    assert wanted({"language": "xx"}, {"studio-language": "<"}, korean) == "ko"
+
+
+def test_a_callback_speaks_as_its_request_asks_whatever_is_spoken_around_it() -> None:
+    import gradio as gr
+    from fastapi import Request
+    from gradio.context import LocalContext
+
+    def asked(cookie: str) -> tuple[str, str]:
+        headers = [(b"accept-language", b"en"), (b"cookie", cookie.encode())]
+        scope = {"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": headers}
+        LocalContext.request.set(gr.Request(Request(scope)))
+        return language(), t(SAYING)
+
+    with speaking(KOREAN):
+        assert contextvars.copy_context().run(asked, "studio-language=en") == ("en", SAYING)
+        assert language() == "ko"
+    assert contextvars.copy_context().run(asked, "studio-language=ko") == ("ko", catalogue(KOREAN)[SAYING])
+    assert language() == "en"
+
+
+def test_names_are_filled_in_and_a_missing_text_is_said_in_english_and_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(i18n, "catalogue", lambda chosen: {"{n} rows of {name}": "{name}의 {n}행"})
+    assert t("{n} rows of {name}", n=3, name="{x}") == "3 rows of {x}"
+    with speaking(KOREAN), caplog.at_level(logging.WARNING):
+        assert t("{n} rows of {name}", n=3, name="{x}") == "{x}의 3행"
+        for _ in range(2):
+            assert t("{n} not there at all", n=3) == "3 not there at all"
+        assert t("") == ""
+    assert len([record for record in caplog.records if "not there at all" in record.getMessage()]) == 1
+
+
+def test_every_text_is_there_in_every_other_language() -> None:
+    needed = texts.wanted()
+    for code in LANGUAGES.keys() - {"en"}:
+        there = texts.translated(code)
+        missing = [f"  {where}: {text!r}" for text, where in needed.items() if text not in there]
+        assert not missing, f"{len(missing)} texts are missing in studio/locales/{code}:\n" + "\n".join(missing)
+
+
+def test_no_text_is_put_together_before_it_is_looked_up() -> None:
+    faults = texts.sources().faults
+    assert not faults, "t takes a literal, or a name of texts marked by N_:\n" + "\n".join(faults)
+
+
+def test_translations_are_said_once_name_the_same_things_and_belong_to_a_text() -> None:
+    known = {*texts.wanted(), *texts.registries()}
+    faults = []
+    for code in LANGUAGES.keys() - {"en"}:
+        for key, found in texts.translated(code).items():
+            where = ", ".join(file for file, _ in found)
+            if len({text for _, text in found}) > 1:
+                faults.append(f"{where}: {key!r} has several translations")
+            if key not in known:
+                faults.append(f"{where}: no page says {key!r}")
+            for file, text in found:
+                if not isinstance(text, str) or not text.strip():
+                    faults.append(f"{file}: {key!r} is translated by nothing")
+                elif texts.fills(key) and set(texts.names(text)) != set(texts.names(key)):
+                    faults.append(f"{file}: {key!r} and {text!r} name different things")
+    assert not faults, "\n".join(faults)
+
+
+def test_the_reader_of_sources_finds_what_it_must(tmp_path: Path) -> None:
+    """The check itself: what it takes for a text, and what it refuses."""
+    folder = tmp_path / "pages"
+    folder.mkdir()
+    (folder / "page.py").write_text(
+        'A = {"x": N_("of a table")}\nB = {"x": "no"}\nt(A["x"])\nt(B["x"])\nt("joined " "up", n=1)\n'
+        't("one" if n else "many")\nt(f"built {n}")\nt("a" + b)\nt(item.title)\nt(name())\nt(mod.A)\n'
+    )
+    found = texts.sources(folder)
+    assert set(found.keys) == {"of a table", "joined up", "one", "many"}
+    assert [fault.split(":")[1] for fault in found.faults] == ["4", "7", "8", "10"]
+    assert texts.names("{b} of {a}") == ["a", "b"] and not texts.fills("translate {source} to {")
+
+
+def test_only_what_is_drawn_differs_between_the_languages() -> None:
+    from gradio.context import Context
+
+    from studio.context import Studio
+    from studio.shell import create_app
+
+    studio = Studio.open()
+    pages = create_app(studio)
+    try:
+        english = pages.config
+        with speaking(KOREAN):
+            korean = pages.config
+        both = english, korean
+        assert shape(english) == shape(korean) and Context.id > max(item["id"] for item in english["components"])
+        tabs, others = ({c["props"]["label"] for c in part["components"] if c["type"] == "tabitem"} for part in both)
+        assert {"Adapters", "Scores"} <= tabs and {"어댑터", "점수"} <= others and not tabs & others
+        assert set(re.findall("[가-힣]+", json.dumps(english["components"], ensure_ascii=False, default=str))) <= NAMES
+        # The public endpoints are described in English, whoever asked first.
+        with speaking(KOREAN):
+            described = pages.get_api_info()
+        assert described == pages.get_api_info()
+        # As `launch` does: the new configuration is the base's, the other layouts stay.
+        pages.config = {**english, "app_id": 7}
+        with speaking(KOREAN):
+            assert pages.config["app_id"] == 7 and pages.config["components"] is korean["components"]
+    finally:
+        studio.close()
+
+
+def test_a_page_names_its_language_and_no_text_of_it_ends_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    from studio import languages
+
+    monkeypatch.setattr(languages, "script_texts", lambda: ["Too large", "gone"])
+    monkeypatch.setattr(languages, "catalogue", lambda chosen: {"Too large": "</script><b>"} if chosen == "ko" else {})
+    page = mark(b'<!doctype html><html\n\tlang="en"\n><head><p lang="en">', "ko").decode()
+    assert '<html\n\tlang="ko"' in page and '<p lang="en">' in page
+    assert page.count("</script>") == 1 and '{"Too large": "\\u003c/script>' in page
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serving(tmp_path_factory.mktemp("home")) as running:
+        yield running.address
+
+
+def fetched(address: str, **headers: str) -> tuple[str, Any]:
+    """A page's text and its headers."""
+    request = urllib.request.Request(address, headers={name.replace("_", "-"): text for name, text in headers.items()})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return answer.read().decode(), answer.headers
+
+
+def test_the_server_hands_each_browser_its_own_page(server: str) -> None:
+    english, headers = fetched(server)
+    korean, _ = fetched(server, accept_language="ko-KR,ko;q=0.9,en;q=0.8")
+    assert SAYING in english and catalogue(KOREAN)[SAYING] not in english and '\tlang="en"' in english
+    assert catalogue(KOREAN)[SAYING] in korean and SAYING not in korean and '\tlang="ko"' in korean
+    assert "Accept-Language" in headers["vary"] and "Cookie" in headers["vary"]
+    assert catalogue(KOREAN)[SAYING] in fetched(f"{server}/?language=ko")[0]
+    assert catalogue(KOREAN)[SAYING] in fetched(server, cookie="studio-language=ko")[0]
+    assert SAYING in fetched(server, accept_language="ko", cookie="studio-language=en")[0]
+    # The same by Gradio's other way, and in between somebody in English.
+    assert catalogue(KOREAN)[SAYING] in fetched(f"{server}/config", accept_language="ko")[0]
+    assert SAYING in fetched(f"{server}/config")[0]
+
+
+def test_a_program_is_answered_in_english(server: str) -> None:
+    fetched(server, accept_language="ko")
+    client = Client(server, verbose=False)
+    described = client.view_api(return_format="dict", print_info=False)
+    assert not re.search("[가-힣]", json.dumps(described, ensure_ascii=False))
+    answer = client.predict("run-00000000", 0, api_name="/run_status")
+    assert not re.search("[가-힣]", json.dumps(answer, ensure_ascii=False))
+
+
+def test_the_documentation_says_how_a_language_is_added() -> None:
+    page = (REPOSITORY / "docs" / "languages.md").read_text(encoding="utf-8")
+    assert "studio/locales" in page and all(name in page for name in LANGUAGES.values())
