@@ -86,7 +86,9 @@ def build() -> Parts:
                 )
                 for number in range(mixing.MOST)
             ]
-        prompt, picture, answer, stop = prompt_form.build("mix", t("Ask something, then move a slider."), t("Answer"))
+        prompt, picture, answer, stop = prompt_form.build(
+            "mix", t("Ask something, then move a slider."), t("Answer"), "answer"
+        )
         fault = gr.HTML(visible=False, elem_id="mix-fault")
         answers = gr.HTML(elem_id="mix-answers")
         with gr.Accordion(t("How they become one"), open=False), gr.Row():

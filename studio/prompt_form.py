@@ -16,13 +16,14 @@ class Asking(NamedTuple):
     stop: gr.Button
 
 
-def build(page: str, placeholder: str, ask: str) -> Asking:
+def build(page: str, placeholder: str, ask: str, key: str = "") -> Asking:
     """Lay them out.
 
     Args:
         page: what their ids begin with.
         placeholder: stands in the empty prompt.
-        ask: the words on the button; in lower case the end of its id.
+        ask: the words on the button.
+        key: the end of the button's id, the same in every language; by default the words in lower case.
     """
     prompt = gr.Textbox(label="Prompt", lines=2, max_lines=8, placeholder=placeholder, elem_id=f"{page}-prompt")
     picture = gr.Image(
@@ -34,6 +35,6 @@ def build(page: str, placeholder: str, ask: str) -> Asking:
         elem_id=f"{page}-picture",
     )
     with gr.Row():
-        asking = gr.Button(ask, variant="primary", elem_id=f"{page}-{ask.lower()}", scale=2)
+        asking = gr.Button(ask, variant="primary", elem_id=f"{page}-{key or ask.lower()}", scale=2)
         stop = gr.Button("Stop", interactive=False, elem_id=f"{page}-stop", scale=1)
     return Asking(prompt, picture, asking, stop)
