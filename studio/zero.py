@@ -23,7 +23,7 @@ def on_gpu(function: Callable[P, R]) -> Callable[P, R]:
     if os.environ.get("SPACES_ZERO_GPU", "").lower() not in ("1", "t", "true"):
         return function
     try:
-        import spaces
+        import spaces  # type: ignore[import-not-found] # there on ZeroGPU Spaces alone
     except ImportError:
         return function
     decorated: Callable[P, R] = spaces.GPU(duration=MOST_SECONDS)(function)
