@@ -88,8 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--json", action="store_true", help="print one result a line")
     generate.set_defaults(command=_generate)
 
-    doctor = commands.add_parser("doctor", help="what this machine has, and whether a job fits its memory")
+    doctor = commands.add_parser("doctor", help="what this machine has, whether a job fits it, what a run's curve says")
     doctor.add_argument("--fit", type=Path, metavar="JOB", help="predict the peak memory of a YAML or JSON job")
+    doctor.add_argument("--run", type=Path, metavar="FOLDER", help="what a run's curve says, and what to change")
     doctor.add_argument("--budget", help="memory that it may take, such as 8GB (default: what is free now)")
     doctor.add_argument("--device", choices=("cpu", "cuda"), help="where it would train (default: as training would)")
     doctor.add_argument("--threads", type=int)
@@ -123,15 +124,21 @@ class _Words:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from engine.train.events import JsonLines, SignalControl, Sink
+    from engine.train.events import EventFile, JsonLines, SignalControl, Sink, Tee
     from engine.train.job import JobSpec
     from engine.train.worker import run
 
     spec = JobSpec.from_file(arguments.job)
-    sink: Sink = JsonLines(sys.stdout) if arguments.json else _Words()
+    kept = EventFile(arguments.out)
+    sink: Sink = Tee([JsonLines(sys.stdout) if arguments.json else _Words(), kept])
     others = _others(arguments, sink) if arguments.processes != 1 else None
     try:
         state = run(spec, arguments.out, sink, SignalControl(), arguments.resume)
+    except EngineError as error:
+        # One that came before the first event is about the call, not about the run.
+        if kept.used:
+            kept.emit(error.to_event())
+        raise
     except RuntimeError as error:
         # A message between processes fails before it is known which of them has gone.
         gone = others.failure(patience=5.0) if others else None
@@ -260,6 +267,8 @@ def _generate(arguments: argparse.Namespace) -> int:
 def _doctor(arguments: argparse.Namespace) -> int:
     from engine.memory import doctor
 
+    if arguments.run is not None:
+        return _diagnose(arguments.run, arguments.json)
     if arguments.fit is None:
         if arguments.budget or arguments.device:
             raise ConfigError("--budget and --device are about a job.", "Name it: --fit JOB.yaml.")
@@ -270,6 +279,26 @@ def _doctor(arguments: argparse.Namespace) -> int:
         print(json.dumps(found, ensure_ascii=False), flush=True)
     else:
         print("\n".join(doctor.lines(found)))
+    return 0
+
+
+def _diagnose(folder: Path, as_json: bool) -> int:
+    """What a run's curve says, a line each, and what to change."""
+    from engine.diagnosis import diagnose, read
+    from engine.train.job import value_of
+
+    spec, course = read(folder)
+    found = diagnose(spec, course)
+    if not found and not as_json:
+        print("Nothing stands out, or it is too early to say.")
+    for finding in found:
+        if as_json:
+            event = {"type": "finding", "code": finding.code, "severity": finding.severity, "words": finding.words()}
+            print(json.dumps({**event, "changes": dict(finding.changes)}, ensure_ascii=False), flush=True)
+            continue
+        print(f"{finding.severity:<5} {finding.words()}")
+        for key, value in finding.changes.items():
+            print(f"      {key}: {value_of(spec, key)} -> {value}")
     return 0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -119,6 +120,29 @@ def combine(model: PeftModel, blend: Blend, name: str) -> None:
         density=density,
         seed=blend.seed,
     )
+
+
+def attach_blend(answerer: Any, blend: Blend, name: str) -> None:
+    """Attach the blend to all parts of an answerer (`engine.answerers`) as an adapter of its own, a row like any other.
+
+    It reads and goes on from the words that its first adapter was trained with.
+
+    Raises:
+        ConfigError: see `combine`; nothing is attached then.
+    """
+    able = [model for model in answerer.parts.values() if _here(model, blend)]
+    if not able:
+        raise ConfigError(f"None of {', '.join(map(repr, blend.weights))} is attached here.")
+    made: list[PeftModel] = []
+    try:
+        for model in able:
+            combine(model, blend, name)
+            made.append(model)
+    except BaseException:
+        for model in made:
+            model.delete_adapter(name)
+        raise
+    answerer._attached[name] = answerer._attached[next(iter(blend.weights))]
 
 
 @torch.no_grad()

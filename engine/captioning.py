@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.data.images import open_picture
-from engine.errors import ConfigError, PromptError
+from engine.errors import PromptError
+from engine.rows import Row, check_attached, mix_of
 
 if TYPE_CHECKING:
     from engine.generation import Piece, Sampling
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def caption(
-    model: nn.Module, processor: Any, pixels: Tensor, prefix: str, sampling: Sampling, who: str | None = ""
+    model: nn.Module, processor: Any, pixels: Tensor, prefix: str, sampling: Sampling, who: Row = ""
 ) -> tuple[str, bool]:
     """The caption of one picture without `prefix`, and whether the model ended it.
 
@@ -27,7 +28,7 @@ def caption(
         pixels: (1, 3, height, width), as the processor makes them.
         prefix: the words that the decoder is given to go on from.
         sampling: at temperature 0 the best of `sampling.beams` beams; otherwise drawn.
-        who: the adapter that answers, None for the base; left out, the model answers as it is switched.
+        who: the adapter or mix that answers, None for the base; left out, the model answers as it is switched.
     """
     tokenizer = processor.tokenizer
     weight = next(p for p in model.parameters() if p.is_floating_point())
@@ -136,9 +137,12 @@ class Captioner:
         yield Piece(0, text, True, "stop" if ended else "length")
 
     def stream(
-        self, messages: Sequence[Mapping[str, str]], who: Sequence[str | None], sampling: Sampling
+        self, messages: Sequence[Mapping[str, str]], who: Sequence[Row], sampling: Sampling
     ) -> Generator[Piece, None, None]:
         """One finished piece for each column; the last message's `image` is the picture's path or reference.
+
+        A column is an adapter's name, a mix (name -> weight), which goes on from its first adapter's words, or None for
+        the base.
 
         Raises:
             PromptError: there is no picture.
@@ -149,15 +153,12 @@ class Captioner:
         from engine.tasks.captioning import TASK
 
         pixels = self._pixels(messages)
-        for name in who:
-            if name is not None and name not in self._attached:
-                raise ConfigError(
-                    f"There is no adapter {name!r} here.", f"Attached: {', '.join(self._attached) or 'none'}."
-                )
-        first = next((self._attached[name] for name in who if name is not None), None)
-        for number, name in enumerate(who):
+        check_attached(who, self._attached)
+        folders = [next((self._attached[name] for name, _ in mix_of(row)), None) for row in who]
+        first = next((folder for folder in folders if folder is not None), None)
+        for number, row in enumerate(who):
             # The base goes on from the same words as the first adapter.
-            folder = first if name is None else self._attached[name]
+            folder = folders[number] or first
             prefix = TASK.restored(folder).prefix if folder else ""
-            text, ended = caption(self.model, self.processor, pixels, prefix, sampling, name)
+            text, ended = caption(self.model, self.processor, pixels, prefix, sampling, row)
             yield Piece(number, text, True, "stop" if ended else "length")

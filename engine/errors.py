@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class EngineError(Exception):
     """Root of every error that the engine raises on purpose.
@@ -24,7 +26,7 @@ class EngineError(Exception):
     def __str__(self) -> str:
         return f"{self.message} {self.hint}".strip()
 
-    def to_event(self) -> dict[str, str]:
+    def to_event(self) -> dict[str, Any]:
         """The error as an event of a run (`type` is `error`)."""
         return {"type": "error", "code": self.code, "message": self.message, "hint": self.hint}
 
@@ -72,6 +74,12 @@ class PromptError(EngineError):
 
 
 class TrainingError(EngineError):
-    """A run cannot start or go on (loss not finite, nothing to train, resume without a checkpoint)."""
+    """A run cannot start or go on (nothing to train, resume without a checkpoint)."""
 
     code = "training"
+
+
+class DivergedError(TrainingError):
+    """The loss or the gradient of a step is not a finite number."""
+
+    code = "diverged"

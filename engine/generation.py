@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import ConfigError, PromptError
-from engine.rows import Row, mix_of
+from engine.rows import Row, check_attached, mix_of
 
 if TYPE_CHECKING:
     from engine.model import PeftModel
@@ -345,11 +345,7 @@ class Answerer:
             PromptError: the prompt is empty or does not fit into the context.
             ConfigError: a name in `who` is not attached, or cannot be mixed so; see `decode`.
         """
-        for name in dict.fromkeys(name for row in who for name, _ in mix_of(row)):
-            if name not in self._attached:
-                raise ConfigError(
-                    f"There is no adapter {name!r} here.", f"Attached: {', '.join(self._attached) or 'none'}."
-                )
+        check_attached(who, self._attached)
         if self.rewrites:
             from engine.seq2seq import answers
 

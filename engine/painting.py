@@ -7,8 +7,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import ConfigError, EngineError, PromptError
+from engine.errors import EngineError, PromptError
 from engine.models.pipelines import Pipeline, load_pipeline
+from engine.rows import check_attached, mix_of
 from engine.text_encoders import encoder_folders
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from engine.generation import Piece, Sampling
     from engine.model import PeftModel
+    from engine.rows import Row
 
 STEPS = 20
 GUIDANCE = 7.5
@@ -149,20 +151,24 @@ class Painter:
                 model.delete_adapter(name)
 
     @contextmanager
-    def _switched(self, name: str | None) -> Iterator[None]:
-        """One adapter on every part that it has something for, and nothing on the others."""
+    def _switched(self, row: Row) -> Iterator[None]:
+        """An adapter or a mix on every part that it has something for, and nothing on the others."""
+        weights = dict(mix_of(row))
         with ExitStack() as stack:
             for model in self.models.values():
-                if name in model.peft_config:
-                    model.set_adapter(name, inference_mode=True)
+                here = {name: weight for name, weight in weights.items() if name in model.peft_config}
+                if here:
+                    model.set_adapter_weights(here)
                 else:
                     stack.enter_context(model.disable_adapter())
             yield
 
     def stream(
-        self, messages: Sequence[Mapping[str, str]], who: Sequence[str | None], sampling: Sampling
+        self, messages: Sequence[Mapping[str, str]], who: Sequence[Row], sampling: Sampling
     ) -> Generator[Piece, None, None]:
         """One picture for each column, all from the noise of `sampling.seed`.
+
+        A column is an adapter's name, a mix (name -> weight), or None for the base.
 
         Raises:
             PromptError: the prompt is empty.
@@ -171,13 +177,9 @@ class Painter:
         from engine.generation import Piece
 
         prompt = str(messages[-1].get("content", "")) if messages else ""
-        for name in who:
-            if name is not None and name not in self._attached:
-                raise ConfigError(
-                    f"There is no adapter {name!r} here.", f"Attached: {', '.join(self._attached) or 'none'}."
-                )
-        for number, name in enumerate(who):
-            with self._switched(name):
+        check_attached(who, self._attached)
+        for number, row in enumerate(who):
+            with self._switched(row):
                 made = paint(
                     self.pipeline, prompt, seed=sampling.seed, steps=sampling.steps, guidance=sampling.guidance
                 )

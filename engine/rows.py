@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.adapters.base import Mix, Switchboard
-from engine.errors import EngineError
+from engine.errors import ConfigError, EngineError
 
 Row = str | Mapping[str, float] | None
 """What a caller gives for a batch row: an adapter's name, a mix as name -> weight, or None for the base alone."""
@@ -42,6 +42,17 @@ def mix_of(row: Row) -> Mix:
     if isinstance(row, str):
         return ((row, 1.0),)
     return tuple((name, float(weight)) for name, weight in row.items() if weight)
+
+
+def check_attached(rows: Sequence[Row], attached: Mapping[str, Any]) -> None:
+    """Whether every adapter of the rows is one of `attached`.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    for name in dict.fromkeys(name for row in rows for name, _ in mix_of(row)):
+        if name not in attached:
+            raise ConfigError(f"There is no adapter {name!r} here.", f"Attached: {', '.join(attached) or 'none'}.")
 
 
 @contextmanager

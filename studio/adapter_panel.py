@@ -132,7 +132,6 @@ def shown(parts: Parts, row: Row) -> dict[Any, Any]:
         parts.fault: gr.HTML(visible=False),
         parts.name: row["name"],
         parts.mix: gr.Button(interactive=not mixing.refusal(row)),
-        parts.compare: gr.Button(visible=bool(row["run_id"])),
         parts.confirm: gr.Row(visible=False),
         parts.forms: adapter_words.exports(row),
         parts.ranks: gr.Accordion(open=False),

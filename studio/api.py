@@ -15,8 +15,9 @@ import gradio as gr
 
 from engine.errors import ConfigError, EngineError
 from engine.train.job import TASKS, JobSpec
-from studio import adapter_api, presets, score_words, scores, shelf_api, states
-from studio.comparing import Answers, answer
+from studio import adapter_api, compare_api, presets, score_words, scores, shelf_api, states
+from studio.answers import Answers
+from studio.comparing import answer
 from studio.context import Studio
 from studio.datasets import Datasets
 from studio.faults import is_memory, memory_event, unexpected_event
@@ -143,7 +144,10 @@ class Endpoints:
     def compare(
         self, base: str, runs: list[str], prompt: str, seed: int = 0, temperature: float = 0.3, max_new_tokens: int = 80
     ) -> Iterator[Answer]:
-        """Answer one prompt with the base and the adapters of `runs`; streams, the last message is complete."""
+        """Answer one prompt with the base and up to seven others; streams, the last message is complete.
+
+        `runs` are ids of runs, ids of adapters, or keys of `list_columns`; all answer from one batch.
+        """
         try:
             for label, value in (("base", base), ("prompt", prompt)):
                 if not isinstance(value, str):
@@ -268,7 +272,7 @@ def _event_id(since: Any) -> int:
 
 def _names(runs: Any) -> list[str]:
     if not isinstance(runs, list) or not all(isinstance(run, str) for run in runs):
-        raise ConfigError("`runs` must be a list of run ids.", "An empty list asks the base alone.")
+        raise ConfigError("`runs` must be a list of ids.", "An empty list asks the base alone.")
     return runs
 
 
@@ -301,7 +305,7 @@ def _plain(state: Answers) -> Answer:
         }
         for c in state.columns
     ]
-    return {"columns": columns, "finished": state.finished, "status": state.status}
+    return {"columns": columns, "finished": state.finished, "status": state.status, "comparison": state.kept}
 
 
 def build(studio: Studio) -> None:
@@ -344,3 +348,4 @@ def build(studio: Studio) -> None:
         gr.events.api(function, api_name=function.__name__, concurrency_limit=8)
     adapter_api.build(studio, _guarded)
     shelf_api.build(studio, _guarded)
+    compare_api.build(studio, _guarded)

@@ -1,20 +1,26 @@
 """Rows -> charts. Pure functions that return SVG with HTML labels: sharp at any width, no library, no network.
 
-Curves are cut to at most `POINTS` points here, so that a long run costs the browser no more than a short one.
+Curves are cut to a few hundred points (`studio.points`), so that a long run costs the browser no more than a short one.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from studio.i18n import t
 from studio.markup import BASE_COLOUR, esc, number
+from studio.points import POINTS, Column, Points, finite, smoothed, thinned
+from studio.points import clean as clean
+from studio.points import decimate as decimate
+from studio.points import smooth as smooth
 
-POINTS = 300
-
-Points = list[tuple[float, float]]
+RAW_POINTS = 600
+"""Of the thin curve of every step, whose extremes are what it is looked at for."""
 
 
 @dataclass(frozen=True)
@@ -32,45 +38,6 @@ class Curve:
     points: Points
     colour: str
     style: str = "thick"
-
-
-def clean(pairs: Sequence[tuple[float | None, float | None]]) -> Points:
-    """The pairs that have both values, finite."""
-    return [
-        (float(x), float(y))
-        for x, y in pairs
-        if x is not None and y is not None and math.isfinite(x) and math.isfinite(y)
-    ]
-
-
-def smooth(points: Points, weight: float | None = None) -> Points:
-    """The exponential moving average, freed of its bias towards the start.
-
-    Args:
-        points: in order of x.
-        weight: share of the past, 0 to 1; by default it grows with the number of points.
-    """
-    if weight is None:
-        weight = 1 - 1 / max(1.0, min(len(points) / 12, 40.0))
-    average, mass, found = 0.0, 0.0, []
-    for x, y in points:
-        average = weight * average + (1 - weight) * y
-        mass = weight * mass + (1 - weight)
-        found.append((x, average / mass))
-    return found
-
-
-def decimate(points: Points, limit: int = POINTS) -> Points:
-    """At most `limit` points; of each stretch the lowest and the highest stay, so no spike is lost."""
-    if len(points) <= limit:
-        return points
-    width = len(points) / (limit // 2)
-    found: Points = []
-    for index in range(limit // 2):
-        part = points[int(index * width) : int((index + 1) * width)]
-        low, high = min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])
-        found += sorted({low, high})
-    return found
 
 
 def bounds(curves: Sequence[Curve]) -> tuple[float, float]:
@@ -107,24 +74,29 @@ def chart(
     title: str,
     curves: Sequence[Curve],
     *,
-    x_label: str = "step",
+    x_label: str = "",
     x_max: float | None = None,
     log: bool = False,
     height: int = 220,
     waiting: str = "",
+    told: Callable[[float], str] = number,
 ) -> str:
     """A line chart.
 
     Args:
         title: the heading above it.
         curves: drawn in this order.
-        x_label: unit of x, for the hover text and the right end of the axis.
+        x_label: unit of x, for the hover text and the right end of the axis; steps by default.
         x_max: right end of the axis; a run's last step, so that the curve grows into its place.
         log: logarithmic y.
         height: of the drawing, in pixels.
         waiting: what an empty chart says.
+        told: a value of y in words.
     """
-    drawn = [Curve(c.label, decimate(c.points), c.colour, c.style) for c in curves if c.points]
+    limits, x_label = {"thin": RAW_POINTS}, x_label or t("step")
+    drawn = [
+        Curve(c.label, decimate(c.points, limits.get(c.style, POINTS)), c.colour, c.style) for c in curves if c.points
+    ]
     if log:
         drawn = [Curve(c.label, [(x, math.log10(y)) for x, y in c.points if y > 0], c.colour, c.style) for c in drawn]
     legend = "".join(
@@ -147,9 +119,7 @@ def chart(
     shapes = "".join(_shape(c, at) for c in drawn)
     y_ticks = [value for value in ticks(low, high) if low <= value <= high]
     grid = "".join(f'<line x1="0" x2="100" y1="{at(0, v)[1]}" y2="{at(0, v)[1]}"/>' for v in y_ticks)
-    y_marks = "".join(
-        f'<span class="y" style="top:{at(0, v)[1]}%">{number(10**v if log else v)}</span>' for v in y_ticks
-    )
+    y_marks = "".join(f'<span class="y" style="top:{at(0, v)[1]}%">{told(10**v if log else v)}</span>' for v in y_ticks)
     x_ticks = [value for value in ticks(left, right, 5) if value == int(value)]
     x_marks = "".join(f'<span class="x" style="left:{at(v, low)[0]}%">{number(v)}</span>' for v in x_ticks)
     dots = "".join(_dots(c, at) for c in drawn if c.style == "dots")
@@ -159,14 +129,14 @@ def chart(
             {
                 "label": c.label,
                 "colour": c.colour,
-                "points": [[*at(x, y), x, number(10**y if log else y)] for x, y in c.points],
+                "points": [[*at(x, y), x, told(10**y if log else y)] for x, y in c.points],
             }
             for c in drawn
             if c.style != "thin"
         ],
     }
     return (
-        f'<figure class="chart" role="img" aria-label="{esc(_described(title, drawn, log))}">{head}'
+        f'<figure class="chart" role="img" aria-label="{esc(_described(title, drawn, log, told))}">{head}'
         f'<div class="plot" style="height:{height}px" data-hover="{esc(json.dumps(hover))}">'
         '<svg viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true">'
         f'<g class="grid">{grid}</g>{shapes}</svg>'
@@ -189,12 +159,11 @@ def _dots(curve: Curve, at: object) -> str:
     )
 
 
-def _described(title: str, curves: Sequence[Curve], log: bool) -> str:
+def _described(title: str, curves: Sequence[Curve], log: bool, told: Callable[[float], str]) -> str:
     parts = []
     for curve in curves:
-        first, last = curve.points[0], curve.points[-1]
-        values = [10**y if log else y for y in (first[1], last[1])]
-        parts.append(f"{curve.label} from {number(values[0])} to {number(values[1])}")
+        first, last = (10**y if log else y for y in (curve.points[0][1], curve.points[-1][1]))
+        parts.append(t("{curve} from {first} to {last}", curve=curve.label, first=told(first), last=told(last)))
     return f"{title}: " + "; ".join(parts)
 
 
@@ -208,23 +177,54 @@ def loss_chart(
     smoothing: float | None = None,
     waiting: str = "",
 ) -> str:
-    """Training loss raw and smoothed, evaluation as dots."""
-    raw = clean([(row.get("step"), row.get("loss")) for row in steps])
+    """`loss_curves` of events."""
+    raw = np.array(clean([(row.get("step"), row.get("loss")) for row in steps]), dtype=float).reshape(-1, 2)
+    return loss_curves(raw[:, 0], raw[:, 1], evals, colour, total, log=log, smoothing=smoothing, waiting=waiting)
+
+
+def loss_curves(
+    xs: Column,
+    ys: Column,
+    evals: Sequence[Mapping[str, float | None]],
+    colour: str,
+    total: float | None,
+    *,
+    log: bool = False,
+    smoothing: float | None = None,
+    waiting: str = "",
+) -> str:
+    """Training loss raw and smoothed, evaluation as dots.
+
+    Args:
+        xs, ys: the training loss of each step; values that are not finite are left out.
+        evals: events of evaluations.
+        colour: the run's.
+        total: the run's last step.
+        log: logarithmic y.
+        smoothing: as in `smoothed`.
+        waiting: what an empty chart says.
+    """
+    xs, ys = finite(xs, ys)
     dots = clean([(row.get("step"), row.get("loss")) for row in evals])
     curves = [
-        Curve("each step", raw, colour, "thin"),
-        Curve("smoothed", smooth(raw, smoothing), colour, "thick"),
-        Curve("evaluation", dots, colour, "dots"),
+        Curve(t("each step"), thinned(xs, ys, RAW_POINTS), colour, "thin"),
+        Curve(t("smoothed"), thinned(xs, smoothed(ys, smoothing)), colour, "thick"),
+        Curve(t("evaluation"), dots, colour, "dots"),
     ]
-    return chart("Loss (lower is better)", curves, x_max=total, log=log, height=260, waiting=waiting)
+    return chart(t("Loss (lower is better)"), curves, x_max=total, log=log, height=260, waiting=waiting)
 
 
 def side_chart(
-    title: str, steps: Sequence[dict[str, float | None]], key: str, colour: str, total: float | None, waiting: str = ""
+    title: str,
+    points: Points,
+    colour: str,
+    total: float | None,
+    waiting: str = "",
+    told: Callable[[float], str] = number,
 ) -> str:
-    """One small curve: learning rate, gradient norm."""
-    points = clean([(row.get("step"), row.get(key)) for row in steps])
-    return chart(title, [Curve(title.lower(), points, colour)], x_max=total, height=130, waiting=waiting)
+    """One small curve: learning rate, gradient norm, tokens a second, memory."""
+    curve = Curve(title.lower(), points, colour)
+    return chart(title, [curve], x_max=total, height=130, waiting=waiting, told=told)
 
 
 @dataclass(frozen=True)
@@ -307,7 +307,7 @@ def scatter(
         for value in log_ticks(left, right)
     )
     keys = "".join(f'<span class="key dots"><i style="--c:{esc(s.colour)}"></i>{esc(s.label)}</span>' for s in spots)
-    said = "; ".join(f"{s.label}: {number(s.y)} at {s.told}" for s in spots)
+    said = "; ".join(_told(spot) for spot in spots)
     return (
         f'<figure class="chart spots" role="group" aria-label="{esc(f"{title}: {said}")}">{head}'
         f'<div class="plot" style="height:{height}px">'
@@ -333,13 +333,17 @@ def _spots(spots: Sequence[Spot], at: Callable[[float, float], tuple[float, floa
         taken.append((x, place))
         side = "before" if x > 62 else "after"
         kind = "mark front" if spot.front else "mark"
-        told, name = f"{spot.label}: {number(spot.y)} at {spot.told}", esc(spot.label[:28])
+        told, name = _told(spot), esc(spot.label[:28])
         parts.append(
             f'<button type="button" class="{kind}" data-run="{esc(spot.run)}" title="{esc(told)}"'
             f' aria-label="{esc(told)}" style="left:{x}%;top:{y}%;--c:{esc(spot.colour)}"></button>'
             f'<span class="spot-name {side}" style="left:{x}%;top:{place}%" aria-hidden="true">{name}</span>'
         )
     return "".join(parts)
+
+
+def _told(spot: Spot) -> str:
+    return t("{name}: {value} at {place}", name=spot.label, value=number(spot.y), place=spot.told)
 
 
 def histogram(edges: Sequence[int], counts: Sequence[int], title: str, unit: str) -> str:
@@ -349,16 +353,20 @@ def histogram(edges: Sequence[int], counts: Sequence[int], title: str, unit: str
     most = max(counts) or 1
     bars = "".join(
         f'<span class="bar" style="height:{max(count / most * 100, 1 if count else 0):.1f}%" '
-        f'title="{edges[i]:,} to {edges[i + 1] - 1:,} {esc(unit)}: {count:,} rows"></span>'
+        f'title="{esc(_bar(edges[i], edges[i + 1] - 1, unit, count))}"></span>'
         for i, count in enumerate(counts)
     )
     ends = f"<span>{edges[0]:,}</span><span>{edges[-1] - 1:,} {esc(unit)}</span>"
-    label = f"{title}: {edges[0]:,} to {edges[-1] - 1:,} {unit}"
+    label = t("{title}: {low} to {high} {unit}", title=title, low=f"{edges[0]:,}", high=f"{edges[-1] - 1:,}", unit=unit)
     return (
         f'<figure class="chart histogram" role="img" aria-label="{esc(label)}">'
         f"<figcaption><strong>{esc(title)}</strong></figcaption>"
         f'<div class="bars">{bars}</div><div class="ends">{ends}</div></figure>'
     )
+
+
+def _bar(low: int, high: int, unit: str, count: int) -> str:
+    return t("{low} to {high} {unit}: {count} rows", low=f"{low:,}", high=f"{high:,}", unit=unit, count=f"{count:,}")
 
 
 def sparkline(points: Points, colour: str = BASE_COLOUR) -> str:

@@ -1,74 +1,25 @@
-"""One prompt, answered by the base and by adapters side by side: what to ask, and how the answers look."""
+"""One prompt, answered by the base and by others side by side: what can be asked, and the answers while they stream."""
 
 from __future__ import annotations
 
-import re
+import hashlib
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.errors import ConfigError, EngineError, PromptError
-from engine.models.catalogue import BUILTIN
+from engine.data import open_picture
+from engine.errors import EngineError, PromptError
+from studio.answers import Answers, Column
+from studio.comparisons import ANSWERS, Comparisons
 from studio.context import Studio
 from studio.datasets import first_prompt
-from studio.markup import BASE_COLOUR, dot, esc, seconds
-from studio.pictures import thumbnail
-from studio.store import Row, StateError
+from studio.i18n import t
+from studio.voices import Voice, task_of, voices
 
-MOST_ADAPTERS = 6
 _EVERY = 0.1
-
-
-@dataclass
-class Column:
-    """One answer.
-
-    Attributes:
-        run: the run whose adapter answers; None for the base.
-        title: its head.
-        colour: its colour.
-        text: so far.
-        done: whether it is complete.
-        reason: `stop` or `length`, when done.
-        picture: the file of the answer, where it is a picture.
-    """
-
-    run: str | None
-    title: str
-    colour: str
-    text: str = ""
-    done: bool = False
-    reason: str = ""
-    picture: str = ""
-
-
-@dataclass
-class Answers:
-    """The state of one comparison while it streams."""
-
-    columns: list[Column]
-    status: str = ""
-    fraction: float | None = None
-    finished: bool = False
-    took: float = 0.0
-    began: float = field(default_factory=time.monotonic)
-
-
-def finished_runs(studio: Studio) -> list[Row]:
-    """The runs that have an adapter, newest first; not those whose adapter is in the bin."""
-    gone = {row["run_id"] for row in studio.library.rows(deleted=True)}
-    return [row for row in studio.store.runs() if row["id"] not in gone and studio.jobs.has_adapter(row["id"])]
-
-
-def task_of(studio: Studio, base: str | None) -> str:
-    """What a base is for: the task of its newest run, else the first that it is built in for."""
-    rows = (row for row in finished_runs(studio) if row["model"] == base)
-    newest = next((str(row["spec"].get("task", "causal_lm")) for row in rows), None)
-    builtin = BUILTIN.get(base or "")
-    return newest or (builtin.tasks[0] if builtin else "causal_lm")
 
 
 def fitting(studio: Studio, run_id: str) -> str:
@@ -83,128 +34,137 @@ def fitting(studio: Studio, run_id: str) -> str:
         return ""
 
 
-def check(studio: Studio, base: str, runs: Sequence[str], prompt: str, picture: str | None = None) -> list[Row]:
-    """The rows of the runs asked for.
+def check_prompt(task: str, prompt: Any, picture: str | None = None) -> None:
+    """Whether there is something to answer.
 
     Raises:
-        ConfigError, PromptError, StateError, UnknownError: what cannot be asked.
+        PromptError: there is not.
     """
-    if not base or not str(base).strip():
-        raise ConfigError("No base is chosen.", "Choose a base model.")
-    if task_of(studio, base) == "captioning":
+    if task == "captioning":
         if not picture:
-            raise PromptError("There is no picture.", "Choose the picture that should be described.")
-    elif not prompt or not prompt.strip():
-        raise PromptError("The prompt is empty.", "Write what the base and the adapters should answer.")
-    if len(runs) > MOST_ADAPTERS:
-        raise ConfigError(
-            f"{len(runs)} adapters are chosen; at most {MOST_ADAPTERS} fit side by side.", "Choose fewer."
-        )
-    rows = [studio.store.run(run_id) for run_id in dict.fromkeys(runs)]
-    for row in rows:
-        if row["model"] != base:
-            raise StateError(f"The adapter of {row['name']!r} belongs to the base {row['model']}, not {base}.")
-        if row["deleted_at"] is not None or not studio.jobs.has_adapter(row["id"]):
-            raise StateError(f"The run {row['name']!r} has no adapter to compare.", "Choose a finished run.")
-    return rows
+            raise PromptError(t("There is no picture."), t("Choose the picture that should be described."))
+    elif not isinstance(prompt, str) or not prompt.strip():
+        raise PromptError(t("The prompt is empty."), t("Write what the base and the adapters should answer."))
+
+
+def column_of(voice: Voice) -> Column:
+    """An empty column for somebody."""
+    return Column(voice.run, voice.title, voice.colour)
+
+
+def stream(
+    studio: Studio,
+    base: str,
+    who: Sequence[Voice],
+    prompt: str,
+    sampling: Mapping[str, Any],
+    picture: str | None,
+    state: Answers,
+) -> Iterator[Answers]:
+    """Ask everybody in one batch; yields `state` while its columns, one for each of `who`, grow.
+
+    Args:
+        picture: the file of a picture, for a base that describes pictures.
+
+    Raises:
+        InferenceError: the inference process reported something.
+    """
+    task = task_of(studio, base, who)
+    folders = {name: folder for voice in who for name, folder in voice.folders(studio).items()}
+    blends = {name: fields for voice in who for name, fields in voice.blends().items()}
+    messages = [{"role": "user", "content": prompt or "", **({"image": picture} if picture else {})}]
+    rows = [voice.row() for voice in who]
+    last = 0.0
+    with closing(studio.inference.generate(base, folders, messages, rows, sampling, task, blends)) as news:
+        for message in news:
+            if message["type"] == "progress":
+                state.status, state.fraction = message["message"], message.get("fraction")
+            else:
+                column = state.columns[message["index"]]
+                column.text += message["text"]
+                column.picture = message.get("picture", "")
+                column.done, column.reason = message["done"], message.get("reason") or ""
+                state.status, state.fraction = "", None
+            if time.monotonic() - last >= _EVERY:
+                last = time.monotonic()
+                yield state
+    state.took, state.status, state.fraction = time.monotonic() - state.began, "", None
+    for column in state.columns:
+        column.done = True
 
 
 def answer(
     studio: Studio,
     base: str,
-    runs: Sequence[str],
+    keys: Sequence[str],
     prompt: str,
     sampling: Mapping[str, Any],
     picture: str | None = None,
 ) -> Iterator[Answers]:
-    """Ask the base and the adapters; yields the growing answers, at most ten times a second, and keeps the last.
+    """Ask the base and others; yields the growing answers, at most ten times a second, and keeps the last.
 
-    `picture` is the file of a picture that was brought in, for a base that describes pictures.
+    Args:
+        base: the base model.
+        keys: who else: ids of runs, of adapters, or `mix-` and a mix's number.
+        prompt: the words.
+        sampling: fields of `engine.generation.Sampling`.
+        picture: the file of a picture that was brought in, for a base that describes pictures.
 
     Raises:
-        EngineError: see `check`; or the inference process reported something.
+        EngineError: see `studio.voices.voices` and `check_prompt`; or the inference process reported something.
     """
-    rows, task = check(studio, base, runs, prompt, picture), task_of(studio, base)
-    columns = [Column(None, "base", BASE_COLOUR), *(Column(row["id"], row["name"], row["colour"]) for row in rows)]
-    state = Answers(columns, status="Waking the base")
+    who = voices(studio, base, keys)
+    task = task_of(studio, base, who)
+    check_prompt(task, prompt, picture)
+    asked = kept_picture(studio.home, picture) if task == "captioning" and picture else ""
+    state = Answers([column_of(voice) for voice in who], status=t("Waking the base"))
     yield state
-    folders = {_version(studio, row["id"]): studio.jobs.folder(row["id"]) / "adapter" for row in rows}
-    who = [None, *folders]
-    messages = [{"role": "user", "content": prompt, **({"image": picture} if picture else {})}]
-    last = 0.0
-    with closing(studio.inference.generate(base, folders, messages, who, sampling, task)) as stream:
-        for news in stream:
-            if news["type"] == "progress":
-                state.status, state.fraction = news["message"], news.get("fraction")
-            else:
-                column = columns[news["index"]]
-                column.text += news["text"]
-                column.picture = news.get("picture", "")
-                column.done, column.reason = news["done"], news.get("reason") or ""
-                state.status, state.fraction = "", None
-            if time.monotonic() - last >= _EVERY:
-                last = time.monotonic()
-                yield state
-    state.finished, state.took, state.status = True, time.monotonic() - state.began, ""
-    for column in columns:
-        column.done = True
+    yield from stream(studio, base, who, prompt, sampling, asked or None, state)
+    state.finished = True
+    results = [plain(column, voice) for column, voice in zip(state.columns, who, strict=True)]
+    words = "" if asked else prompt
+    state.kept = Comparisons(studio.store, studio.home).add(ANSWERS, base, words, sampling, results, asked)
+    yield state
+
+
+def plain(column: Column, voice: Voice) -> dict[str, Any]:
+    """A column as it is kept, with what its adapters and weights were."""
     names = ("run", "title", "colour", "text", "reason", "picture")
-    kept = [{name: getattr(column, name) for name in names} for column in columns]
-    studio.store.add_comparison(base, f"picture {Path(picture).name}" if picture else prompt, dict(sampling), kept)
-    yield state
+    return {**{name: getattr(column, name) for name in names}, **described(voice)}
 
 
-def _version(studio: Studio, run_id: str) -> str:
-    """A name for the adapter as it is on disk now: a run that was resumed must not answer with its older self."""
-    changed = (studio.jobs.folder(run_id) / "adapter" / "adapter_config.json").stat().st_mtime_ns
-    return f"{run_id}-{changed}"
+def described(voice: Voice) -> dict[str, Any]:
+    """What exactly somebody was: the version, and of a mix adapters, weights and type."""
+    found: dict[str, Any] = {"version": voice.version}
+    if voice.blend is not None:
+        parts = zip(voice.rows, voice.blend.weights.values(), strict=True)
+        found["mix"] = {"how": voice.blend.how, "parts": [[row["name"], weight] for row, weight in parts]}
+    return found
 
 
-def columns_html(state: Answers) -> str:
-    """The answers side by side; under each other on a narrow screen."""
-    parts = [_column(column, state) for column in state.columns]
-    share = f" ({state.fraction * 100:.0f} %)" if state.fraction is not None else ""
-    tail = (
-        f"Answered in {seconds(state.took) if state.took >= 1 else 'under a second'}."
-        if state.finished
-        else f"{state.status}{share} ..."
-        if state.status
-        else ""
-    )
-    return f'<div class="st-columns">{"".join(parts)}</div><p class="st-hint" aria-live="polite">{esc(tail)}&nbsp;</p>'
+def column_from(kept: Mapping[str, Any]) -> Column:
+    """A column that was kept."""
+    words = {name: str(kept.get(name) or "") for name in ("title", "colour", "text", "reason", "picture")}
+    return Column(kept.get("run"), **words, done=True)
 
 
-def _column(column: Column, state: Answers) -> str:
-    text = thumbnail(column.picture, column.title, 240) if column.picture else esc(column.text)
-    if not text and not column.done:
-        text = '<span class="skeleton" style="width:92%"></span><span class="skeleton" style="width:64%"></span>'
-    elif not column.done and not state.finished:
-        text += '<span class="caret"></span>'
-    foot = "<small>Cut at the most tokens allowed.</small>" if column.reason == "length" else ""
-    run = column.run or "base"
-    return (
-        f'<section class="st-column" style="--c:{esc(column.colour)}" data-who="{esc(run)}">'
-        f"<h3>{dot(column.colour)}{esc(column.title)}</h3><div class='answer'>{text}</div>{foot}</section>"
-    )
+def answers_from(row: Mapping[str, Any]) -> Answers:
+    """The answers of a comparison that was kept."""
+    return Answers([column_from(it) for it in row["results"]], finished=True, kept=row["id"])
 
 
-def halted(shown: str | None) -> str:
-    """The columns as they stood when they were stopped: nothing blinks any more."""
-    return re.sub(r'<span class="(caret|skeleton)"[^>]*></span>', "", shown or "")
+def kept_picture(home: Path, path: str) -> str:
+    """A copy of a picture in the home folder, by its content: what was uploaded is deleted after a day.
 
-
-def earlier_html(rows: Sequence[Row]) -> str:
-    """Comparisons that were kept, closed."""
-    parts = []
-    for row in rows:
-        columns = [Column(**{"reason": "", "picture": "", **item, "done": True}) for item in row["results"]]
-        body = (
-            '<div class="st-columns">'
-            + "".join(_column(c, Answers(columns, finished=True)) for c in columns)
-            + "</div>"
-        )
-        parts.append(
-            f"<details><summary>{esc(row['prompt'][:120])} <small>({esc(row['base'])})</small></summary>"
-            f"{body}</details>"
-        )
-    return f'<div class="st-stack">{"".join(parts)}</div>' if parts else ""
+    Raises:
+        PictureError: it cannot be opened.
+    """
+    open_picture(path)
+    name = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:24]
+    place = home / "pictures" / f"asked-{name}{Path(path).suffix.lower()[:5]}"
+    if not place.is_file():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        draft = place.with_name(f".{place.name}.draft")
+        shutil.copyfile(path, draft)
+        draft.replace(place)
+    return str(place)

@@ -58,13 +58,20 @@ def reported(text: str) -> str:
     asked = language()
     if asked == ENGLISH or not text:
         return text
+    if "\n" in text:
+        # Several faults at once stand one a line.
+        return "\n".join(map(reported, text.split("\n")))
+    if text.startswith("- "):
+        return "- " + reported(text.removeprefix("- "))
     known, patterns = _reports(asked)
     if text in known:
         return known[text]
     for pattern, words in patterns:
         found = pattern.fullmatch(text)
         if found:
-            return words.format(*(found[f"v{number}"] for number in range(pattern.groups)))
+            # What fills a gap may be a report itself, as the cause in "cannot be read: {0}".
+            parts = (found[f"v{number}"] for number in range(pattern.groups))
+            return words.format(*(reported(part) if " " in part else part for part in parts))
     return text
 
 
@@ -140,7 +147,7 @@ def _reports(chosen: str) -> tuple[Mapping[str, str], list[tuple[re.Pattern[str]
             parts = gap.split(key)
             # Even parts are words, odd ones the numbers of the gaps.
             shape = "".join(f"(?P<v{part}>.*?)" if at % 2 else re.escape(part) for at, part in enumerate(parts))
-            found.append((re.compile(shape, re.DOTALL), texts[key]))
+            found.append((re.compile(shape), texts[key]))
     return texts, found
 
 

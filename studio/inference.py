@@ -94,9 +94,10 @@ class Inference:
         base: str,
         adapters: Mapping[str, Path],
         messages: Sequence[Mapping[str, str]],
-        who: Sequence[str | None],
+        who: Sequence[str | Mapping[str, float] | None],
         sampling: Mapping[str, Any],
         task: str = "causal_lm",
+        blends: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> Generator[Message, None, None]:
         """`progress` and `piece` messages until all columns are done. Closing the iterator cancels the request.
 
@@ -104,9 +105,11 @@ class Inference:
             base: base model.
             adapters: name -> folder; others that were attached before are let go.
             messages: the conversation to answer.
-            who: the columns: None for the base, or a name of `adapters`.
+            who: the columns: None for the base, a name of `adapters` or `blends`, or a live mix as name -> weight.
             sampling: fields of `engine.generation.Sampling`.
             task: what the base is for; of `text_to_image` the pieces have a `picture`, the path of a PNG.
+            blends: name -> fields of `engine.combinations.Blend`: combinations of `adapters` that are made in memory
+                and stay until something else is asked for.
 
         Raises:
             InferenceError: the process reported an error or ended.
@@ -120,6 +123,7 @@ class Inference:
             "who": list(who),
             "sampling": dict(sampling),
             "task": task,
+            "blends": {name: dict(fields) for name, fields in (blends or {}).items()},
         }
         yield from self._ask(request, base)
 

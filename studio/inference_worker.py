@@ -131,9 +131,11 @@ class Server:
 
     def _prepare(self, request: str, message: Message) -> None:
         """The base in memory with exactly these adapters on it; what is there already stays."""
-        from engine.blending import Blender
+        from engine.blending import Blender, attach_blend
+        from engine.combinations import Blend
 
         adapters: dict[str, str] = message["adapters"]
+        blends: dict[str, Message] = message.get("blends", {})
         make = self._answerer_class(message, adapters)
         if not isinstance(self.answerer, make):
             self.answerer, self.attached, self.blender = None, set(), Blender()
@@ -142,14 +144,20 @@ class Server:
                 self._tell(request, phase, fraction, text)
 
             self.answerer = make(message["base"], message.get("precision", "auto"), on_progress=progress)
-        if self.attached != set(adapters):
+        wanted = {*adapters, *blends}
+        if self.attached != wanted:
             self.blender.clear()
-        for name in self.attached - set(adapters):
+        for name in self.attached - wanted:
             self.answerer.detach(name)
             self.attached.discard(name)
         for name, folder in adapters.items():
             if name not in self.attached:
                 self.answerer.attach(name, Path(folder))
+                self.attached.add(name)
+        for name, fields in blends.items():
+            if name not in self.attached:
+                self._tell(request, "combining", None, "Combining the adapters")
+                attach_blend(self.answerer, Blend(**fields), name)
                 self.attached.add(name)
         self._tell(request, "answering", None, "Answering")
 

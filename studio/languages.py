@@ -8,6 +8,7 @@ server keeps of a visit, are those of the first.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable
 from typing import Any, cast
@@ -22,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from engine.paths import REPOSITORY
 from studio.i18n import ENGLISH, LANGUAGES, NAME, catalogue, language, speaking, wanted
 
+_log = logging.getLogger(__name__)
 _SCRIPTS = REPOSITORY / "studio" / "assets" / "scripts"
 _DRAWN = ("components", "layout", "dependencies", "page")
 """The parts of Gradio's configuration that come of the layout; the rest comes of `launch`."""
@@ -62,8 +64,8 @@ class Pages(gr.Blocks):
 def in_each_language(build: Callable[[], Pages]) -> Pages:
     """The English page, with its layout in every other language beside it.
 
-    Raises:
-        RuntimeError: a layout came out with other components or callbacks than the English one.
+    A layout with other components or callbacks than the English one would answer to the wrong ones: it is left out, and
+    the page stays English in that language.
     """
     start = Context.id
     with speaking(ENGLISH):
@@ -75,9 +77,11 @@ def in_each_language(build: Callable[[], Pages]) -> Pages:
         Context.id = start
         with speaking(name):
             config = build().config
-        if Context.id != end or shape(config) != shape(pages.config):
-            raise RuntimeError(f"The layout in {name!r} has other components or callbacks than the English one.")
-        drawn[name] = {part: config[part] for part in _DRAWN}
+        if Context.id == end and shape(config) == shape(pages.config):
+            drawn[name] = {part: config[part] for part in _DRAWN}
+        else:
+            Context.id = max(Context.id, end)
+            _log.error("The layout in %s has other components or callbacks than the English one.", name)
     pages.drawn = drawn
     return pages
 

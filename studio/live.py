@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
 from engine.errors import EngineError
-from studio import charts, ranks, states, words
+from engine.findings import BAD, Finding
+from studio import charts, curves, doctor, ranks, states, words
+from studio.curves import Curves
 from studio.forms import as_yaml
-from studio.markup import error, notice
+from studio.i18n import reported, t
+from studio.markup import error, notice, number, size
 from studio.page import COMPARE, HIDDEN, Page, go, message
+from studio.points import finite, thinned
 from studio.store import Row
 
 Updates = dict[Any, Any]
@@ -25,16 +29,20 @@ class Live:
     view: gr.Column
     head: gr.HTML
     fault: gr.HTML
+    doctor: gr.HTML
     compare: gr.Button
+    remedy: gr.Button
     resume: gr.Button
     pause: gr.Button
     checkpoint: gr.Button
     sample: gr.Button
     stop: gr.Button
     again: gr.Button
+    show_log: gr.Button
     new: gr.Button
     log_scale: gr.Checkbox
     smoothing: gr.Slider
+    options: gr.Row
     curves: gr.HTML
     ranks: gr.HTML
     film: gr.HTML
@@ -45,81 +53,118 @@ class Live:
     seen: gr.State
 
 
+_KEPT = ("new", "log_scale", "smoothing")
+"""Widgets that no redraw touches: they are the person's."""
+
+
 def build() -> Live:
     """Lay out the live part; hidden until there is a run to show."""
     with gr.Column(visible=False) as view:
         head = gr.HTML(elem_id="live-head")
-        fault = gr.HTML(visible=False)
+        fault = gr.HTML(visible=False, elem_id="live-fault")
+        doctor_box = gr.HTML(elem_id="live-doctor")
         with gr.Row(elem_id="live-actions"):
-            compare = gr.Button("Compare with the base", variant="primary", visible=False, elem_id="live-compare")
-            resume = gr.Button("Resume", variant="primary", visible=False, elem_id="live-resume")
-            pause = gr.Button("Pause", visible=False, elem_id="live-pause")
-            checkpoint = gr.Button("Checkpoint now", visible=False)
-            sample = gr.Button("Sample now", visible=False)
-            stop = gr.Button("Stop and keep", visible=False, elem_id="live-stop")
-            again = gr.Button("Change settings", visible=False)
-            new = gr.Button("New run", elem_id="live-new")
-        curves = gr.HTML(elem_id="live-curves")
-        with gr.Row():
-            smoothing = gr.Slider(0, 0.99, value=0.6, step=0.01, label="Smoothing", elem_id="smoothing")
-            log_scale = gr.Checkbox(False, label="Logarithmic loss", container=True)
-        ranks = gr.HTML(elem_id="live-ranks")
+            compare = gr.Button(t("Compare with the base"), variant="primary", visible=False, elem_id="live-compare")
+            remedy = gr.Button(t("Try the remedy"), visible=False, elem_id="live-remedy")
+            resume = gr.Button(t("Resume"), variant="primary", visible=False, elem_id="live-resume")
+            pause = gr.Button(t("Pause"), visible=False, elem_id="live-pause")
+            checkpoint = gr.Button(t("Checkpoint now"), visible=False, elem_id="live-checkpoint")
+            sample = gr.Button(t("Sample now"), visible=False, elem_id="live-sample")
+            stop = gr.Button(t("Stop and keep"), visible=False, elem_id="live-stop")
+            again = gr.Button(t("Change settings"), visible=False, elem_id="live-again")
+            show_log = gr.Button(t("Show the log"), visible=False, elem_id="live-show-log")
+            new = gr.Button(t("New run"), elem_id="live-new")
+        drawn = gr.HTML(elem_id="live-curves")
+        with gr.Row() as options:
+            smoothing = gr.Slider(0, 0.99, value=0.6, step=0.01, label=t("Smoothing"), elem_id="smoothing")
+            log_scale = gr.Checkbox(False, label=t("Logarithmic loss"), container=True, elem_id="log-scale")
+        ranks_part = gr.HTML(elem_id="live-ranks")
         film = gr.HTML(elem_id="live-film")
-        with gr.Accordion("This run's own configuration", open=False):
+        with gr.Accordion(t("This run's own configuration"), open=False):
             config = gr.Code(language="yaml", show_label=False, interactive=False)
-        with gr.Accordion("Log", open=False) as log_part:
+        with gr.Accordion(t("Log"), open=False, elem_id="live-log") as log_part:
             log = gr.Code(language=None, show_label=False, interactive=False, max_lines=24)
     return Live(
-        view,
-        head,
-        fault,
-        compare,
-        resume,
-        pause,
-        checkpoint,
-        sample,
-        stop,
-        again,
-        new,
-        log_scale,
-        smoothing,
-        curves,
-        ranks,
-        film,
-        config,
-        log,
-        log_part,
-        gr.Timer(1.0, active=False),
-        gr.State(None),
+        view=view,
+        head=head,
+        fault=fault,
+        doctor=doctor_box,
+        compare=compare,
+        remedy=remedy,
+        resume=resume,
+        pause=pause,
+        checkpoint=checkpoint,
+        sample=sample,
+        stop=stop,
+        again=again,
+        show_log=show_log,
+        new=new,
+        log_scale=log_scale,
+        smoothing=smoothing,
+        options=options,
+        curves=drawn,
+        ranks=ranks_part,
+        film=film,
+        config=config,
+        log=log,
+        log_part=log_part,
+        timer=gr.Timer(1.0, active=False),
+        seen=gr.State(None),
     )
 
 
-def curves_html(page: Page, row: Row, log: bool, smoothing: float) -> str:
-    """The three charts of a run."""
-    store = page.studio.store
-    steps, evals = store.by_step(row["id"], "step"), store.by_step(row["id"], "eval")
-    colour, total = row["colour"], row["total_steps"]
-    waiting = "The curve begins with the first step." if row["state"] in states.LIVE else "This run has no steps."
-    loss = charts.loss_chart(steps, evals, colour, total, log=log, smoothing=smoothing, waiting=waiting)
-    rate = charts.side_chart("Learning rate", steps, "lr", colour, total, waiting)
-    norm = charts.side_chart("Gradient norm", steps, "grad_norm", colour, total, waiting)
+def curves_html(found: Curves, row: Row, log: bool, smoothing: float) -> str:
+    """The charts of a run; none where it ended before its first step."""
+    colour, total = row["colour"], width(row)
+    steps, evals, live = found.column("step"), found.evals, row["state"] in states.LIVE
+    if not len(steps) and not evals and not live:
+        return ""
+    waiting = t("The curve begins with the first step.") if live else t("This run has no steps.")
+    loss = charts.loss_curves(
+        steps, found.column("loss"), evals, colour, total, log=log, smoothing=smoothing, waiting=waiting
+    )
+
+    def side(title: str, name: str, told: Callable[[float], str] = number) -> str:
+        points = thinned(*finite(steps, found.column(name)))
+        return charts.side_chart(title, points, colour, total, waiting, told)
+
     named = dict.fromkeys(name for event in evals for name in event.get("metrics") or {})
     metrics = "".join(
-        charts.side_chart(words.metric(name), [_metric(event, name) for event in evals], name, colour, total)
+        charts.side_chart(
+            words.metric(name),
+            charts.clean([(event.get("step"), (event.get("metrics") or {}).get(name)) for event in evals]),
+            colour,
+            total,
+        )
         for name in named
     )
-    return f'<div class="charts">{loss}{metrics}{rate}{norm}</div>'
+    sides = (
+        side(t("Learning rate"), "lr"),
+        side(t("Gradient norm"), "grad_norm"),
+        side(t("Tokens a second"), "tokens_per_s"),
+        side(t("Memory"), "memory", lambda held: size(held).replace(".0 ", " ")),
+    )
+    return f'<div class="charts">{loss}{metrics}{"".join(sides)}</div>'
 
 
-def _metric(event: Mapping[str, Any], name: str) -> dict[str, float | None]:
-    return {"step": event.get("step"), name: (event.get("metrics") or {}).get(name)}
+def width(row: Row) -> float | None:
+    """The last step that the charts have room for: the run's last, but for the first eighth of a long run that goes on.
+
+    There a curve would be a line upwards; so the room is twice as wide as the curve or more, and grows by fours.
+    """
+    total, step, room = row["total_steps"], row["step"] or 0, 20
+    if not total or row["state"] not in states.LIVE or 8 * step >= total:
+        return float(total) if total else None
+    while room < 2 * step:
+        room *= 4
+    return float(min(room, total))
 
 
-def newest(page: Page, row: Row) -> dict[str, Any]:
-    """What the newest step and status say."""
-    store = page.studio.store
-    status = store.newest(row["id"], "status") or {}
-    return {**status, **(store.newest(row["id"], "step") or {})}
+def newest(found: Curves) -> dict[str, Any]:
+    """What the newest step, status and end say."""
+    done = found.newest("done") or {}
+    ended: dict[str, Any] = {key: done[key] for key in ("early", "best_step") if key in done}
+    return {**(found.newest("status") or {}), **(found.newest("step") or {}), **ended}
 
 
 def mark(page: Page, row: Row) -> list[Any]:
@@ -127,47 +172,88 @@ def mark(page: Page, row: Row) -> list[Any]:
     return [row["id"], page.studio.store.last_event_id(row["id"]), row["state"]]
 
 
-def draw(page: Page, live: Live, run_id: str, log: bool, smoothing: float, whole: bool) -> Updates:
-    """Everything that follows from a run's present state; with its configuration when `whole`."""
-    jobs, row = page.studio.jobs, page.studio.store.run(run_id)
-    state = row["state"]
-    running, finished = state == states.RUNNING, state in states.FINISHED
-    adapter = finished and jobs.has_adapter(run_id)
-    resumable = state in states.RESUMABLE and row["deleted_at"] is None
-    again = "Resume from the last checkpoint" if jobs.has_checkpoint(run_id) else "Start again"
+def rare(found: Curves) -> list[int]:
+    """What of a run is large and seldom new: its samples and ranks, as counts."""
+    return [len(found.of("sample")), len(found.mean_ranks)]
+
+
+def faults(row: Row, found: Curves) -> str:
+    """Why the run ended, if it ended badly, and what it had to change or leave out."""
     box = ""
-    if row["error"] and finished:
-        box = error(row["error"], "The run failed" if state == states.FAILED else "The run was lost")
-    warnings = page.studio.store.since(run_id, 0, ["warning"])
-    box += "".join(notice("warn", "Note", str(event.get("message", ""))) for event in warnings[-3:])
-    found: Updates = {
-        live.head: words.run_head(row, newest(page, row), adapter),
-        live.fault: gr.HTML(box, visible=bool(box)),
+    if row["error"] and row["state"] in states.FINISHED:
+        failed = row["state"] == states.FAILED
+        box = error(row["error"], t("The run failed") if failed else t("The run was lost"))
+    warnings = found.of("warning")[-3:]
+    return box + "".join(notice("warn", t("Note"), reported(str(event.get("message", "")))) for event in warnings)
+
+
+def draw(
+    page: Page, live: Live, run_id: str, log: bool, smoothing: float, whole: bool, seen: list[Any] | None = None
+) -> Updates:
+    """Everything that follows from a run's present state; with its configuration when `whole`.
+
+    What is large and was drawn already, as `seen` says, is left out.
+    """
+    row = page.studio.store.run(run_id)
+    found = curves.of_run(page.studio.store, run_id)
+    fault, told = faults(row, found), doctor.findings(found, row)
+    # The events that were read, not those of this moment: what came between is drawn at the next tick.
+    now = [row["id"], found.last_id, row["state"], *rare(found)]
+    updates: Updates = {
+        live.head: words.run_head(row, newest(found), row["state"] in states.FINISHED and _adapter(page, run_id)),
+        live.fault: gr.HTML(fault, visible=bool(fault)),
+        live.doctor: doctor.box(told, row),
+        **buttons(page, live, row, found, doctor.curable(told)),
+        live.curves: curves_html(found, row, log, smoothing),
+        live.options: gr.Row(visible=bool(len(found.column("step"))) or row["state"] in states.LIVE),
+        live.timer: gr.Timer(active=row["state"] in states.LIVE),
+        live.seen: now,
+    }
+    if whole or not seen or list(seen)[3:] != now[3:] or seen[0] != row["id"]:
+        updates[live.film] = words.film(found.of("sample"))
+        updates[live.ranks] = ranks.picture(found.ranks, found.mean_ranks, row["colour"], row["total_steps"])
+    if whole:
+        updates |= {live.config: as_yaml(row["spec"]), live.log: page.studio.jobs.log_tail(run_id)}
+    return updates
+
+
+def _adapter(page: Page, run_id: str) -> bool:
+    return page.studio.jobs.has_adapter(run_id)
+
+
+def buttons(page: Page, live: Live, row: Row, found: Curves, cure: Finding | None) -> Updates:
+    """What can be done now; the one that is next is the primary one."""
+    state, run_id = row["state"], row["id"]
+    running, finished = state == states.RUNNING, state in states.FINISHED
+    adapter = finished and _adapter(page, run_id)
+    resumable = state in states.RESUMABLE and row["deleted_at"] is None
+    goes_on = page.studio.jobs.has_checkpoint(run_id)
+    # Going on as it was would end the same way.
+    needed = state in (states.FAILED, states.LOST) and cure is not None and cure.severity == BAD
+    return {
         live.compare: gr.Button(visible=adapter, variant="primary" if state == states.DONE else "secondary"),
-        live.resume: gr.Button(again, visible=resumable, variant="primary"),
+        live.remedy: gr.Button(visible=cure is not None, variant="primary" if needed else "secondary"),
+        live.resume: gr.Button(
+            t("Resume from the last checkpoint") if goes_on else t("Start again"),
+            visible=resumable,
+            variant="secondary" if needed else "primary",
+        ),
         live.pause: gr.Button(visible=running),
         live.checkpoint: gr.Button(visible=running),
-        live.sample: gr.Button(visible=running and bool(page.studio.store.newest(run_id, "sample"))),
+        live.sample: gr.Button(visible=running and bool(found.of("sample"))),
         live.stop: gr.Button(
-            "Take out of the queue" if state == states.QUEUED else "Stop and keep",
+            t("Take out of the queue") if state == states.QUEUED else t("Stop and keep"),
             visible=state in (states.QUEUED, states.STARTING, states.RUNNING, states.PAUSING),
         ),
         live.again: gr.Button(visible=finished),
-        live.curves: curves_html(page, row, log, smoothing),
-        live.ranks: ranks.picture(page.studio.store.since(run_id, 0, ["rank"]), row["colour"], row["total_steps"]),
-        live.film: words.film(page.studio.store.since(run_id, 0, ["sample"])),
-        live.timer: gr.Timer(active=state in states.LIVE),
-        live.seen: mark(page, row),
+        live.show_log: gr.Button(visible=state in (states.FAILED, states.LOST)),
     }
-    if whole:
-        found |= {live.config: as_yaml(row["spec"]), live.log: jobs.log_tail(run_id)}
-    return found
 
 
 def wire(page: Page, live: Live, form: gr.Column) -> None:
     """Connect the live part; `form` is what stands in its place when no run is shown."""
     store, jobs = page.studio.store, page.studio.jobs
-    every = [value for name, value in vars(live).items() if name not in ("log_part", "new", "log_scale", "smoothing")]
+    every = [value for name, value in vars(live).items() if name not in _KEPT]
     options = [live.log_scale, live.smoothing]
 
     def show(run_id: str, log: bool, smoothing: float) -> Updates:
@@ -181,13 +267,9 @@ def wire(page: Page, live: Live, form: gr.Column) -> None:
         try:
             drawn = draw(page, live, run_id, log, smoothing, whole=True)
         except EngineError as fault:
-            return {
-                live.view: gr.Column(visible=True),
-                form: gr.Column(visible=False),
-                live.head: error(fault),
-                live.timer: gr.Timer(active=False),
-            }
-        return {live.view: gr.Column(visible=True), form: gr.Column(visible=False), **drawn}
+            drawn = {live.head: error(fault), live.timer: gr.Timer(active=False)}
+        closed = {live.log_part: gr.Accordion(open=False)}
+        return {live.view: gr.Column(visible=True), form: gr.Column(visible=False), **closed, **drawn}
 
     def tick(run_id: str, seen: list[Any] | None, log: bool, smoothing: float) -> Any:
         """Redraw when there is something new."""
@@ -195,9 +277,9 @@ def wire(page: Page, live: Live, form: gr.Column) -> None:
             row = store.run(run_id)
         except EngineError:
             return {live.timer: gr.Timer(active=False)}
-        if seen is not None and list(seen) == mark(page, row):
+        if seen is not None and list(seen)[:3] == mark(page, row):
             return gr.skip()
-        return draw(page, live, run_id, log, smoothing, whole=row["state"] in states.FINISHED)
+        return draw(page, live, run_id, log, smoothing, row["state"] in states.FINISHED, seen)
 
     shown = [*every, form]
     page.run.change(show, [page.run, *options], shown, **HIDDEN)
@@ -205,7 +287,7 @@ def wire(page: Page, live: Live, form: gr.Column) -> None:
     live.timer.tick(tick, [page.run, live.seen, *options], shown, concurrency_limit=8, **HIDDEN)
     gr.on(
         [live.log_scale.input, live.smoothing.input],
-        lambda run_id, log, weight: curves_html(page, store.run(run_id), log, weight),
+        lambda run_id, log, weight: curves_html(curves.of_run(store, run_id), store.run(run_id), log, weight),
         [page.run, *options],
         live.curves,
         trigger_mode="always_last",
@@ -228,7 +310,14 @@ def wire(page: Page, live: Live, form: gr.Column) -> None:
         button.click(command(name), [page.run, *options], every, **HIDDEN)
 
     live.new.click(lambda: "", None, page.run, **HIDDEN)
-    live.log_part.expand(lambda run_id: jobs.log_tail(run_id) if run_id else "", page.run, live.log, **HIDDEN)
+
+    def tail(run_id: str) -> str:
+        return jobs.log_tail(run_id) if run_id else ""
+
+    live.log_part.expand(tail, page.run, live.log, **HIDDEN)
+    live.show_log.click(
+        lambda run_id: (gr.Accordion(open=True), tail(run_id)), page.run, [live.log_part, live.log], **HIDDEN
+    ).then(None, None, None, js="() => window.studioShow('live-log')", **HIDDEN)
 
     def compare(run_id: str) -> tuple[Any, Any]:
         row = store.run(run_id)
@@ -241,3 +330,11 @@ def wire(page: Page, live: Live, form: gr.Column) -> None:
         return message(spec=row["spec"], dataset=row["dataset"]), ""
 
     live.again.click(again, page.run, [page.recipe, page.run], **HIDDEN)
+
+    def remedy(run_id: str) -> tuple[Any, Any]:
+        """The form with the remedy; where it is not needed any more, nothing."""
+        row = store.run(run_id)
+        cure = doctor.curable(doctor.findings(curves.of_run(store, run_id), row))
+        return (gr.skip(), gr.skip()) if cure is None else (message(**doctor.recipe(row, cure)), "")
+
+    live.remedy.click(remedy, page.run, [page.recipe, page.run], **HIDDEN)

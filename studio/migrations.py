@@ -124,10 +124,32 @@ def adapters(db: Database) -> None:
     _table(db, "works").create_index(["state"])
 
 
+@_step("0005_live")
+def live(db: Database) -> None:
+    # The newest event of a kind, and the few warnings or samples among a hundred thousand steps, without reading those.
+    _table(db, "events").create_index(["run_id", "type", "id"])
+
+
+@_step("0009_compare")
+def compare(db: Database) -> None:
+    # `kind` is `answers` or `grid`; `picture` is the file that was asked about.
+    db.execute("ALTER TABLE comparisons ADD COLUMN kind TEXT NOT NULL DEFAULT 'answers'")
+    db.execute("ALTER TABLE comparisons ADD COLUMN picture TEXT NOT NULL DEFAULT ''")
+    db.execute("ALTER TABLE comparisons ADD COLUMN deleted_at REAL")
+    # A row stands from when both have answered; `choice` (left, right, tie) is NULL until somebody has voted. Sides are
+    # told apart by version: an adapter that is trained on is another one.
+    db.execute(
+        "CREATE TABLE votes (id TEXT PRIMARY KEY, base TEXT NOT NULL, prompt TEXT NOT NULL, picture TEXT NOT NULL"
+        " DEFAULT '', settings TEXT NOT NULL, left_version TEXT NOT NULL, right_version TEXT NOT NULL, sides TEXT NOT"
+        " NULL, choice TEXT, created REAL NOT NULL, voted REAL)"
+    )
+    _table(db, "votes").create_index(["base", "choice"])
+
+
 @_step("0010_demo")
 def demo(db: Database) -> None:
     # "" is everyone's: only demo mode keeps visitors apart. A mix's name is unique among its owner's.
-    for name in ("runs", "datasets", "adapters", "comparisons", "mixes", "works"):
+    for name in ("runs", "datasets", "adapters", "comparisons", "votes", "mixes", "works"):
         db.execute(f"ALTER TABLE {name} ADD COLUMN owner TEXT NOT NULL DEFAULT ''")
     # Rebuilt whole, for SQLite cannot take a column's UNIQUE away; columns that other steps added stay.
     mixes = _table(db, "mixes")

@@ -15,7 +15,9 @@ from engine.combinations import LIVE
 from engine.errors import EngineError
 from studio import mixing, prompt_form, sampling_form
 from studio.adapter_words import meaning
-from studio.comparing import Column, columns_html, fitting, halted
+from studio.answers import Column
+from studio.compare_words import columns_html, halted
+from studio.comparing import fitting
 from studio.context import Studio
 from studio.i18n import t
 from studio.markup import error, notice
@@ -87,7 +89,7 @@ def build() -> Parts:
                 for number in range(mixing.MOST)
             ]
         prompt, picture, answer, stop = prompt_form.build(
-            "mix", t("Ask something, then move a slider."), t("Answer"), "answer"
+            "mix", t("Ask something, then move a slider."), "answer", t("Answer")
         )
         fault = gr.HTML(visible=False, elem_id="mix-fault")
         answers = gr.HTML(elem_id="mix-answers")

@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.combinations import LIVE, PRUNING, Blend
 from engine.errors import ConfigError, PromptError
-from studio.comparing import Answers, Column
+from studio.answers import Answers, Column
 from studio.context import Studio
 from studio.i18n import N_, t
 from studio.library import checked_name
@@ -21,8 +21,11 @@ MOST, LOW, HIGH = 4, -1.0, 2.0
 PROMPTS = ("prompt_tuning", "p_tuning", "prefix_tuning")
 """Methods of virtual tokens, which are read whole or not at all, and change no weight."""
 
-MIX_COLOUR = "#6A3D9A"
-"""The mix's own; no adapter has it."""
+MIX_COLOURS = ("#6A3D9A", "#00707A", "#A50F4E", "#5C5C00")
+"""The mixes' own; no adapter has one of them. A kept mix has one by its id."""
+
+MIX_COLOUR = MIX_COLOURS[0]
+"""Of the mix that is being made."""
 
 MEANINGS: Mapping[str, str] = {
     LIVE: N_("Every adapter stays whole and is added with its weight: what the sliders say, at once and exactly."),

@@ -45,7 +45,7 @@ class Page:
         tabs: the row of tabs; `go(id)` selects one.
         run: id of the run that Train shows, in a hidden box because it also stands in the address.
         recipe: a form to fill into Train (`message(spec=..., dataset=...)`).
-        comparison: what Compare should show (`message(base=..., runs=[...], prompt=...)`).
+        comparison: what Compare should show (`message(base=..., runs=[...])`; ids of runs or adapters, keys of mixes).
         dataset: id of the data set that was chosen on Data.
         tab: id -> its Tab.
         parts: id -> whatever the tab keeps from `build` for `wire`.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from studio import charts
+from studio.i18n import t
 from studio.markup import esc
+from studio.points import Points
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 
@@ -47,20 +49,31 @@ def heat_map(ranks: Mapping[str, int], step: int, colour: str) -> str:
             row += f'<td class="rank{dark}" style="--c:{esc(colour)};--share:{share}%">{rank}</td>'
         body += f'<tr><th scope="row">{esc(kind)}</th>{row}</tr>'
     total = sum(ranks.values())
-    label = f"Ranks after step {step}: {total} in {len(ranks)} modules, from {min(ranks.values())} to {most}"
+    label = t(
+        "Ranks after step {step}: {total} in {count} modules, from {least} to {most}",
+        step=step,
+        total=total,
+        count=len(ranks),
+        least=min(ranks.values()),
+        most=most,
+    )
     return (
         f'<figure class="chart ranks"><figcaption><strong>{esc(label)}</strong></figcaption>'
-        f'<div class="scroll"><table aria-label="{esc(label)}"><thead><tr><th>layer</th>{head}</tr></thead>'
+        f'<div class="scroll"><table aria-label="{esc(label)}"><thead><tr><th>{esc(t("layer"))}</th>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div></figure>"
     )
 
 
-def picture(events: Sequence[Mapping[str, Any]], colour: str, total: float | None) -> str:
-    """The newest ranks as a heat map and the mean rank over the steps; nothing for methods that move no rank."""
-    known = [event for event in events if event.get("ranks")]
-    if not known:
+def picture(newest: Mapping[str, Any] | None, means: Points, colour: str, total: float | None) -> str:
+    """The newest ranks as a heat map and the mean rank over the steps; nothing for methods that move no rank.
+
+    Args:
+        newest: the newest event with ranks.
+        means: (step, mean rank).
+        colour: the run's.
+        total: the run's last step.
+    """
+    if newest is None:
         return ""
-    newest = known[-1]
-    means = [(float(event["step"]), sum(event["ranks"].values()) / len(event["ranks"])) for event in known]
-    curve = charts.chart("Mean rank", [charts.Curve("mean rank", means, colour)], x_max=total, height=130)
+    curve = charts.chart(t("Mean rank"), [charts.Curve(t("mean rank"), means, colour)], x_max=total, height=130)
     return f'<div class="rank-row">{heat_map(newest["ranks"], int(newest["step"]), colour)}{curve}</div>'

@@ -7,6 +7,8 @@ from typing import Any
 
 import gradio as gr
 
+from studio.i18n import t
+
 
 @dataclass
 class Sampling:
@@ -27,17 +29,17 @@ class Sampling:
 
 
 def build(seed_info: str) -> Sampling:
-    """Lay them out, closed."""
-    with gr.Accordion("Seed and sampling", open=False):
-        seed = gr.Number(0, precision=0, label="Seed", info=seed_info)
+    """Lay them out, closed; `seed_info` is said of the seed."""
+    with gr.Accordion(t("Seed and sampling"), open=False):
+        seed = gr.Number(0, precision=0, label=t("Seed"), info=seed_info)
         with gr.Row() as words:
             temperature = gr.Slider(
-                0, 2, value=0.3, step=0.05, label="Temperature", info="0 always takes the likeliest word."
+                0, 2, value=0.3, step=0.05, label=t("Temperature"), info=t("0 always takes the likeliest word.")
             )
-            tokens = gr.Slider(8, 512, value=80, step=8, label="Most tokens", info="Length of an answer.")
+            tokens = gr.Slider(8, 512, value=80, step=8, label=t("Most tokens"), info=t("Length of an answer."))
         with gr.Row(visible=False) as drawing:
-            steps = gr.Slider(1, 100, value=20, step=1, label="Steps", info="How often noise is taken away.")
-            guidance = gr.Slider(0, 20, value=4, step=0.5, label="Guidance", info="How much the words count.")
+            steps = gr.Slider(1, 100, value=20, step=1, label=t("Steps"), info=t("How often noise is taken away."))
+            guidance = gr.Slider(0, 20, value=4, step=0.5, label=t("Guidance"), info=t("How much the words count."))
     return Sampling(seed, temperature, tokens, steps, guidance, words, drawing)
 
 

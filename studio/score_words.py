@@ -219,7 +219,7 @@ def measured_table(rows: Sequence[Mapping[str, Any]]) -> str:
     heads = [
         t("method"),
         t("accuracy"),
-        "macro F1",
+        t("macro F1"),
         t("trained"),
         t("size"),
         t("peak memory"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from studio.i18n import N_
+
 QUEUED = "queued"
 STARTING = "starting"
 RUNNING = "running"
@@ -28,14 +30,15 @@ FINISHED = (PAUSED, STOPPED, DONE, FAILED, LOST)
 """No process."""
 
 WORDS = {
-    QUEUED: "Waiting in the queue",
-    STARTING: "Starting",
-    RUNNING: "Training",
-    PAUSING: "Pausing after this step",
-    PAUSED: "Paused",
-    STOPPING: "Stopping after this step",
-    STOPPED: "Stopped early",
-    DONE: "Done",
-    FAILED: "Failed",
-    LOST: "Lost: the process ended without a word",
+    QUEUED: N_("Waiting in the queue"),
+    STARTING: N_("Starting"),
+    RUNNING: N_("Training"),
+    PAUSING: N_("Pausing after this step"),
+    PAUSED: N_("Paused"),
+    STOPPING: N_("Stopping after this step"),
+    STOPPED: N_("Stopped early"),
+    DONE: N_("Done"),
+    FAILED: N_("Failed"),
+    LOST: N_("Lost: the process ended without a word"),
 }
+"""What a state is, for `t`."""

@@ -255,6 +255,9 @@ class Store:
             changes = {"step": step, "loss": event.get("loss")}
         elif kind == "eval":
             changes = {"eval_loss": event.get("loss")}
+        elif kind == "done" and event.get("eval_loss") is not None:
+            # Of what is kept, which with early stopping is not the last one.
+            changes = {"eval_loss": event["eval_loss"]}
         with self.exclusive() as db:
             cursor = db.conn.execute(
                 "INSERT INTO events (run_id, type, step, time, data) VALUES (?, ?, ?, ?, ?)",
@@ -278,6 +281,13 @@ class Store:
         more = f" AND type IN ({', '.join('?' * len(types))})" if types else ""
         sql = f"SELECT * FROM events WHERE run_id = ? AND id > ?{more} ORDER BY id"
         return [_plain_event(row) for row in self._rows(sql, [run_id, last_id, *types])]
+
+    def events_after(self, run_id: str, last_id: int) -> list[tuple[int, str, int | None, float, str]]:
+        """Events after `last_id` as (id, type, step, time, the rest as JSON), oldest first; for whoever reads many."""
+        self.permit(run_id)
+        sql = "SELECT id, type, step, time, data FROM events WHERE run_id = ? AND id > ? ORDER BY id"
+        rows: list[tuple[int, str, int | None, float, str]] = self.db.conn.execute(sql, [run_id, last_id]).fetchall()
+        return rows
 
     def newest(self, run_id: str, kind: str) -> Event | None:
         """The run's newest event of one type."""
@@ -358,23 +368,6 @@ class Store:
         """Every data set, newest first."""
         sql = "SELECT * FROM datasets WHERE mine(owner) ORDER BY created DESC, rowid DESC"
         return [_plain_dataset(row) for row in self._rows(sql)]
-
-    # Comparisons
-
-    def add_comparison(self, base: str, prompt: str, settings: Row, results: list[Row]) -> int:
-        """Keep one answered prompt; returns its id."""
-        values = [base, prompt, json.dumps(settings), json.dumps(results, ensure_ascii=False), time.time()]
-        with self.exclusive() as db:
-            cursor = db.conn.execute(
-                "INSERT INTO comparisons (base, prompt, settings, results, created, owner) VALUES (?, ?, ?, ?, ?, ?)",
-                [*values, visitors.owner()],
-            )
-        return int(cursor.lastrowid or 0)
-
-    def comparisons(self, limit: int = 20) -> list[Row]:
-        """The newest comparisons, newest first."""
-        rows = self._rows("SELECT * FROM comparisons WHERE mine(owner) ORDER BY id DESC LIMIT ?", [limit])
-        return [{**row, "settings": json.loads(row["settings"]), "results": json.loads(row["results"])} for row in rows]
 
 
 def free_colour(used: Sequence[str]) -> str:

@@ -85,6 +85,8 @@ class Sweeper:
         folders += [studio.library.folder(row) for row in adapters]
         datasets = db.query("SELECT id FROM datasets WHERE owner = ?", [visitor])
         folders += [inside(studio.home / "datasets", row["id"]) for row in datasets]
+        shared = db.query("SELECT id FROM comparisons WHERE owner = ?", [visitor])
+        folders += [inside(studio.home / "shared", str(row["id"])) for row in shared]
         with studio.store.exclusive() as locked:
             for row in runs:
                 for name in ("events", "controls", "scores"):

@@ -15,6 +15,9 @@ TOOLS = (
     "list_mixes",
     "adapter_work",
     "rank_errors",
+    "list_columns",
+    "list_comparisons",
+    "win_rates",
     "compare",
     "mix",
 )

@@ -10,6 +10,7 @@ from engine import data
 from studio import states
 from studio.charts import histogram
 from studio.datasets import Checked
+from studio.i18n import N_, reported, t
 from studio.markup import badge, dot, error, esc, notice, number, seconds, table
 from studio.pictures import thumbnail
 from studio.store import Row
@@ -17,18 +18,21 @@ from studio.store import Row
 _SHOWN_ROWS = 5
 _SHOWN_PROBLEMS = 50
 _SHOWN_TEXT = 400
+_SHOWN_FRAMES = 24
 METRICS = {
-    "accuracy": "Accuracy on rows held back (higher is better)",
-    "macro_f1": "Macro F1 on rows held back (higher is better)",
-    "margin": "Margin of the better answer (higher is better)",
-    "reward_chosen": "Reward of the better answer",
-    "reward_rejected": "Reward of the worse answer",
+    "accuracy": N_("Accuracy on rows held back (higher is better)"),
+    "macro_f1": N_("Macro F1 on rows held back (higher is better)"),
+    "margin": N_("Margin of the better answer (higher is better)"),
+    "reward_chosen": N_("Reward of the better answer"),
+    "reward_rejected": N_("Reward of the worse answer"),
 }
+_UNITS = {"line": N_("line"), "row": N_("row"), "picture": N_("picture")}
+_DONE = {"skip": N_("skipped"), "fix": N_("mended, kept"), "note": N_("kept")}
 
 
 def metric(name: str) -> str:
     """What a chart of a metric is called."""
-    return METRICS.get(name, name.replace("_", " ").capitalize())
+    return t(METRICS[name]) if name in METRICS else name.replace("_", " ").capitalize()
 
 
 def preview(prepared: data.Prepared) -> str:
@@ -36,8 +40,13 @@ def preview(prepared: data.Prepared) -> str:
     rows = []
     for example in prepared.examples[:_SHOWN_ROWS]:
         rows.append([f'<span class="num">{example["line"]}</span>', _example(example)])
-    caption = "First rows. Grey is read; underlined is learned."
-    return table([prepared.unit, "text"], rows, caption)
+    caption = t("First rows. Grey is read; underlined is learned.")
+    return table([_unit(prepared), t("text")], rows, caption)
+
+
+def _unit(prepared: data.Prepared) -> str:
+    """What a row is counted by."""
+    return t(_UNITS[prepared.unit]) if prepared.unit in _UNITS else prepared.unit
 
 
 def _example(example: Mapping[str, Any]) -> str:
@@ -45,13 +54,14 @@ def _example(example: Mapping[str, Any]) -> str:
         return "<br>".join(_turn(turn["role"], turn["content"]) for turn in example["messages"])
     if "chosen" in example:
         asked = "<br>".join(_turn(turn["role"], turn["content"]) for turn in example["prompt"])
-        better, worse = _turn("assistant", "better: " + example["chosen"]), _turn("", "worse: " + example["rejected"])
+        better = _turn("assistant", t("better: {answer}", answer=example["chosen"]))
+        worse = _turn("", t("worse: {answer}", answer=example["rejected"]))
         return f"{asked}<br>{better}<br>{worse}"
     if "image" in example:
         shown = thumbnail(example["image"], example["text"], 64)
         return f'<span class="st-pictured">{shown} {_turn("assistant", example["text"])}</span>'
     if "labels" in example:
-        classes = ", ".join(example["labels"]) or "none"
+        classes = ", ".join(example["labels"]) or t("none")
         return _turn("", example["text"]) + "<br>" + _turn("assistant", classes)
     if "source" in example:
         return _turn("", example["source"]) + "<br>" + _turn("assistant", example["target"])
@@ -67,27 +77,31 @@ def _turn(role: str, text: str) -> str:
 
 def problems(prepared: data.Prepared) -> str:
     """What was skipped or mended, by line; kept and skipped add up to all rows."""
-    total = f"{prepared.kept:,} kept + {prepared.skipped:,} skipped = {prepared.total:,} rows"
+    total = t(
+        "{kept} kept + {skipped} skipped = {total} rows",
+        kept=f"{prepared.kept:,}",
+        skipped=f"{prepared.skipped:,}",
+        total=f"{prepared.total:,}",
+    )
     if not prepared.problems:
-        return notice("good", "No problems found.", total)
-    done = {"skip": "skipped", "fix": "mended, kept", "note": "kept"}
+        return notice("good", t("No problems found."), total)
     shown = prepared.problems[:_SHOWN_PROBLEMS]
     rows = [
         [
             f'<span class="num">{f"{item.line:,}" if item.line else ""}</span>',
             esc(item.column),
             esc(item.message),
-            done.get(item.severity, ""),
+            t(_DONE[item.severity]) if item.severity in _DONE else "",
         ]
         for item in shown
     ]
     counts = ", ".join(f"{code} {count:,}" for code, count in prepared.counts.items())
     more = sum(prepared.counts.values()) - len(shown)
-    tail = f'<p class="st-hint">and {more:,} more</p>' if more > 0 else ""
+    tail = f'<p class="st-hint">{esc(t("and {count} more", count=f"{more:,}"))}</p>' if more > 0 else ""
     return (
-        notice("warn", total, f"By cause: {counts}.", "Training works with the rows that are kept.")
+        notice("warn", total, t("By cause: {counts}.", counts=counts), t("Training works with the rows that are kept."))
         + '<div class="scroll" tabindex="0">'
-        + table([prepared.unit, "column", "problem", "what was done"], rows)
+        + table([_unit(prepared), t("column"), t("problem"), t("what was done")], rows)
         + "</div>"
         + tail
     )
@@ -96,21 +110,26 @@ def problems(prepared: data.Prepared) -> str:
 def lengths(prepared: data.Prepared) -> str:
     """How long the rows are."""
     shape = data.profile(prepared)["histogram"]
-    return histogram(shape["edges"], shape["counts"], "Length of rows", "characters")
+    return histogram(shape["edges"], shape["counts"], t("Length of rows"), t("characters"))
 
 
 def recognised(found: Checked) -> str:
     """What the file was recognised as, or what is missing."""
     if found.fault is not None:
-        return error(found.fault, "These rows cannot be used yet")
+        return error(found.fault, t("These rows cannot be used yet"))
     if found.prepared is None or found.format is None:
-        return notice("warn", "Which column is which?", found.reason, "Choose a format and its columns below.")
+        return notice("warn", t("Which column is which?"), found.reason, t("Choose a format and its columns below."))
     if found.guessed:
-        title = f"Is this right? {found.name} read as {found.format}"
-        return notice("warn", title, found.reason, "If not, choose a format and its columns below.")
+        title = t("Is this right? {name} read as {format}", name=found.name, format=found.format)
+        return notice("warn", title, found.reason, t("If not, choose a format and its columns below."))
     about = data.FORMATS[found.format].about
-    kept = f"{found.prepared.kept:,} rows ready"
-    return notice("good", f"{found.name}: recognised as {found.format}, {kept}", found.reason or about)
+    title = t(
+        "{name}: recognised as {format}, {kept} rows ready",
+        name=found.name,
+        format=found.format,
+        kept=f"{found.prepared.kept:,}",
+    )
+    return notice("good", title, found.reason or about)
 
 
 def run_head(row: Row, extra: Mapping[str, Any] | None = None, adapter: bool = False) -> str:
@@ -120,30 +139,36 @@ def run_head(row: Row, extra: Mapping[str, Any] | None = None, adapter: bool = F
     total, step = row["total_steps"], row["step"] or 0
     facts = []
     if total:
-        facts.append(f"step <b>{step:,}</b> of {total:,}")
+        facts.append(t("step {step} of {total}", step=f"<b>{step:,}</b>", total=f"{total:,}"))
     if state in states.ACTIVE and extra.get("eta_s") is not None:
-        facts.append(f"<b>{seconds(extra['eta_s'])}</b> left")
+        facts.append(t("{time} left", time=f"<b>{seconds(extra['eta_s'])}</b>"))
     if extra.get("tokens_per_s"):
-        facts.append(f"<b>{extra['tokens_per_s']:,.0f}</b> tokens/s")
+        facts.append(t("{count} tokens/s", count=f"<b>{extra['tokens_per_s']:,.0f}</b>"))
     if row["loss"] is not None:
-        facts.append(f"loss <b>{number(row['loss'])}</b>")
+        facts.append(t("loss {value}", value=f"<b>{number(row['loss'])}</b>"))
     if row["eval_loss"] is not None:
-        facts.append(f"evaluation <b>{number(row['eval_loss'])}</b>")
+        facts.append(t("evaluation {value}", value=f"<b>{number(row['eval_loss'])}</b>"))
     if state in states.FINISHED and row["started"] and row["ended"]:
-        facts.append(f"took <b>{seconds(row['ended'] - row['started'])}</b>")
-    word = states.WORDS[state]
-    if state == states.STOPPED:
-        word += ", adapter kept" if adapter else "; no adapter was saved"
-    message = extra.get("message")
-    if state in (states.STARTING, states.RUNNING, states.PAUSING) and message and not step:
-        word = message
+        facts.append(t("took {time}", time=f"<b>{seconds(row['ended'] - row['started'])}</b>"))
     return (
         f'<div class="run-head" data-run="{esc(row["id"])}" data-state="{esc(state)}"><h2>{dot(row["colour"])}'
         f"{esc(row['name'])} {badge(state)}</h2>"
-        f"{_bar(row, extra)}<div class='st-facts'><span>{esc(word)}</span>"
+        f"{_bar(row, extra)}<div class='st-facts'><span>{esc(_state(row, extra, adapter))}</span>"
         + "".join(f"<span>{fact}</span>" for fact in facts)
         + "</div></div>"
     )
+
+
+def _state(row: Row, extra: Mapping[str, Any], adapter: bool) -> str:
+    """What the run is doing, or how it ended, in words."""
+    state, message = row["state"], extra.get("message")
+    if state == states.STOPPED:
+        return t("Stopped early, adapter kept") if adapter else t("Stopped early; no adapter was saved")
+    if state == states.DONE and extra.get("early"):
+        return t("Done early: step {step} was the best, and is kept", step=f"{extra['best_step']:,}")
+    if state in (states.STARTING, states.RUNNING, states.PAUSING) and message and not row["step"]:
+        return reported(str(message))
+    return t(states.WORDS[state])
 
 
 def _bar(row: Row, extra: Mapping[str, Any]) -> str:
@@ -163,7 +188,7 @@ def _bar(row: Row, extra: Mapping[str, Any]) -> str:
 
 
 def film(samples: Sequence[Mapping[str, Any]]) -> str:
-    """The sample prompts' answers from the first check to now."""
+    """The sample prompts' answers from the first check to now; of many checks the first, the last and some between."""
     if not samples:
         return ""
     prompts: dict[str, dict[int, str]] = {}
@@ -174,13 +199,21 @@ def film(samples: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     for prompt, answers in prompts.items():
         frames = "".join(
-            f'<div class="frame"><small>step {step:,}</small>'
-            f"{thumbnail(drawn[prompt, step], prompt, 160) if (prompt, step) in drawn else esc(text)}</div>"
-            for step, text in sorted(answers.items())
+            f'<div class="frame"><small>{esc(t("step {step}", step=f"{step:,}"))}</small>'
+            f"{thumbnail(drawn[prompt, step], prompt, 160) if (prompt, step) in drawn else esc(answers[step])}</div>"
+            for step in _some(sorted(answers))
         )
-        head = thumbnail(pictures[prompt], "the picture") if prompt in pictures else esc(prompt)
+        head = thumbnail(pictures[prompt], t("the picture")) if prompt in pictures else esc(prompt)
         parts.append(f'<h4>{head}</h4><div class="frames">{frames}</div>')
     return f'<div class="film">{"".join(parts)}</div>'
+
+
+def _some(steps: Sequence[int]) -> list[int]:
+    """At most `_SHOWN_FRAMES` of them, evenly from the first to the last."""
+    last = len(steps) - 1
+    if last < _SHOWN_FRAMES:
+        return list(steps)
+    return [steps[round(number * last / (_SHOWN_FRAMES - 1))] for number in range(_SHOWN_FRAMES)]
 
 
 def run_table(rows: Sequence[Row], chosen: str = "") -> str:
@@ -203,4 +236,4 @@ def run_table(rows: Sequence[Row], chosen: str = "") -> str:
                 f'<span class="num">{steps}</span>',
             ]
         )
-    return table(["run", "state", "base", "method", "loss", "time", "steps"], lines)
+    return table([t("run"), t("state"), t("base"), t("method"), t("loss"), t("time"), t("steps")], lines)

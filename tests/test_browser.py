@@ -143,7 +143,7 @@ def test_from_the_first_page_to_two_different_answers_in_four_clicks(page: Any, 
 
     page.click("#live-compare")
     prompt = page.locator("#compare-prompt textarea")
-    sync_api.expect(prompt).not_to_have_value("")
+    sync_api.expect(prompt).not_to_have_value("", timeout=60_000)
     page.click("#compare-generate")
     page.locator("#compare-answers >> text=Answered in").wait_for(timeout=120_000)
     answers = page.locator("#compare-answers .answer").all_inner_texts()

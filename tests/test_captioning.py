@@ -16,7 +16,9 @@ from PIL import Image
 from transformers import BlipConfig, BlipForConditionalGeneration
 
 from engine import LoraConfig
+from engine.blending import attach_blend
 from engine.captioning import Captioner, caption
+from engine.combinations import Blend
 from engine.data import load
 from engine.errors import CheckpointError, ConfigError, DataError, ModelError, PromptError
 from engine.generation import Sampling
@@ -193,8 +195,12 @@ def test_answers_of_a_base_and_adapters(tmp_path: Path, loaded: Loaded, examples
     alone = PeftModel.from_pretrained(load_captioner("tiny-blip", precision="fp32")[0], tmp_path / "two")
     assert texts[0] == base and texts[1] != base
     assert texts[2] == caption(alone, loaded.processor, _pixels(loaded, where), STYLES["artistic"], sampling)[0]
-    captioner.detach("one")
-    captioner.detach("two")
+    rows = [{"two": 1.0, "one": 0.0}, {"one": 0.6, "two": 0.6}, "both"]
+    attach_blend(captioner, Blend({"one": 0.6, "two": 0.6}, "cat"), "both")
+    mixed = [piece.text for piece in captioner.stream([{"image": where}], rows, sampling)]
+    assert mixed[0] == texts[2] and mixed[1] == mixed[2] and mixed[1] not in texts
+    for name in ("one", "two", "both"):
+        captioner.detach(name)
     assert [piece.text for piece in captioner.stream([{"image": where}], [None], sampling)] == [base]
     with pytest.raises(PromptError, match="no picture"):
         next(captioner.stream([{"content": "hello"}], [None], sampling))

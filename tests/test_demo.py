@@ -24,6 +24,7 @@ from engine.errors import ConfigError
 from engine.paths import REPOSITORY
 from engine.train.job import DataSpec, JobSpec
 from studio import demo, states, visitors
+from studio.comparisons import Comparisons
 from studio.context import Studio
 from studio.datasets import Datasets
 from studio.demo import DemoError, Limits
@@ -268,7 +269,7 @@ def test_sweeping_removes_who_stayed_away_with_files_and_processes(apart: pytest
                 studio.store.update_run(run, dataset=found.id)
                 (adapter,) = studio.library.rows()
                 studio.library.save_mix("mix", "tiny-llama", [(adapter["id"], 1.0)], {"how": "live"})
-                studio.store.add_comparison("tiny-llama", name, {}, [])
+                Comparisons(studio.store, studio.home).add("answers", "tiny-llama", name, {}, [])
         worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
         with visitors.everyone():
             gone = next(row["id"] for row in studio.store.runs() if row["name"] == "gone")
@@ -289,7 +290,7 @@ def test_sweeping_removes_who_stayed_away_with_files_and_processes(apart: pytest
         with visitors.acting("here"):
             (row,) = studio.store.runs()
             assert studio.jobs.has_adapter(row["id"]) and studio.library.rows() and studio.library.mixes()
-            assert Path(studio.store.datasets()[0]["path"]).is_file() and studio.store.comparisons()
+            assert Path(studio.store.datasets()[0]["path"]).is_file() and Comparisons(studio.store, tmp_path).rows()
         assert sweeper.sweep(everything=True) == 1
         assert not any((tmp_path / "runs").iterdir()) and not any((tmp_path / "datasets").iterdir())
 

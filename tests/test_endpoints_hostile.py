@@ -21,6 +21,7 @@ from small_adapters import finished_run, lora
 from studio_server import Running, start
 
 from engine.paths import REPOSITORY
+from studio.comparisons import Comparisons
 from studio.context import Studio
 from studio.datasets import Datasets
 from studio.lock import OwnerLock
@@ -103,7 +104,7 @@ def furnish(home: Path) -> dict[str, Any]:
     mix = studio.library.save_mix(
         "seed mix", "tiny-llama", [(adapters[0], 0.5)], {"how": "live", "rank": None, "density": 0.5}
     )
-    studio.store.add_comparison("tiny-llama", "hello", {}, [])
+    Comparisons(studio.store, studio.home).add("answers", "tiny-llama", "hello", {}, [])
     studio.close()
     job = {"model": "tiny-llama", "dataset": dataset, "training": {"max_steps": 2}}
     return {

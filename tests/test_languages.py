@@ -18,7 +18,7 @@ from studio_server import serving
 
 from engine.paths import REPOSITORY
 from studio import i18n
-from studio.i18n import KOREAN, LANGUAGES, catalogue, language, preferred, speaking, t, wanted
+from studio.i18n import KOREAN, LANGUAGES, catalogue, language, preferred, reported, speaking, t, wanted
 from studio.languages import mark, shape
 
 NAMES = {"한국어", "언어"}
@@ -113,6 +113,41 @@ def test_translations_are_said_once_name_the_same_things_and_belong_to_a_text() 
                 elif texts.fills(key) and set(texts.names(text)) != set(texts.names(key)):
                     faults.append(f"{file}: {key!r} and {text!r} name different things")
     assert not faults, "\n".join(faults)
+
+
+def test_what_the_studios_own_errors_say_is_there_in_every_other_language() -> None:
+    spoken = texts.spoken()
+    for code in LANGUAGES.keys() - {"en"}:
+        told = texts.reports(code)
+        missing = [f"  {where}: {text!r}" for text, where in texts.faults().items() if text not in told]
+        assert not missing, f"{len(missing)} texts are missing in {code}/reports.json:\n" + "\n".join(missing)
+        stale = [key for key in told if key not in spoken]
+        assert not stale, "no process says\n" + "\n".join(stale)
+        uneven = [key for key, text in told.items() if sorted(set(texts.names(text))) != texts.names(key)]
+        assert not uneven, "other gaps than the English text has:\n" + "\n".join(uneven)
+
+
+def test_a_report_is_known_by_its_shape_and_its_causes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(i18n, "_FOLDER", tmp_path)
+    i18n._reports.cache_clear()
+    told = {
+        "Wait.": "기다리세요.",
+        "No {0} in {1}.": "{1}에 {0} 없음.",
+        "{0} failed: {1}": "{0} 실패: {1}",
+        "{0}.": "?",
+    }
+    (tmp_path / "ko").mkdir()
+    (tmp_path / "ko" / "reports.json").write_text(json.dumps(told), encoding="utf-8")
+    try:
+        with speaking(KOREAN):
+            assert reported("Wait.") == "기다리세요."
+            assert reported("No a (b) in c.") == "c에 a (b) 없음."
+            assert reported("Work failed: No x in y.") == "Work 실패: y에 x 없음."
+            assert reported("Wait.\n- No a in b.\n- other") == "기다리세요.\n- b에 a 없음.\n- other"
+            assert reported("Something else") == "Something else" and reported("") == ""
+        assert reported("Wait.") == "Wait."
+    finally:
+        i18n._reports.cache_clear()
 
 
 def test_the_reader_of_sources_finds_what_it_must(tmp_path: Path) -> None:

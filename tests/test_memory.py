@@ -20,7 +20,7 @@ from engine.errors import ConfigError
 from engine.inspection import adapter_config
 from engine.memory import PredictionError, fits, largest_batch, parse_size, predict, remedy, size
 from engine.memory.allocations import Allocations
-from engine.memory.predicting import Job, changed
+from engine.memory.predicting import Job
 from engine.memory.prediction import Prediction
 from engine.memory.rows import heaviest, stretched
 from engine.memory.shapes import Shaped
@@ -30,7 +30,7 @@ from engine.model import get_peft_model
 from engine.tasks.base import Loaded
 from engine.tasks.sequences import Tokens
 from engine.train.events import Recorder
-from engine.train.job import JobSpec
+from engine.train.job import JobSpec, changed
 from engine.train.optim import make_optimizer
 from engine.train.trainee import AdapterTrainee, FullTrainee, Trainee
 

@@ -24,9 +24,8 @@ def test_a_modules_name_is_a_kind_and_a_layer(module: str, kind: str, layer: int
 
 
 def test_each_module_has_its_cell_with_its_rank() -> None:
-    first = {"model.layers.0.q_proj": 12, "model.layers.1.q_proj": 12, "model.layers.1.v_proj": 12}
     last = {"model.layers.0.q_proj": 0, "model.layers.1.q_proj": 9, "model.layers.1.v_proj": 3}
-    drawn = ranks.picture([{"step": 1, "ranks": first}, {"step": 5, "ranks": last}], "#123456", 10)
+    drawn = ranks.picture({"step": 5, "ranks": last}, [(1.0, 12.0), (5.0, 4.0)], "#123456", 10)
     assert "Ranks after step 5: 12 in 3 modules, from 0 to 9" in drawn
     rows = re.findall(r'<th scope="row">(.*?)</th>(.*?)</tr>', drawn)
     assert [(kind, re.findall(r">(\d*)</td>", cells)) for kind, cells in rows] == [
@@ -37,8 +36,8 @@ def test_each_module_has_its_cell_with_its_rank() -> None:
 
 
 def test_nothing_where_no_rank_moves() -> None:
-    assert ranks.picture([], "#123456", 10) == ""
+    assert ranks.picture(None, [], "#123456", 10) == ""
 
 
 def test_names_are_escaped() -> None:
-    assert "<script>" not in ranks.picture([{"step": 1, "ranks": {"<script>.0.x": 1}}], "#123456", None)
+    assert "<script>" not in ranks.picture({"step": 1, "ranks": {"<script>.0.x": 1}}, [], "#123456", None)

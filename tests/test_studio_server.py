@@ -23,7 +23,7 @@ from studio_server import Running, serving, start
 import app
 from engine.paths import REPOSITORY
 from engine.train.job import DataSpec, JobSpec
-from studio import shelf_api
+from studio import compare_api, shelf_api
 from studio.adapter_api import ENDPOINTS
 from studio.api import Endpoints, _guarded
 from studio.context import Studio
@@ -113,6 +113,7 @@ def test_no_endpoint_name_is_left_to_chance(client: Client) -> None:
     expected = {"/upload_data", "/submit_run", "/run_status", "/control_run", "/list_runs", "/compare"}
     expected |= {"/score_run", "/run_scores", "/leaderboard", "/import_adapter", "/download_export"}
     expected |= {f"/{name}" for name in (*ENDPOINTS, *shelf_api.ENDPOINTS)}
+    expected |= {f"/{name}" for name in (*compare_api.ENDPOINTS, "share_comparison")}
     assert set(named) == expected
     assert all(named[name].get("description") for name in expected)
 

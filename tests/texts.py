@@ -111,10 +111,18 @@ def registries() -> set[str]:
     return {base.meaning for base in BUILTIN.values()} | {kind.about for kind in data.FORMATS.values()}
 
 
+def findings() -> dict[str, str]:
+    """What the run doctor may say; where it stands."""
+    from engine.findings import TEXTS
+
+    return {text: "engine/findings.py" for pair in TEXTS.values() for text in pair}
+
+
 def wanted() -> dict[str, str]:
     """Every text that needs a translation; where it stands."""
     scripts = dict.fromkeys(script_texts(), "studio/assets/scripts")
-    return {key: where for key, where in {**scripts, **presets(), **sources().keys}.items() if key.strip()}
+    found = {**scripts, **presets(), **findings(), **sources().keys}
+    return {key: where for key, where in found.items() if key.strip()}
 
 
 def template(node: ast.AST) -> str | None:

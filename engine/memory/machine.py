@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import resource
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,25 @@ def available(device: str = "cpu") -> int:
 
         return int(torch.cuda.mem_get_info()[0])
     return min(int(psutil.virtual_memory().available), memory_limit())
+
+
+def held(device: str = "cpu") -> int:
+    """Bytes that this process holds: resident memory, or on `cuda` what its allocator has taken of the card."""
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.memory_reserved())
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak(device: str = "cpu") -> int:
+    """The most bytes that this process has held so far; on `cuda` of the card."""
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_reserved())
+    # macOS counts bytes, Linux kilobytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def describe() -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import ConfigError
 from engine.memory.machine import overhead, slack
 from engine.memory.prediction import PARTS, Prediction
-from engine.train.job import JobSpec, TrainingSpec
+from engine.train.job import JobSpec, TrainingSpec, changed
 
 if TYPE_CHECKING:
     from engine.memory.rows import Heaviest, Rows
@@ -177,13 +176,6 @@ class Job:
             measured_rows=found.measured,
             device=self.device,
         )
-
-
-def changed(spec: JobSpec, changes: Mapping[str, Any]) -> JobSpec:
-    """The job with other values; keys as in `Remedy.changes`."""
-    own = {key: value for key, value in changes.items() if "." not in key}
-    inner = {key.partition(".")[2]: value for key, value in changes.items() if "." in key}
-    return dataclasses.replace(spec, **own, training=dataclasses.replace(spec.training, **inner))
 
 
 def _candidates(spec: JobSpec) -> Iterator[dict[str, Any]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from engine.errors import EngineError
 from engine.memory.machine import memory_limit
@@ -19,9 +21,20 @@ _ELSE = "Use a smaller batch or max length, turn gradient checkpointing on, or c
 
 
 class ShortageError(EngineError):
-    """A run ended because memory ran out, on the machine or on its accelerator."""
+    """A run ended because memory ran out, on the machine or on its accelerator.
+
+    `remedy` are the changes of the job (as `Remedy.changes`) that are predicted to fit; empty where none is known.
+    """
 
     code = "memory"
+
+    def __init__(self, message: str, hint: str = "", remedy: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message, hint)
+        self.remedy = dict(remedy or {})
+
+    def to_event(self) -> dict[str, Any]:
+        """As every error, with the remedy."""
+        return {**super().to_event(), "remedy": self.remedy}
 
 
 def is_memory(error: BaseException) -> bool:
@@ -41,7 +54,7 @@ def shortage(spec: JobSpec, error: BaseException, device: str) -> ShortageError:
     if predicted:
         said += f" Predicted for this job: {size(predicted)}; this machine has {size(_limit(device))}."
     hint = f"This fits: {found.words()} (predicted {size(found.prediction.peak)})." if found else _ELSE
-    return ShortageError(f"The machine ran out of memory. {said}".strip(), hint)
+    return ShortageError(f"The machine ran out of memory. {said}".strip(), hint, found.changes if found else None)
 
 
 def _missing(error: BaseException) -> str:

@@ -6,17 +6,20 @@ A run `emit`s plain dictionaries to a sink and asks a control what to do between
 |---|---|
 | `status` | `phase` (`loading`, `tokenising`, `reference`, `training`, `saving`), `message`, optional `fraction` 0..1 |
 | `start` | `total_steps`, `first_step`, `trainable`, `parameters`, `train_rows`, `eval_rows`, `device`, ... |
-| `step` | `step`, `loss`, `lr`, `grad_norm`, `tokens`, `tokens_per_s`, `epoch`, `eta_s`, AdaLoRA: `extra_loss` |
+| `step` | `step`, `loss`, `lr`, `grad_norm`, `tokens`, `tokens_per_s`, `epoch`, `eta_s`, `memory`, `extra_loss` |
 | `eval` | `step`, `loss`, `tokens`, for tasks that have them `metrics` (name -> value) |
 | `sample` | `step`, `prompt`, `text` |
 | `rank` | `step`, `ranks` (module -> rank, of every adapted module) |
 | `checkpoint` | `step`, `path` |
 | `warning` | `message`: something was changed or left out, and the run goes on |
-| `done` | `step`, `loss`, `eval_loss`, `first_eval_loss`, `seconds`, `adapter` (of full fine-tuning: `model`) |
+| `done` | `step`, `loss`, `eval_loss`, `first_eval_loss`, `seconds`, `peak_bytes`, `adapter` or `model` |
 | `paused`, `stopped` | `step`, `adapter`, `model` or `checkpoint` |
-| `error` | `code`, `message`, `hint` |
+| `error` | `code`, `message`, `hint`; out of memory: `remedy` (key of the job -> value) |
 
-Every event carries `time` (seconds since the epoch).
+Every event carries `time` (seconds since the epoch). Memory is in bytes: what the process holds after a step
+(`memory`), at the most (`peak_bytes`), and what there is (`memory_limit` of `start`). `extra_loss` is AdaLoRA's. Full
+fine-tuning has `model` instead of `adapter`. With `early_stopping_patience`, `done` says whose evaluation was the best
+and is kept (`best_step`), and whether the run ended before its last step (`early`).
 """
 
 from __future__ import annotations
@@ -26,10 +29,14 @@ import math
 import signal
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol, TextIO
 
 Event = dict[str, Any]
+
+EVENTS = "events.jsonl"
+"""The file of a run's folder that holds its events, one JSON object a line."""
 
 
 class Sink(Protocol):
@@ -61,6 +68,20 @@ class JsonLines:
     def emit(self, event: Event) -> None:
         self.stream.write(json.dumps(stamp(event), ensure_ascii=False) + "\n")
         self.stream.flush()
+
+
+class EventFile:
+    """Every event into `folder/events.jsonl`, behind those of an earlier part of the run; made with the first one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / EVENTS
+        self.used = False
+
+    def emit(self, event: Event) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as stream:
+            JsonLines(stream).emit(event)
+        self.used = True
 
 
 class Tee:

@@ -75,6 +75,9 @@ class TrainingSpec:
         loss_on: `answers` (the assistant's words only) or `all`.
         seed: for initial weights, data order and dropout.
         eval_every: steps between evaluations (there is always one before the first and after the last step).
+        early_stopping_patience: end the run after so many evaluations in a row without a lower loss, and keep what was
+            learned at the best one; None runs to the end and keeps that. The evaluation before the first step is not
+            counted.
         checkpoint_every: steps between checkpoints.
         sample_prompts: prompts answered at each evaluation.
         gradient_checkpointing: recompute activations in the backward pass; slower, less memory.
@@ -101,6 +104,7 @@ class TrainingSpec:
     loss_on: str = "answers"
     seed: int = 0
     eval_every: int = 20
+    early_stopping_patience: int | None = None
     checkpoint_every: int = 20
     sample_prompts: tuple[str, ...] = ()
     gradient_checkpointing: bool = False
@@ -117,7 +121,7 @@ class TrainingSpec:
         for name in ("weight_decay", "max_grad_norm", "seed"):
             if getattr(self, name) < 0:
                 found.append(f"training.{name} is {getattr(self, name)}; needed: 0 or more")
-        for name in ("max_steps", "threads"):
+        for name in ("max_steps", "threads", "early_stopping_patience"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 found.append(f"training.{name} is {value}; needed: 1 or more, or nothing")
@@ -177,6 +181,12 @@ class JobSpec:
             found.append(f"task is {self.task!r}; needed: one of {', '.join(TASKS)}")
         if self.quantization not in QUANTIZATIONS:
             found.append(f"quantization is {self.quantization!r}; needed: one of {', '.join(QUANTIZATIONS)}")
+        patience = self.training.early_stopping_patience
+        if patience is not None and not self.data.eval_split:
+            found.append(
+                f"training.early_stopping_patience is {patience} and data.eval_split is 0; needed: rows held back to "
+                "evaluate on, or no patience"
+            )
         method = self.adapter.get("method")
         if self.full:
             found += self._full_faults()
@@ -254,6 +264,39 @@ class JobSpec:
         draft = path.with_name(f".{path.name}.{os.getpid()}")
         draft.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
         draft.replace(path)
+
+
+def changed(spec: JobSpec, changes: Mapping[str, Any]) -> JobSpec:
+    """The job with other values.
+
+    Args:
+        spec: the job.
+        changes: key -> new value, such as `{"training.batch_size": 2, "adapter.r": 16, "quantization": "nf4"}`.
+
+    Raises:
+        ConfigError: the changed job cannot run.
+    """
+    own: dict[str, Any] = {}
+    inner: dict[str, dict[str, Any]] = {}
+    for key, value in changes.items():
+        part, _, name = key.partition(".")
+        if name:
+            inner.setdefault(part, {})[name] = value
+        else:
+            own[key] = value
+    for part, values in inner.items():
+        before = getattr(spec, part)
+        own[part] = {**before, **values} if isinstance(before, Mapping) else dataclasses.replace(before, **values)
+    return dataclasses.replace(spec, **own)
+
+
+def value_of(spec: JobSpec, key: str) -> Any:
+    """What a job has under a key of `changed`; None where an adapter's field is left to its default."""
+    part, _, name = key.partition(".")
+    found = getattr(spec, part)
+    if not name:
+        return found
+    return found.get(name) if isinstance(found, Mapping) else getattr(found, name)
 
 
 def _raise(found: list[str]) -> None:

@@ -21,7 +21,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from engine.errors import CheckpointError, DataError, EngineError, TrainingError
+from engine.errors import CheckpointError, DataError, DivergedError, EngineError, TrainingError
+from engine.memory.machine import held, memory_limit, peak
 from engine.records import in_order
 from engine.sheets import write_picture
 from engine.tasks.base import (
@@ -36,6 +37,7 @@ from engine.tasks.base import (
     Task,
     metrics_of,
 )
+from engine.train.best import Best, Standing
 from engine.train.checkpoints import list_checkpoints, read_state, restore_checkpoint, save_checkpoint
 from engine.train.events import Control, Sink
 from engine.train.job import JobSpec
@@ -47,7 +49,7 @@ from engine.train.trainee import Trainee
 
 _FREE = (
     "eval_every", "checkpoint_every", "sample_prompts", "threads", "max_grad_norm", "learning_rate",
-    "activation_offload",
+    "activation_offload", "early_stopping_patience",
 )  # fmt: skip
 _NEWER = {"loraplus_ratio": None, "loraplus_embedding_rate": None, "optimizer": "adamw", "group_by_length": True}
 
@@ -114,6 +116,8 @@ class Run:
         self.wrapped = self.accelerator.prepare_model(self.trainee.model, evaluation_mode=self.group.size > 1)
         self.optimizer = self.accelerator.prepare(optimizer)
         self.durations: deque[tuple[float, int]] = deque(maxlen=20)
+        patience = self.spec.training.early_stopping_patience
+        self.best = Best(self.out / "best", patience, self.trainee, self.group) if patience else None
 
     def loss(self, batch: Batch) -> LossSum:
         """The task's loss of a batch."""
@@ -165,6 +169,7 @@ def fit(run: Run, resume: bool) -> str:
             "quantization": run.spec.quantization,
             "full": run.spec.full,
             "threads": torch.get_num_threads(),
+            "memory_limit": _memory_limit(run.accelerator.device),
         }
     )
     training = run.spec.training
@@ -172,7 +177,10 @@ def fit(run: Run, resume: bool) -> str:
     asked = evaluate(run) if run.step in (0, run.total_steps) else None
     per_step = training.batch_size * training.gradient_accumulation
     stream = step_rows(run.train_rows, per_step, training.seed, run.step, run.length)
-    while run.step < run.total_steps:
+    if run.best and not run.eval_rows:
+        message = "No rows are left to evaluate on, so the run will not stop early."
+        run.sink.emit({"type": "warning", "message": message})
+    while run.step < run.total_steps and not (run.best and run.best.over):
         asked = asked or run.control.poll()
         if asked in ("stop", "pause"):
             return _leave(run, asked)
@@ -221,7 +229,7 @@ def _step(run: Run, rows: list[Any]) -> None:
     norm = float(clip(parameters, limit))
     loss = group.summed(total, device=device)[0] / targets
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise TrainingError(
+        raise DivergedError(
             f"Step {run.step + 1} gave a loss of {loss} and a gradient norm of {norm}: the run diverged. "
             "The last checkpoint is kept.",
             "Lower the learning rate or lengthen the warm-up; then start a new run or resume with them.",
@@ -247,6 +255,7 @@ def _step(run: Run, rows: list[Any]) -> None:
             "tokens_per_s": sum(n for _, n in run.durations) / recent,
             "epoch": run.step / run.steps_per_epoch,
             "eta_s": recent / len(run.durations) * (run.total_steps - run.step),
+            "memory": held(device.type),
             **({} if extra is None else {"extra_loss": extra}),
         }
     )
@@ -294,6 +303,8 @@ def evaluate(run: Run) -> str | None:
         found = metrics_of(run.task, outcomes)
         metrics = {"metrics": found} if found else {}
         run.sink.emit({"type": "eval", "step": run.step, "loss": loss, "tokens": count, **metrics})
+        if run.best:
+            run.best.take(run.step, loss)
     return asked or sample(run)
 
 
@@ -328,9 +339,15 @@ def _checkpoint(run: Run) -> Path:
         run.trainee,
         run.optimizer.optimizer,
         run.parameters,
-        {"counters": vars(run.counters), "job": _identity(run.spec)},
+        {
+            "counters": vars(run.counters),
+            "job": _identity(run.spec),
+            **({"best": vars(run.best.standing)} if run.best else {}),
+        },
         writes=run.group.speaks,
     )
+    if run.best:
+        run.best.prune()
     run.group.wait()
     run.sink.emit({"type": "checkpoint", "step": run.step, "path": str(path)})
     return path
@@ -389,6 +406,9 @@ def _resume(run: Run) -> None:
         torch.manual_seed(torch.initial_seed() + 7919 * run.group.rank + int(state["step"]))
     run.step = int(state["step"])
     run.counters = Counters(**state["counters"])
+    if run.best and not run.best.resume(Standing(**state.get("best", {}))):
+        message = "What was kept of the best evaluation is gone; early stopping counts from here on."
+        run.sink.emit({"type": "warning", "message": message})
 
 
 def _save(run: Run) -> Path:
@@ -416,7 +436,14 @@ def _leave(run: Run, asked: str) -> str:
 
 def _finish(run: Run) -> str:
     run.sink.emit({"type": "status", "phase": "saving", "message": f"Saving the {run.trainee.kind}"})
+    kept: dict[str, Any] = {}
+    if run.best and run.best.standing.step is not None:
+        run.best.restore()
+        kept = {"best_step": run.best.standing.step, "early": run.step < run.total_steps}
+        run.counters.eval_loss = run.best.standing.loss
     folder = _save(run)
+    if run.best:
+        run.best.clear()
     counters = run.counters
     run.sink.emit(
         {
@@ -427,10 +454,17 @@ def _finish(run: Run) -> str:
             "first_eval_loss": counters.first_eval_loss,
             "tokens": counters.tokens,
             "seconds": counters.seconds,
+            "peak_bytes": peak(run.accelerator.device.type),
             run.trainee.kind: str(folder),
+            **kept,
         }
     )
     return "done"
+
+
+def _memory_limit(device: torch.device) -> int:
+    """Bytes of memory where the run trains."""
+    return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else memory_limit()
 
 
 def encode_parts(

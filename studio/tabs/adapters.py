@@ -303,7 +303,7 @@ def wire(page: Page) -> None:
 
     def compare(chosen: str) -> tuple[Any, Any]:
         row = library.get(chosen)
-        return message(base=row["base"], runs=[row["run_id"]]), go(COMPARE)
+        return message(base=row["base"], runs=[row["id"]]), go(COMPARE)
 
     page.tab[ID].select(arrive, [*view, box.dismissed], outputs, **HIDDEN)
     page.blocks.load(arrive, [*view, box.dismissed], outputs, **HIDDEN)

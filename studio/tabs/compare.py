@@ -1,8 +1,8 @@
-"""Compare: one prompt, the base and adapters side by side, the same seed."""
+"""Compare: one prompt, the base and others; side by side, as a grid of pictures, or without names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,175 +11,268 @@ import gradio as gr
 from engine.data import open_picture
 from engine.errors import EngineError
 from engine.models.catalogue import BUILTIN, DEFAULT
-from studio import prompt_form, sampling_form
-from studio.comparing import MOST_ADAPTERS, answer, columns_html, earlier_html, finished_runs, fitting, halted, task_of
-from studio.markup import error, notice
+from studio import blind_panel, grid_panel, kept_panel, prompt_form, sampling_form, side_panel
+from studio.comparing import fitting
+from studio.comparisons import GRID, Comparisons
+from studio.i18n import N_, t
+from studio.markup import notice
 from studio.page import COMPARE, HIDDEN, Page
 from studio.sampling_form import Sampling
+from studio.store import Row
+from studio.voices import MOST, choices, keys_of, task_of, voices
 
 ID = COMPARE
-TITLE = "Compare"
+TITLE = N_("Compare")
 ABLE = {"causal_lm", "seq2seq", "captioning", "text_to_image"}
 """The tasks whose bases answer by themselves."""
+
+SIDE, GRIDS, BLIND = "side", "grid", "blind"
+_SUGGEST = "(suggested, prompt) => prompt || suggested"
+"""A suggestion goes into the prompt only if nothing was written while it was on its way."""
 
 
 @dataclass
 class Parts:
-    """The widgets of this tab."""
+    """The widgets of the tab that its panels share.
 
+    `suggested` carries a prompt to an empty box, `own` is the base that was chosen here and not by a person, `done` the
+    newest wish of another page that was answered.
+    """
+
+    empty: gr.HTML
     base: gr.Dropdown
-    adapters: gr.CheckboxGroup
+    columns: gr.Dropdown
     prompt: gr.Textbox
     picture: gr.Image
-    generate: gr.Button
-    stop: gr.Button
     how: Sampling
-    answers: gr.HTML
-    earlier: gr.HTML
-    empty: gr.HTML
+    views: gr.Tabs
+    grid_tab: gr.Tab
+    suggested: gr.Textbox
+    own: gr.State
     done: gr.State
+    side: side_panel.Parts
+    grid: grid_panel.Parts
+    blind: blind_panel.Parts
+    kept: kept_panel.Parts
+
+    @property
+    def shared(self) -> list[Any]:
+        """The form's widgets, without those of the panels."""
+        plain = [self.empty, self.base, self.columns, self.prompt, self.picture, self.how.words, self.how.drawing]
+        return [*plain, self.views, self.grid_tab, self.suggested, self.own, self.done]
 
 
 def build(page: Page) -> None:
-    """Lay out the prompt bar and the columns."""
-    gr.HTML('<h2 class="page-title">What did it change?</h2>')
+    """Lay out the form, the three views, and what was kept."""
+    gr.HTML(f'<h2 class="page-title">{t("What did it change?")}</h2>')
     empty = gr.HTML(visible=False)
-    with gr.Row():
-        base = gr.Dropdown([], value=None, allow_custom_value=True, label="Base model", elem_id="compare-base", scale=1)
-        adapters = gr.CheckboxGroup(
-            [],
-            label="Adapters",
-            info=f"Trained on this base; at most {MOST_ADAPTERS}.",
-            elem_id="compare-adapters",
-            scale=2,
-        )
-    prompt, picture, generate, stop = prompt_form.build(
-        "compare", "Ask something that your rows are about.", "Generate"
-    )
-    how = sampling_form.build("The same for every column.")
-    answers = gr.HTML(elem_id="compare-answers")
-    with gr.Accordion("Earlier comparisons", open=False):
-        earlier = gr.HTML()
+    with gr.Column(elem_id="compare-page"):
+        with gr.Row():
+            base = gr.Dropdown(
+                [], value=None, allow_custom_value=True, label=t("Base model"), elem_id="compare-base", scale=1
+            )
+            columns = gr.Dropdown(
+                [],
+                value=[],
+                multiselect=True,
+                max_choices=MOST,
+                # Another base brings other keys while the old ones may still be on their way; each is checked here.
+                allow_custom_value=True,
+                label=t("Beside the base"),
+                info=t("Adapters and kept mixes of this base; at most {most}.", most=MOST),
+                elem_id="compare-adapters",
+                scale=2,
+            )
+        prompt, picture = prompt_form.question("compare", t("Ask something that your rows are about."))
+        how = sampling_form.build(t("The same for every column."))
+        with gr.Tabs(selected=SIDE, elem_id="compare-views") as views:
+            with gr.Tab(t("Side by side"), id=SIDE, elem_id="view-side", render_children=True):
+                side = side_panel.build()
+            with gr.Tab(t("Grid"), id=GRIDS, elem_id="view-grid", visible=False, render_children=True) as grid_tab:
+                grid = grid_panel.build()
+            with gr.Tab(t("Blind test"), id=BLIND, elem_id="view-blind", render_children=True):
+                blind = blind_panel.build()
+        kept = kept_panel.build()
+    suggested = gr.Textbox(visible="hidden", elem_id="compare-suggested")
     page.parts[ID] = Parts(
+        empty,
         base,
-        adapters,
+        columns,
         prompt,
         picture,
-        generate,
-        stop,
         how,
-        answers,
-        earlier,
-        empty,
+        views,
+        grid_tab,
+        suggested,
         gr.State(""),
+        gr.State(""),
+        side,
+        grid,
+        blind,
+        kept,
     )
 
 
-def wire(page: Page) -> None:
-    """Connect the prompt bar."""
-    parts: Parts = page.parts[ID]
-    studio = page.studio
+class Form:
+    """What the form offers, made anew whenever somebody comes to it or chooses."""
 
-    def choices(base: str) -> list[tuple[str, str]]:
-        return [(row["name"], row["id"]) for row in finished_runs(studio) if row["model"] == base]
+    def __init__(self, page: Page) -> None:
+        self.studio = page.studio
+        self.parts: Parts = page.parts[ID]
+
+    def bases(self) -> list[str]:
+        """Every base that can be asked, those with adapters first."""
+        # The others cannot answer before they are trained, or are known by their adapters.
+        able = [model.name for model in BUILTIN.values() if ABLE & {*model.tasks}]
+        return list(dict.fromkeys([*self.studio.library.bases(), *able]))
 
     def enter(
-        base: str | None, chosen: list[str] | None, prompt: str, wanted: Mapping[str, Any] | None, done: str
+        self, base: str | None, chosen: list[str] | None, own: str, wanted: Mapping[str, Any] | None, done: str
     ) -> dict[Any, Any]:
-        """What another page asked for, once; else what stands here, with the adapters there are now."""
+        """What another page asked for, once; else what stands here, with the adapters that there are now."""
+        parts = self.parts
         if wanted and wanted["nonce"] != done:
-            shown = offer(wanted["base"], wanted["runs"], fitting(studio, wanted["runs"][0]))
-            return {**shown, parts.answers: "", parts.done: wanted["nonce"]}
-        # Nothing was asked of a base that nobody trained: it is the one that stood here before the first run.
-        return offer(base if prompt or (base and choices(base)) else None, chosen, prompt)
-
-    def offer(base: str | None, chosen: list[str] | None, prompt: str) -> dict[Any, Any]:
-        """The bases and adapters there are now; the newest adapter is chosen when nothing is."""
-        runs = finished_runs(studio)
-        # The others cannot answer before they are trained, or are known by their runs.
-        able = [model.name for model in BUILTIN.values() if ABLE & {*model.tasks}]
-        known = [*dict.fromkeys([*(row["model"] for row in runs), *able])]
-        base = base or (runs[0]["model"] if runs else DEFAULT)
-        offered = choices(base)
-        kept = [run_id for run_id in chosen or [] if run_id in {key: label for label, key in offered}]
-        if not kept and offered:
-            kept = [offered[0][1]]
-        tip = notice("info", "No adapter of this base yet.", "", "Train one; until then only the base answers.")
+            keys = keys_of(self.studio, wanted["runs"])
+            return {**self.begin(wanted["base"], keys, anew=True), parts.done: wanted["nonce"], parts.own: ""}
+        known = self.bases()
+        if not base or (base == own and base in known and not choices(self.studio, base)):
+            # Nobody chose it: it stood here before there were adapters of another.
+            first = self.studio.library.bases()
+            base = first[0] if first else DEFAULT
+            if base != own:
+                return {**self.begin(base, None), parts.own: base}
+        offered = choices(self.studio, base)
+        there = [key for key in chosen or [] if key in {key for _, key in offered}]
+        same = there == (chosen or [])
         return {
-            parts.base: gr.Dropdown(known, value=base),
-            parts.adapters: gr.CheckboxGroup(offered, value=kept, visible=bool(offered)),
-            **asking(base, kept[0] if kept else None, prompt),
-            parts.empty: gr.HTML(tip, visible=not offered),
+            parts.base: gr.Dropdown(known),
+            parts.columns: gr.Dropdown(offered) if same else gr.Dropdown(offered, value=there, multiselect=True),
+            **self.tip(offered),
+            **blind_panel.offered(self.studio, parts.blind, base),
         }
 
-    def asking(base: str, run_id: str | None, prompt: str) -> dict[Any, Any]:
-        """What the base is asked by: words, or a picture."""
-        task = task_of(studio, base)
-        seen = task == "captioning"
-        found: dict[Any, Any] = {
-            parts.prompt: gr.Textbox(
-                "" if seen else prompt or (fitting(studio, run_id) if run_id else ""), visible=not seen
-            ),
+    def begin(self, base: str, keys: Sequence[str] | None, anew: bool = False) -> dict[Any, Any]:
+        """Another base: its newest adapter, or those asked for, and a prompt that fits.
+
+        `anew`: the prompt takes the place of what was written; otherwise it is offered to an empty box.
+        """
+        parts, offered = self.parts, choices(self.studio, base)
+        if keys is None:
+            keys = [offered[0][1]] if offered else []
+        prompt = self.fitting(keys)
+        found = {
+            parts.base: gr.Dropdown(self.bases(), value=base),
+            parts.columns: gr.Dropdown(offered, value=list(keys), multiselect=True),
+            parts.suggested: prompt,
+            **self.asking(base, keys, prompt if anew else None),
+            parts.views: gr.Tabs(selected=SIDE),
+            **self.tip(offered),
+            **side_panel.cleared(parts.side),
+            **blind_panel.cleared(parts.blind),
+            **blind_panel.offered(self.studio, parts.blind, base),
+        }
+        shown = self.example(keys) if self.task(base, keys) == "captioning" else None
+        return found if shown is None else {**found, parts.picture: gr.Image(shown, visible=True)}
+
+    def rebase(self, base: str | None) -> dict[Any, Any]:
+        """A person chose another base."""
+        found = {**self.begin(base or "", None, anew=True), self.parts.own: ""}
+        # What was typed into the list stays as it was typed.
+        return {**found, self.parts.base: gr.Dropdown(self.bases())}
+
+    def asking(self, base: str, keys: Sequence[str] | None, prompt: str | None = None) -> dict[Any, Any]:
+        """What the base is asked by, words or a picture, and which views it has; with `prompt`, these words."""
+        parts, task = self.parts, self.task(base, keys or [])
+        seen, drawn = task == "captioning", task == "text_to_image"
+        return {
+            parts.prompt: gr.Textbox(visible=not seen) if prompt is None else gr.Textbox(prompt, visible=not seen),
             parts.picture: gr.Image(visible=seen),
-            parts.how.words: gr.Row(visible=task != "text_to_image"),
-            parts.how.drawing: gr.Row(visible=task == "text_to_image"),
+            parts.how.words: gr.Row(visible=not drawn),
+            parts.how.drawing: gr.Row(visible=drawn),
+            parts.grid_tab: gr.Tab(visible=drawn),
+            **side_panel.asking(parts.side, task),
         }
-        if seen and run_id:
-            found[parts.picture] = gr.Image(example(run_id), visible=True)
-        return found
 
-    def example(run_id: str) -> Any:
-        """The first picture of what the run learned from."""
+    def chosen(self, base: str, keys: Sequence[str] | None) -> dict[Any, Any]:
+        """Other columns are chosen; what was typed and is nobody's name is taken out again."""
+        known = {key for _, key in choices(self.studio, base)}
+        there = [key for key in keys or [] if key in known]
+        found = self.asking(base, there)
+        narrowed = {} if there == (keys or []) else {self.parts.columns: gr.Dropdown(value=there, multiselect=True)}
+        return {**found, **narrowed}
+
+    def task(self, base: str, keys: Sequence[str]) -> str:
+        """What is asked of these columns."""
         try:
-            rows = studio.store.dataset(studio.store.run(run_id)["dataset"])["profile"].get("examples", [])
+            return task_of(self.studio, base, voices(self.studio, base, keys))
+        except EngineError:
+            return task_of(self.studio, base)
+
+    def tip(self, offered: Sequence[Any]) -> dict[Any, Any]:
+        """What to do where there is no adapter."""
+        text = notice(
+            "info", t("No adapter of this base yet."), "", t("Train or import one; until then only the base answers.")
+        )
+        return {self.parts.empty: gr.HTML(text, visible=not offered)}
+
+    def run_of(self, keys: Sequence[str]) -> str | None:
+        """The run that the first of the adapters came from."""
+        for key in keys:
+            try:
+                run = self.studio.library.get(key)["run_id"]
+            except EngineError:
+                continue
+            if run:
+                return str(run)
+        return None
+
+    def fitting(self, keys: Sequence[str]) -> str:
+        """A prompt that the first adapter of a run learned something about."""
+        run = self.run_of(keys)
+        return fitting(self.studio, run) if run else ""
+
+    def example(self, keys: Sequence[str]) -> Any:
+        """The first picture of what the first adapter of a run learned from."""
+        run = self.run_of(keys)
+        try:
+            rows = self.studio.store.dataset(self.studio.store.run(run or "")["dataset"])["profile"].get("examples", [])
             return open_picture(rows[0]["image"]) if rows and "image" in rows[0] else None
         except EngineError:
             return None
 
-    def rebase(base: str) -> dict[Any, Any]:
-        return {**offer(base, [], ""), parts.answers: ""}
 
-    def generate(
-        base: str,
-        chosen: list[str] | None,
-        prompt: str,
-        picture: str | None,
-        seed: float,
-        temperature: float,
-        tokens: float,
-        steps: float,
-        guidance: float,
-    ) -> Iterator[dict[Any, Any]]:
-        """Answer the prompt with every column at once."""
-        try:
-            how = sampling_form.values(seed, temperature, tokens, steps, guidance)
-            for state in answer(studio, base, chosen or [], prompt, how, picture):
-                yield {
-                    parts.answers: columns_html(state),
-                    parts.stop: gr.Button(interactive=not state.finished),
-                    parts.generate: gr.Button(interactive=state.finished),
-                }
-        except EngineError as fault:
-            yield {
-                parts.answers: error(fault, "There is no answer"),
-                parts.stop: gr.Button(interactive=False),
-                parts.generate: gr.Button(interactive=True),
-            }
-        yield {parts.earlier: earlier_html(studio.store.comparisons())}
+def wire(page: Page) -> None:
+    """Connect the form and the panels."""
+    parts: Parts = page.parts[ID]
+    studio, form = page.studio, Form(page)
+    comparisons = Comparisons(studio.store, studio.home)
+    side, grid, kept = parts.side, parts.grid, parts.kept
+    views = [*parts.shared, *side.widgets, *parts.blind.widgets]
 
-    bar = [parts.base, parts.adapters, parts.prompt]
-    shown = [*bar, parts.picture, parts.how.words, parts.how.drawing, parts.empty, parts.answers, parts.done]
-    page.tab[ID].select(enter, [*bar, page.comparison, parts.done], shown, **HIDDEN)
-    page.blocks.load(offer, bar, shown, **HIDDEN)
-    page.tab[ID].select(lambda: earlier_html(studio.store.comparisons()), None, parts.earlier, **HIDDEN)
-    parts.base.input(rebase, parts.base, shown, **HIDDEN)
-    inputs = [*bar, parts.picture, *parts.how.inputs]
-    outputs = [parts.answers, parts.stop, parts.generate, parts.earlier]
-    asked = gr.on([parts.generate.click, parts.prompt.submit], generate, inputs, outputs, trigger_mode="once", **HIDDEN)
-    parts.stop.click(
-        lambda shown: (gr.Button(interactive=False), gr.Button(interactive=True), halted(shown)),
-        parts.answers,
-        [parts.stop, parts.generate, parts.answers],
-        cancels=asked,
+    def opened(row: Row) -> dict[Any, Any]:
+        """A comparison that was kept, in the view that it was made in."""
+        if row["kind"] == GRID:
+            shown = grid_panel.opened(studio, grid, row)
+            return {**shown, parts.grid_tab: gr.Tab(visible=True), parts.views: gr.Tabs(selected=GRIDS)}
+        return {**side_panel.opened(studio, side, row), parts.views: gr.Tabs(selected=SIDE)}
+
+    refreshed: dict[str, Any] = {
+        "fn": lambda limit: kept_panel.listing(comparisons, kept, limit),
+        "inputs": kept.limit,
+        "outputs": kept.widgets,
         **HIDDEN,
-    )
+    }
+    arrived = [parts.base, parts.columns, parts.own, page.comparison, parts.done]
+    suggested = {"fn": None, "inputs": [parts.suggested, parts.prompt], "outputs": parts.prompt, "js": _SUGGEST}
+    # One after the other, so that the second of two arrivals sees what the first has filled in.
+    arrival: dict[str, Any] = {"trigger_mode": "always_last", **HIDDEN}
+    arrivals = [page.tab[ID].select, page.blocks.load]
+    gr.on(arrivals, form.enter, arrived, views, **arrival).then(**suggested, **HIDDEN)
+    gr.on(arrivals, refreshed["fn"], refreshed["inputs"], refreshed["outputs"], **arrival)
+    parts.base.input(form.rebase, parts.base, views, **HIDDEN)
+    parts.columns.input(form.chosen, [parts.base, parts.columns], views, **HIDDEN)
+    inputs = [parts.base, parts.columns, parts.prompt, parts.picture, *parts.how.inputs]
+    side_panel.wire(studio, side, parts.prompt, inputs, refreshed)
+    grid_panel.wire(studio, grid, inputs, refreshed)
+    blind_panel.wire(studio, parts.blind, parts.prompt, inputs)
+    kept_panel.wire(studio, kept, opened, [*side.widgets, *grid.widgets, parts.views, parts.grid_tab])

@@ -11,7 +11,7 @@ import gradio as gr
 
 from engine.errors import ConfigError, EngineError
 from engine.train.job import JobSpec
-from studio import forms, live, presets, recipes, train_form
+from studio import doctor, forms, live, presets, recipes, train_form
 from studio.datasets import train_rows
 from studio.markup import error, esc, size
 from studio.page import DATA, HIDDEN, TRAIN, Page, go
@@ -194,7 +194,7 @@ def wire(page: Page) -> None:
             parts.task: task.name,
             parts.base: gr.Dropdown(recipes.bases(task), value=spec["model"]),
             **preset_shown(parts, task, None),
-            parts.meaning: esc(recipe.get("meaning", "Settings of an earlier run; change what you like.")),
+            parts.meaning: doctor.recipe_note(recipe),
             parts.name: spec.get("name", ""),
             parts.dataset: gr.Dropdown(choices, value=dataset_id),
             parts.fault: gr.HTML(visible=False),

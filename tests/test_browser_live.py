@@ -1,0 +1,182 @@
+"""The live page in a real browser: the doctor and its remedy, pause and resume, runs that failed or were lost."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from courses import healthy, overfitting, run_of
+from studio_server import serving
+from test_browser import IMAGES, WIDTHS, browser, head, page, pytestmark, steps_drawn, sync_api  # noqa: F401
+
+from engine.train.job import DataSpec, JobSpec, TrainingSpec
+from studio import states
+from studio.context import Studio
+
+RUNS: dict[str, str] = {}
+TRACEBACK = "Traceback (most recent call last):\n  File ...\nengine.errors.DivergedError: the run diverged"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A studio with runs that ended in every way, and one that really trains."""
+    sync_api.expect.set_options(timeout=60_000)
+    home = tmp_path_factory.mktemp("home")
+    with contextlib.closing(Studio.open(home)) as studio:
+        RUNS["overfit"] = run_of(studio, "captain", overfitting())
+        sick = {"learning_rate": 0.5, "warmup_ratio": 0.0}
+        ended = healthy(steps=40, total=100)
+        RUNS["diverged"] = run_of(studio, "too fast", ended, states.FAILED, "diverged", True, TRACEBACK, **sick)
+        RUNS["memory"] = run_of(studio, "too large", [], states.FAILED, "memory", log="MemoryError")
+        RUNS["lost"] = run_of(studio, "gone", healthy(steps=30, total=100), states.LOST, "lost", True, "step 30")
+        RUNS["healthy"] = run_of(studio, "calm", healthy(steps=60, total=100), states.PAUSED, checkpoint=True)
+        early = {"type": "done", "step": 60, "loss": 0.3, "eval_loss": 1.7, "best_step": 30, "early": True}
+        course = overfitting(steps=60, total=100)
+        RUNS["early"] = run_of(studio, "patient", [*course, early], early_stopping_patience=3)
+    RUNS["home"] = str(home)
+    with serving(home) as running:
+        yield running.address
+
+
+def submit(name: str) -> str:
+    """A run that really trains, for as long as it is let; the studio's queue finds it."""
+    with contextlib.closing(Studio.open(Path(RUNS["home"]))) as studio:
+        rows = studio.store.dataset(studio.store.run(RUNS["overfit"])["dataset"])
+        data = DataSpec(path=rows["path"], format=rows["format"], columns=rows["columns"])
+        training = TrainingSpec(max_steps=3000, batch_size=2, max_length=64, eval_every=1000, checkpoint_every=1000)
+        return studio.jobs.submit(JobSpec(model="tiny-llama", data=data, training=training, name=name), rows["id"])
+
+
+def drawn(page: Any, more_than: int) -> None:  # noqa: F811
+    """Wait until the loss has more points than that."""
+    page.wait_for_function(
+        "count => (document.querySelector('#live-curves polyline.thin')?.getAttribute('points') || '')"
+        ".split(' ').length > count",
+        arg=more_than,
+        timeout=240_000,
+    )
+
+
+def show(page: Any, server: str, run: str, more: str = "") -> None:  # noqa: F811
+    page.goto(f"{server}/?run={RUNS[run]}{more}")
+    page.locator(f"#live-head .run-head[data-run={RUNS[run]}]").wait_for()
+
+
+def look(page: Any, name: str) -> None:  # noqa: F811
+    """As wide as the screen at most; with `STUDIO_SCREENSHOTS` also pictures, which are not committed."""
+    for width in WIDTHS:
+        page.set_viewport_size({"width": width, "height": 900})
+        page.wait_for_timeout(400)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{name} is too wide at {width}"
+        if os.environ.get("STUDIO_SCREENSHOTS"):
+            IMAGES.mkdir(parents=True, exist_ok=True)
+            page.screenshot(path=IMAGES / f"look-{name}-{width}.png", full_page=True)
+    page.set_viewport_size({"width": WIDTHS[0], "height": 900})
+
+
+def primaries(page: Any) -> list[str]:  # noqa: F811
+    """The primary buttons in view."""
+    return [str(text) for text in page.locator("#live-actions button.primary:visible").all_inner_texts()]
+
+
+def test_the_doctor_names_overfitting_and_its_remedy_fills_the_form(page: Any, server: str) -> None:  # noqa: F811
+    show(page, server, "overfit")
+    box = page.locator("#live-doctor [data-finding=overfitting]")
+    box.wait_for()
+    assert "above its best" in box.inner_text()
+    change = box.locator("[data-field='adapter.r']")
+    assert (change.locator("del").inner_text(), change.locator("ins").inner_text()) == ("32", "8")
+    look(page, "live-overfit")
+    page.click("#live-remedy")
+    note = page.locator(".remedy-note")
+    note.wait_for()
+    assert '"captain"' in note.inner_text() and "Overfitting" in note.inner_text()
+    assert note.locator("[data-field='training.weight_decay'] ins").inner_text() == "0.01"
+    sync_api.expect(page.locator("#field-lora-r input, #field-lora-r textarea")).to_have_value("8")
+    page.get_by_role("button", name="Advanced").click()
+    wanted = {"lora-lora_alpha": "16", "lora-lora_dropout": "0.2", "weight_decay": "0.01", "learning_rate": "0.0002"}
+    for name, value in {**wanted, "early_stopping_patience": "3", "max_steps": "100"}.items():
+        field = page.locator(f"#field-{name} input, #field-{name} textarea").first
+        sync_api.expect(field).to_have_value(value)
+    sync_api.expect(page.locator("#train-start")).to_be_visible()
+    assert "run=" not in page.url
+    look(page, "live-remedy")
+
+
+def test_a_failed_run_says_why_offers_the_cure_and_its_log(page: Any, server: str) -> None:  # noqa: F811
+    show(page, server, "diverged")
+    assert "the run diverged" in page.locator("#live-fault .notice.error[data-code=diverged]").inner_text()
+    page.locator("#live-doctor [data-finding=diverged]").wait_for()
+    assert primaries(page) == ["Try the remedy"]
+    sync_api.expect(page.locator("#live-resume")).to_have_text("Resume from the last checkpoint")
+    assert "Traceback" not in page.locator("body").inner_text()
+    look(page, "live-failed")
+    page.click("#live-show-log")
+    page.locator("#live-log >> text=Traceback").wait_for()
+    page.click("#live-remedy")
+    sync_api.expect(page.locator("#field-learning_rate input, #field-learning_rate textarea")).to_have_value("0.0002")
+    page.get_by_role("button", name="Advanced").click()
+    sync_api.expect(page.locator("#field-warmup_ratio input, #field-warmup_ratio textarea")).to_have_value("0.1")
+
+
+def test_a_run_out_of_memory_is_offered_what_fits(page: Any, server: str) -> None:  # noqa: F811
+    show(page, server, "memory")
+    page.locator("#live-doctor [data-finding=memory]").wait_for()
+    assert primaries(page) == ["Try the remedy"]
+    # It had no step, so there is nothing to draw.
+    assert page.locator("#live-curves .chart").count() == 0 and not page.locator("#smoothing").is_visible()
+    look(page, "live-memory")
+    page.click("#live-remedy")
+    sync_api.expect(page.locator("#field-batch_size input, #field-batch_size textarea")).to_have_value("2")
+
+
+def test_lost_paused_and_early_runs_have_one_next_step_each(page: Any, server: str) -> None:  # noqa: F811
+    show(page, server, "lost")
+    assert "the process ended without a word" in page.locator("#live-head").inner_text()
+    assert primaries(page) == ["Resume from the last checkpoint"]
+    sync_api.expect(page.locator("#live-show-log")).to_be_visible()
+    look(page, "live-lost")
+    show(page, server, "healthy")
+    assert primaries(page) == ["Resume from the last checkpoint"]
+    assert "The curve looks healthy" in page.locator("#live-doctor").inner_text()
+    sync_api.expect(page.locator("#live-remedy")).to_be_hidden()
+    charts = page.locator("#live-curves figcaption strong").all_inner_texts()
+    assert charts == ["Loss (lower is better)", "Learning rate", "Gradient norm", "Tokens a second", "Memory"]
+    look(page, "live-paused")
+    show(page, server, "early")
+    assert "step 30 was the best, and is kept" in page.locator("#live-head").inner_text()
+    assert "Stopped early" in page.locator("#live-doctor").inner_text()
+    look(page, "live-early")
+    show(page, server, "overfit", "&__theme=dark")
+    page.locator("body.dark").wait_for()
+    look(page, "live-overfit-dark")
+    show(page, server, "diverged", "&__theme=dark")
+    look(page, "live-failed-dark")
+
+
+def test_pause_and_resume_while_the_curve_grows(page: Any, server: str) -> None:  # noqa: F811
+    RUNS["real"] = submit("a long way")
+    show(page, server, "real")
+    head(page, "running").wait_for(timeout=240_000)
+    drawn(page, 4)
+    assert "Too early to say" in page.locator("#live-doctor").inner_text()
+    assert primaries(page) == []
+    look(page, "live-running")
+    show(page, server, "real", "&__theme=dark")
+    look(page, "live-running-dark")
+    page.click("#live-pause")
+    head(page, "paused").wait_for(timeout=240_000)
+    assert primaries(page) == ["Resume from the last checkpoint"]
+    before = steps_drawn(page)
+    page.click("#live-resume")
+    head(page, "running").wait_for(timeout=240_000)
+    drawn(page, before)
+    page.click("#live-stop")
+    head(page, "stopped").wait_for(timeout=240_000)
+    assert "adapter kept" in page.locator("#live-head").inner_text()
+    assert re.search(r"step [\d,]+ of 3,000", page.locator("#live-head").inner_text())

@@ -1,0 +1,139 @@
+"""Long runs on the live page: what is read, what is drawn, and that no extreme is lost."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine.train.job import DataSpec, JobSpec
+from studio import charts, curves, live
+from studio.points import thinned
+from studio.store import Store
+
+LONG = 100_000
+COLOUR = "#0072B2"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path)
+
+
+def add_run(store: Store) -> str:
+    return store.add_run(JobSpec(model="tiny-llama", data=DataSpec(path="rows.jsonl")))
+
+
+def add_steps(store: Store, run: str, losses: Iterable[float], first: int = 1) -> None:
+    """Many steps at once, as a worker would have left them."""
+    rows = [
+        (run, "step", step, float(step), json.dumps({"loss": loss, "lr": 1e-4, "grad_norm": 1.0, "memory": 10**9}))
+        for step, loss in enumerate(losses, first)
+    ]
+    with store.exclusive() as db:
+        db.conn.executemany("INSERT INTO events (run_id, type, step, time, data) VALUES (?, ?, ?, ?, ?)", rows)
+
+
+def hovered(html: str, label: str) -> list[list[Any]]:
+    """The points of one curve, as the page's hover text knows them."""
+    for text in re.findall(r'data-hover="([^"]*)"', html):
+        plain = text.replace("&quot;", '"').replace("&#123;", "{").replace("&#125;", "}")
+        for curve in json.loads(plain)["curves"]:
+            if curve["label"] == label:
+                return list(curve["points"])
+    raise AssertionError(f"no curve {label}")
+
+
+def test_a_hundred_thousand_steps_are_drawn_by_a_few_hundred_points_with_their_extremes(store: Store) -> None:
+    run = add_run(store)
+    losses = [2 + math.sin(step / 50) for step in range(LONG)]
+    losses[77_777], losses[33_333] = 50.0, 0.001
+    add_steps(store, run, losses)
+    store.add_event(run, {"type": "start", "total_steps": LONG})
+    for step in range(0, LONG, 50):
+        store.add_event(run, {"type": "eval", "step": step, "loss": 9.0 if step == 5000 else 3.0})
+    row = {**store.run(run), "state": "running"}
+    html = live.curves_html(curves.of_run(store, run), row, log=False, smoothing=0.6)
+
+    lines = re.findall(r'<polyline class="(\w+)"[^>]*points="([^"]*)"', html)
+    assert {len(points.split()) for kind, points in lines if kind == "thin"} <= set(range(300, charts.RAW_POINTS + 1))
+    assert all(len(points.split()) <= charts.POINTS for kind, points in lines if kind == "thick")
+    assert len(html) < 500_000
+    raw = next(points for kind, points in lines if kind == "thin").split()
+    # The highest step is drawn above the plot, where the wildest hundredth goes; the lowest lies at its place.
+    places = {float(point.split(",")[0]): float(point.split(",")[1]) for point in raw}
+    assert min(places.values()) == places[77.78] == -2.0
+    assert max(places, key=lambda x: places[x]) == 33.33
+    assert raw[0].startswith("0.0,") and raw[-1].startswith("100.0,")
+    dots = hovered(html, "evaluation")
+    assert len(dots) <= charts.POINTS and [5000.0, "9"] in [point[2:] for point in dots]
+    assert [point[2] for point in (dots[0], dots[-1])] == [0.0, LONG - 50.0]
+    rates = hovered(html, "learning rate")
+    assert (rates[0][2], rates[-1][2], len(rates) <= charts.POINTS) == (1.0, float(LONG), True)
+
+
+@pytest.mark.parametrize("count", [3, 300, 301, 302, 999, 12_345])
+def test_thinning_keeps_the_ends_the_extremes_and_the_limit(count: int) -> None:
+    ys = np.random.default_rng(count).normal(size=count)
+    kept = thinned(np.arange(count, dtype=float), ys, 300)
+    assert len(kept) <= 300 and (len(kept) == count or count > 300)
+    assert {0.0, count - 1.0, float(ys.argmin()), float(ys.argmax())} <= {x for x, _ in kept}
+    assert all(ys[int(x)] == y for x, y in kept) and [x for x, _ in kept] == sorted({x for x, _ in kept})
+
+
+def test_only_what_is_new_is_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, asked = add_run(store), []
+    add_steps(store, run, [3.0, 2.0])
+    plain = store.events_after
+
+    def watched(run_id: str, last_id: int) -> Any:
+        found = plain(run_id, last_id)
+        asked.append(len(found))
+        return found
+
+    monkeypatch.setattr(store, "events_after", watched)
+    assert curves.of_run(store, run).column("loss").tolist() == [3.0, 2.0]
+    store.add_event(run, {"type": "step", "step": 3, "loss": 1.0, "lr": 1e-4})
+    found = curves.of_run(store, run)
+    assert found.column("loss").tolist() == [3.0, 2.0, 1.0] and asked == [2, 1]
+    assert np.isnan(found.column("memory")[-1])
+    curves.of_run(store, run)
+    assert asked == [2, 1, 0]
+
+
+def test_after_a_resume_the_newest_row_of_a_step_counts(store: Store) -> None:
+    run = add_run(store)
+    curves.of_run(store, run)
+    add_steps(store, run, [float(step) for step in range(1, 701)])
+    curves.of_run(store, run)
+    add_steps(store, run, [0.5] * 300, first=501)
+    add_steps(store, run, [0.25], first=0)
+    for step, loss in ((20, 3.0), (40, 2.0), (20, 1.5)):
+        store.add_event(run, {"type": "eval", "step": step, "loss": loss})
+    found, events = curves.of_run(store, run), store.by_step(run, "step")
+    assert found.column("step").tolist() == [event["step"] for event in events] == list(range(801))
+    assert found.column("loss").tolist() == [event["loss"] for event in events]
+    assert [(event["step"], event["loss"]) for event in found.evals] == [(20, 1.5), (40, 2.0)]
+
+
+def test_the_beginning_of_a_long_run_has_room_of_its_own() -> None:
+    def room(step: int, state: str = "running") -> float | None:
+        return live.width({"total_steps": 3000, "step": step, "state": state})
+
+    assert [room(step) for step in (0, 10, 11, 40, 41, 374, 375)] == [20, 20, 80, 80, 320, 1280, 3000]
+    assert room(5, "stopped") == 3000 and live.width({"total_steps": None, "step": 0, "state": "queued"}) is None
+
+
+def test_few_runs_are_held(store: Store) -> None:
+    runs = [add_run(store) for _ in range(curves.KEPT + 2)]
+    first = curves.of_run(store, runs[0])
+    assert curves.of_run(store, runs[0]) is first
+    for run in runs[1:]:
+        curves.of_run(store, run)
+    assert curves.of_run(store, runs[0]) is not first
