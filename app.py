@@ -81,8 +81,11 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     with_tools = mcp_wanted(limits is not None)
+    from starlette.middleware import Middleware
+
     from studio import theme, tools
     from studio.context import Studio
+    from studio.first_page import FirstPage
     from studio.shell import create_app
 
     studio = Studio.open()
@@ -92,6 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     app = create_app(studio)
     if with_tools:
         tools.install()
+    doors = [] if entrance is None else [entrance.door()]
     try:
         app.queue(default_concurrency_limit=8).launch(
             server_name=host,
@@ -112,7 +116,8 @@ def main(argv: list[str] | None = None) -> int:
             theme=theme.theme(),
             css=theme.css(),
             head=theme.head(),
-            **({"max_file_size": MAX_UPLOAD} if entrance is None else entrance.launch()),
+            max_file_size=MAX_UPLOAD if entrance is None else entrance.limits.upload,
+            app_kwargs={"middleware": [*doors, Middleware(FirstPage, later=app.later)]},
         )
         if with_tools and not app.mcp_server:
             raise SystemExit(f"The tools for language models could not be served. {app.mcp_error or ''}")

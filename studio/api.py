@@ -15,7 +15,7 @@ import gradio as gr
 
 from engine.errors import ConfigError, EngineError
 from engine.train.job import TASKS, JobSpec
-from studio import adapter_api, compare_api, presets, score_words, scores, shelf_api, states
+from studio import adapter_api, compare_api, presets, run_api, score_words, scores, shelf_api, states
 from studio.answers import Answers
 from studio.comparing import answer
 from studio.context import Studio
@@ -349,3 +349,4 @@ def build(studio: Studio) -> None:
     adapter_api.build(studio, _guarded)
     shelf_api.build(studio, _guarded)
     compare_api.build(studio, _guarded)
+    run_api.build(studio, _guarded)

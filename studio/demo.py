@@ -240,7 +240,8 @@ def check_question(sampling: Mapping[str, Any]) -> None:
 
 
 def check_feature(name: str) -> None:
-    """Refuse what the demo has turned off: `import` (files of strangers), `merged` (whole models on the disk).
+    """Refuse what the demo has turned off: `import` (files of strangers), `merged` (whole models on the disk),
+    `shared` (the order of the queue, presets of one's own).
 
     Raises:
         DemoError: it is off.
@@ -249,6 +250,8 @@ def check_feature(name: str) -> None:
         raise _refuse(t("Importing adapters is off in the demo."))
     if active() is not None and name == "merged":
         raise _refuse(t("Exporting a whole model is off in the demo."), t("Export the adapter."))
+    if active() is not None and name == "shared":
+        raise _refuse(t("This is shared by everybody in the demo, and cannot be changed there."))
 
 
 def overdue(row: Mapping[str, Any]) -> str:
@@ -297,12 +300,11 @@ class Entrance:
         sweeper.start()
         return cls(limits, known, sweeper)
 
-    def launch(self) -> dict[str, Any]:
-        """Arguments for Gradio's `launch`: the door that knows visitors, and the size of an upload."""
+    def door(self) -> Any:
+        """The middleware that knows visitors."""
         from starlette.middleware import Middleware
 
-        door = Middleware(visitors.Door, visitors=self.visitors)
-        return {"app_kwargs": {"middleware": [door]}, "max_file_size": self.limits.upload}
+        return Middleware(visitors.Door, visitors=self.visitors)
 
 
 def banner() -> None:

@@ -35,6 +35,14 @@ class InferenceError(EngineError):
             self.code = code
 
 
+class RefusedError(InferenceError):
+    """A job that cannot run; `field` is the setting to blame, or ""."""
+
+    def __init__(self, message: str, hint: str, code: str, field: str) -> None:
+        super().__init__(message, hint, code)
+        self.field = field
+
+
 @dataclass
 class _Child:
     """One process, the base it holds, and the open requests."""
@@ -190,6 +198,35 @@ class Inference:
         """
         request = {"op": "count", "base": base, "adapter": dict(adapter), "task": task, "options": dict(options or {})}
         return self._result(request, None)
+
+    def estimate(self, spec: Mapping[str, Any]) -> Generator[Message, None, None]:
+        """What `engine.memory.preview.stages` says of a job, given as plain data. Closing the iterator ends the work.
+
+        It ends early, without an error, when somebody else asks the process for an answer.
+
+        Raises:
+            RefusedError: the job cannot run; it says which setting is to blame, where that is known.
+            InferenceError: the process ended.
+        """
+        yield from self._stages({"op": "estimate", "spec": dict(spec)})
+
+    def method_costs(
+        self, spec: Mapping[str, Any], adapters: Sequence[Mapping[str, Any]]
+    ) -> Generator[Message, None, None]:
+        """What `engine.memory.preview.methods` says of other adapters in place of a job's own.
+
+        Raises:
+            InferenceError: the process ended, or the job is none.
+        """
+        yield from self._stages({"op": "methods", "spec": dict(spec), "adapters": [dict(each) for each in adapters]})
+
+    def _stages(self, request: Message) -> Generator[Message, None, None]:
+        for message in self._ask(request, None):
+            if message["type"] == "stage":
+                value: Message = message["value"]
+                if value.get("stage") == "refused":
+                    raise RefusedError(value["message"], value["hint"], value["code"], value["field"])
+                yield value
 
     def holds(self, base: str) -> bool:
         """Whether the process lives and was last asked for this base, so that an answer begins at once."""

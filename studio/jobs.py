@@ -14,15 +14,21 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any, NoReturn
 
+from engine import threads
 from engine.errors import ConfigError
 from engine.paths import inside
 from engine.train.job import JobSpec
 from studio import bases, demo, process, states, visitors
 from studio.lock import OwnerLock
-from studio.store import Row, StateError, Store, UnknownError, new_run_id
+from studio.storage import Storage
+from studio.store import Row, StateError, Store, UnknownError, is_run_id, new_run_id
 
 logger = logging.getLogger("studio.jobs")
+
+MOST_PROCESSES = 64
+"""Of one run on one machine."""
 
 
 class Jobs:
@@ -50,6 +56,7 @@ class Jobs:
         self.kill_after = kill_after
         self.module = module
         self.lock = OwnerLock(home / "queue.lock")
+        self.storage = Storage(store, self.folder)
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._terminated: dict[str, float] = {}
         self._wake = threading.Event()
@@ -66,13 +73,20 @@ class Jobs:
     def _place(self, run_id: str) -> Path:
         return inside(self.home / "runs", run_id)
 
-    def submit(self, spec: JobSpec, dataset: str | None = None) -> str:
+    def submit(self, spec: JobSpec, dataset: str | None = None, processes: int = 1) -> str:
         """Write the run's folder with `spec.yaml` and queue it; returns the id.
 
+        Args:
+            spec: the job.
+            dataset: the data set that it learns from.
+            processes: how many share each step, one for each GPU; it is kept with the run.
+
         Raises:
-            ConfigError, UnsafeFileError: the job would open files that nobody brought in.
+            ConfigError, UnsafeFileError: the job would open files that nobody brought in, or `processes` is no number.
             DemoError: the demo does not do it.
         """
+        if not 1 <= processes <= MOST_PROCESSES:
+            raise ConfigError(f"processes is {processes}; needed: 1 to {MOST_PROCESSES}, one for each GPU.")
         bases.checked(self.home, spec.model)
         bases.check_adapter(self.home, spec.adapter)
         if demo.active():
@@ -89,7 +103,7 @@ class Jobs:
         folder.mkdir(parents=True)
         try:
             spec.save(folder / "spec.yaml")
-            self.store.add_run(spec, dataset, run_id)
+            self.store.add_run(spec, dataset, run_id, processes)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -113,6 +127,42 @@ class Jobs:
             row = self.store.run(run_id)
             process.send(row["pid"], row["pid_started"], signal.SIGTERM)
         self._wake.set()
+
+    def cancel(self, run_id: str) -> None:
+        """Take a waiting run out of the queue; one that has begun meanwhile is left alone.
+
+        Raises:
+            StateError: it does not wait.
+        """
+        if not self.store.move(run_id, [states.QUEUED], states.STOPPED, ended=time.time()):
+            self._refuse(run_id, "cancel", "Only a run that waits in the queue can be cancelled; stop one that trains.")
+
+    def waiting(self) -> list[str]:
+        """The ids of the runs that wait, in the order in which they will train."""
+        return [row["id"] for row in self.store.in_states([states.QUEUED])]
+
+    def reorder(self, run_id: str, to: str) -> list[str]:
+        """Move a waiting run within the queue as it is at this moment; answers the new order.
+
+        Args:
+            run_id: the run to move.
+            to: `up` or `down` (by one place), `next` (the first), `last`, or the id of the waiting run before which it
+                goes.
+
+        Raises:
+            StateError: the run, or the one before which it should go, does not wait any more.
+            ConfigError: `to` is none of these.
+        """
+        demo.check_feature("shared")
+        sql = "SELECT id FROM runs WHERE state = ? AND deleted_at IS NULL ORDER BY place, queued, rowid"
+        # One transaction for looking and writing: two pages, or two servers, move one after the other.
+        with self.store.exclusive() as db:
+            order = [found[0] for found in db.conn.execute(sql, [states.QUEUED])]
+            if run_id in order:
+                order = _moved(order, run_id, to)
+                db.conn.executemany("UPDATE runs SET place = ? WHERE id = ?", list(enumerate(order, 1)))
+                return order
+        self._refuse(run_id, "moving it", "Only a run that waits in the queue has a place in it.")
 
     def pause(self, run_id: str) -> None:
         """Save a checkpoint after the present step and end the process; `resume` goes on exactly there."""
@@ -223,7 +273,7 @@ class Jobs:
         )
         if not moved:
             return
-        environment = process.environment(self.home, row["spec"]["training"].get("threads"))
+        environment = process.environment(self.home, _threads(row))
         try:
             with (self.folder(run_id) / "worker.log").open("ab") as log:
                 child = subprocess.Popen(
@@ -316,11 +366,38 @@ class Jobs:
             self._refuse(run_id, command, "The run has to be training for that.")
         self.store.ask(run_id, command)
 
-    def _refuse(self, run_id: str, command: str, hint: str) -> None:
+    def _refuse(self, run_id: str, command: str, hint: str) -> NoReturn:
         row = self.store.run(run_id)
         if row["deleted_at"] is not None:
             raise StateError(f"The run {run_id} is in the bin: {command} is not possible now.", "Take it out first.")
         raise StateError(f"The run {run_id} is {row['state']}: {command} is not possible now.", hint)
+
+
+def _moved(order: list[str], run_id: str, to: Any) -> list[str]:
+    """The ids with one of them moved; see `Jobs.reorder`."""
+    at, rest = order.index(run_id), [it for it in order if it != run_id]
+    places = {"up": max(0, at - 1), "down": at + 1, "next": 0, "last": len(rest)}
+    if isinstance(to, str) and to in places:
+        place = places[to]
+    elif to in rest:
+        place = rest.index(to)
+    elif to == run_id:
+        place = at
+    elif is_run_id(to):
+        raise StateError(
+            "The queue has changed: the run before which it should go does not wait any more.", "Try again."
+        )
+    else:
+        raise ConfigError(f"`to` is {str(to)[:40]!r}.", "Say up, down, next, last, or the id of a run that waits.")
+    return [*rest[:place], run_id, *rest[place:]]
+
+
+def _threads(row: Row) -> int | None:
+    """CPU threads of each of a run's processes; None leaves the choice to the machine."""
+    asked: int | None = row["spec"]["training"].get("threads")
+    if asked or row["processes"] == 1:
+        return asked
+    return max(1, threads.available_cores() // int(row["processes"]))
 
 
 def _status(child: subprocess.Popen[bytes]) -> int | None:

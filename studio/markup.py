@@ -27,6 +27,11 @@ def strong(text: str, **values: Any) -> str:
     return words.format(**{name: f"<b>{esc(value)}</b>" for name, value in values.items()})
 
 
+def began(text: str) -> str:
+    """Words as they stand at the beginning of a line."""
+    return text[:1].upper() + text[1:]
+
+
 def notice(kind: str, title: str, text: str = "", hint: str = "") -> str:
     """A box that says what happened and what to do. `kind` is `error`, `warn`, `good` or `info`."""
     parts = [f'<strong class="notice-title">{esc(title)}</strong>']

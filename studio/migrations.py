@@ -130,6 +130,31 @@ def live(db: Database) -> None:
     _table(db, "events").create_index(["run_id", "type", "id"])
 
 
+@_step("0006_runs")
+def runs_page(db: Database) -> None:
+    # `place` orders the queue. `bytes` and `spark` are what the page of runs shows, kept until the run has moved on:
+    # `measured` says when, `spark_at` for which step and end.
+    for column in ("place INTEGER", "bytes INTEGER", "measured REAL", "spark TEXT", "spark_at TEXT"):
+        db.execute(f"ALTER TABLE runs ADD COLUMN {column}")
+    db.execute(
+        "CREATE TABLE run_tags (run_id TEXT NOT NULL, tag TEXT NOT NULL COLLATE NOCASE, PRIMARY KEY (run_id, tag))"
+    )
+    waiting = db.execute("SELECT id FROM runs WHERE state = 'queued' ORDER BY queued, rowid").fetchall()
+    for place, (run_id,) in enumerate(waiting, 1):
+        db.execute("UPDATE runs SET place = ? WHERE id = ?", [place, run_id])
+
+
+@_step("0008_train")
+def train(db: Database) -> None:
+    # `machine` says where a run trained: how long a step takes there says nothing of another.
+    db.execute("ALTER TABLE runs ADD COLUMN machine TEXT")
+    db.execute("ALTER TABLE runs ADD COLUMN processes INTEGER NOT NULL DEFAULT 1")
+    db.execute(
+        "CREATE TABLE presets (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, task TEXT NOT NULL,"
+        " recipe TEXT NOT NULL, created REAL NOT NULL, deleted_at REAL)"
+    )
+
+
 @_step("0009_compare")
 def compare(db: Database) -> None:
     # `kind` is `answers` or `grid`; `picture` is the file that was asked about.
@@ -149,7 +174,7 @@ def compare(db: Database) -> None:
 @_step("0010_demo")
 def demo(db: Database) -> None:
     # "" is everyone's: only demo mode keeps visitors apart. A mix's name is unique among its owner's.
-    for name in ("runs", "datasets", "adapters", "comparisons", "votes", "mixes", "works"):
+    for name in ("runs", "datasets", "adapters", "comparisons", "votes", "presets", "mixes", "works"):
         db.execute(f"ALTER TABLE {name} ADD COLUMN owner TEXT NOT NULL DEFAULT ''")
     # Rebuilt whole, for SQLite cannot take a column's UNIQUE away; columns that other steps added stay.
     mixes = _table(db, "mixes")

@@ -1,4 +1,4 @@
-"""The public endpoints of what is kept: data sets and their columns, runs and their bin. See `studio.api`."""
+"""The public endpoints of what is kept: data sets and their columns; and the end of an evaluation. See `studio.api`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from studio.datasets import Checked, Datasets
 Answer = dict[str, Any]
 Guard = Callable[[Callable[..., Answer]], Callable[..., Answer]]
 
-ENDPOINTS = ("list_datasets", "map_dataset", "delete_run", "restore_run", "empty_run_bin", "stop_scoring")
+ENDPOINTS = ("list_datasets", "map_dataset", "stop_scoring")
 """The methods that are served as they are."""
 
 
@@ -42,20 +42,6 @@ class ShelfEndpoints:
         if not isinstance(named, dict) or not all(isinstance(it, str) for pair in named.items() for it in pair):
             raise ConfigError("`columns` must be a mapping of role to column.", 'For example {"prompt": "question"}.')
         return described(self.datasets.check(dataset, format, named))
-
-    def delete_run(self, run: str) -> Answer:
-        """Put a finished run into the bin, with its adapter; nothing is removed until the bin is emptied."""
-        self.studio.store.bin(run)
-        return {"run": run}
-
-    def restore_run(self, run: str) -> Answer:
-        """Take a run out of the bin."""
-        self.studio.store.restore(run)
-        return {"run": run}
-
-    def empty_run_bin(self) -> Answer:
-        """Remove the runs in the bin with their adapters, for good; answers how many."""
-        return {"removed": self.studio.jobs.empty_bin()}
 
     def stop_scoring(self) -> Answer:
         """End the evaluation that is under way; nothing of it counts."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 import gradio as gr
 
@@ -39,7 +40,10 @@ def _page(studio: Studio) -> Pages:
                     page.tab[module.ID] = tab
                     module.build(page)
         for module in TABS:
+            before = set(blocks.fns)
             module.wire(page)
+            if module.ID != START:
+                page.later += _loading(blocks, set(blocks.fns) - before)
             # Gradio selects the first tab when it draws the page; that must not take the place out of the address.
             when = "window.studioArrived && " if module.ID == START else ""
             page.tab[module.ID].select(
@@ -58,7 +62,13 @@ def _page(studio: Studio) -> Pages:
         arrival.then(None, None, None, js="() => { window.studioArrived = true; }", **HIDDEN)
     _lighten(blocks, run)
     callbacks.tell_all(blocks)
-    return blocks
+    blocks.later = page.later
+    return cast(Pages, blocks)
+
+
+def _loading(blocks: gr.Blocks, numbers: Iterable[int]) -> list[int]:
+    """Those of the callbacks that are called when the page has loaded."""
+    return sorted(number for number in numbers if any(event == "load" for _, event in blocks.fns[number].targets))
 
 
 def _lighten(blocks: gr.Blocks, place: gr.Component) -> None:

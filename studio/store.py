@@ -31,6 +31,10 @@ RUN_ID = re.compile(r"run-[0-9a-f]{8}")
 DATASET_ID = re.compile(r"[0-9a-f]{16}")
 COMMANDS = ("stop", "pause", "checkpoint", "sample")
 
+_WAITING = f"FROM runs WHERE state = '{states.QUEUED}'"
+_FIRST_PLACE = f"(SELECT COALESCE(MIN(place), 1) - 1 {_WAITING})"
+_LAST_PLACE = f"(SELECT COALESCE(MAX(place), 0) + 1 {_WAITING})"
+
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#B65C93", "#B07C00", "#2E8FC9", "#7A5195", "#8C6D46")
 """After Okabe and Ito; shades too pale to be seen on white are darkened. Grey is left out: it means the base."""
 
@@ -103,7 +107,7 @@ class Store:
 
     # Runs
 
-    def add_run(self, spec: JobSpec, dataset: str | None = None, run_id: str | None = None) -> str:
+    def add_run(self, spec: JobSpec, dataset: str | None = None, run_id: str | None = None, processes: int = 1) -> str:
         """A new queued run for `spec`, with a colour that the latest runs do not have; returns its id."""
         run_id, method = run_id or new_run_id(), "full" if spec.full else spec.adapter["method"]
         now = time.time()
@@ -111,8 +115,8 @@ class Store:
             used = [row["colour"] for row in db.query("SELECT colour FROM runs ORDER BY created DESC, rowid DESC")]
             colour = free_colour(used)
             db.execute(
-                "INSERT INTO runs (id, name, state, task, model, method, dataset, colour, spec, created, queued, owner)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO runs (id, name, state, task, model, method, dataset, colour, spec, created, queued,"
+                f" processes, owner, place) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, {_LAST_PLACE})",
                 [
                     run_id,
                     spec.name or f"{method} {run_id[4:]}",
@@ -125,6 +129,7 @@ class Store:
                     json.dumps(spec.to_dict(), ensure_ascii=False),
                     now,
                     now,
+                    processes,
                     visitors.owner(),
                 ],
             )
@@ -148,11 +153,11 @@ class Store:
         return [_plain_run(row) for row in self._rows(sql)]
 
     def in_states(self, wanted: Iterable[str]) -> list[Row]:
-        """Runs in any of the states, the longest queued first; the bin is left out."""
+        """Runs in any of the states, in the order of the queue; the bin is left out."""
         wanted = tuple(wanted)
         marks = ", ".join("?" * len(wanted))
         sql = f"SELECT * FROM runs WHERE deleted_at IS NULL AND mine(owner) AND state IN ({marks})"
-        sql += " ORDER BY queued, rowid"
+        sql += " ORDER BY place, queued, rowid"
         return [_plain_run(row) for row in self._rows(sql, wanted)]
 
     def update_run(self, run_id: str, **values: Any) -> None:
@@ -179,7 +184,7 @@ class Store:
         return bool(cursor.rowcount == 1)
 
     def queue_again(self, run_id: str, resume: bool) -> bool:
-        """Queue a resumable run again and drop what it was asked before, both or neither; True when it did.
+        """Queue a resumable run again, as the last, and drop what it was asked before, both or neither; True if it did.
 
         Args:
             run_id: the run; one in the bin is refused.
@@ -189,8 +194,9 @@ class Store:
         marks = ", ".join("?" * len(states.RESUMABLE))
         with self.exclusive() as db:
             cursor = db.conn.execute(
-                "UPDATE runs SET state = ?, resume = ?, queued = ?, ended = NULL, error = NULL, pid = NULL,"
-                f" pid_started = NULL WHERE id = ? AND deleted_at IS NULL AND mine(owner) AND state IN ({marks})",
+                f"UPDATE runs SET state = ?, resume = ?, queued = ?, place = {_LAST_PLACE}, ended = NULL, error = NULL,"
+                " pid = NULL, pid_started = NULL WHERE id = ? AND deleted_at IS NULL AND mine(owner)"
+                f" AND state IN ({marks})",
                 [states.QUEUED, int(resume), now, run_id, *states.RESUMABLE],
             )
             if cursor.rowcount == 1:
@@ -198,10 +204,10 @@ class Store:
         return bool(cursor.rowcount == 1)
 
     def requeue_unclaimed(self, run_id: str) -> bool:
-        """Put a starting run that no process has claimed back into the queue; True when it was one."""
+        """Put a starting run that no process has claimed back into the queue, as the first; True when it was one."""
         with self.exclusive() as db:
             cursor = db.conn.execute(
-                "UPDATE runs SET state = ? WHERE id = ? AND pid IS NULL AND state IN (?, ?)",
+                f"UPDATE runs SET state = ?, place = {_FIRST_PLACE} WHERE id = ? AND pid IS NULL AND state IN (?, ?)",
                 [states.QUEUED, run_id, states.STARTING, states.PAUSING],
             )
         return bool(cursor.rowcount == 1)
@@ -238,7 +244,7 @@ class Store:
             cursor = db.conn.execute("DELETE FROM runs WHERE id = ? AND deleted_at IS NOT NULL", [run_id])
             if cursor.rowcount != 1:
                 raise StateError("Only a run in the bin can be removed for good.", "Delete it first.")
-            for table in ("events", "controls", "scores"):
+            for table in ("events", "controls", "scores", "run_tags"):
                 db.conn.execute(f"DELETE FROM {table} WHERE run_id = ?", [run_id])
 
     # Events

@@ -89,7 +89,7 @@ class Sweeper:
         folders += [inside(studio.home / "shared", str(row["id"])) for row in shared]
         with studio.store.exclusive() as locked:
             for row in runs:
-                for name in ("events", "controls", "scores"):
+                for name in ("events", "controls", "scores", "run_tags"):
                     locked.conn.execute(f"DELETE FROM {name} WHERE run_id = ?", [row["id"]])
             for name in self._tables():
                 locked.conn.execute(f"DELETE FROM {name} WHERE owner = ?", [visitor])

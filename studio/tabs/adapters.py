@@ -58,6 +58,7 @@ class Parts:
     empty_row: gr.Row
     empty_yes: gr.Button
     empty_no: gr.Button
+    empty_told: gr.HTML
     limit: gr.State
     binned: gr.State
 

@@ -1,200 +1,335 @@
-"""Runs: everything that was trained; one of them in detail; the bin."""
+"""Runs: the queue, everything that was trained, one run in detail, several laid together, the bin."""
 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gradio as gr
 
-from engine.errors import EngineError
-from studio import bin_form, charts, states, words
-from studio.forms import as_yaml
+from engine.errors import ConfigError, EngineError
+from studio import overlay, run_list, run_panel, run_together, run_words, states
+from studio.history import COLUMNS, MOST_ROWS, PAGE, History
+from studio.i18n import N_, t
 from studio.markup import error, notice
-from studio.page import COMPARE, HIDDEN, PICK, RUNS, START, TRAIN, Page, go, message
+from studio.page import COMPARE, HIDDEN, RUNS, START, TRAIN, Page, go, message
+from studio.run_list import View, Whole
+from studio.store import Row
 
 ID = RUNS
-TITLE = "Runs"
+TITLE = N_("Runs")
 
+Updates = dict[Any, Any]
 
-@dataclass
-class Parts:
-    """The widgets of this tab."""
-
-    table: gr.HTML
-    to_start: gr.Button
-    detail: gr.Column
-    head: gr.HTML
-    fault: gr.HTML
-    open: gr.Button
-    compare: gr.Button
-    resume: gr.Button
-    delete: gr.Button
-    confirm: gr.Row
-    confirmed: gr.Button
-    kept: gr.Button
-    curve: gr.HTML
-    config: gr.Code
-    log: gr.Code
-    bin: gr.Accordion
-    bin_choice: gr.Dropdown
-    restore: gr.Button
-    empty: gr.Button
-    empty_row: gr.Row
-    empty_yes: gr.Button
-    empty_no: gr.Button
-    chosen: gr.State
-    timer: gr.Timer
-    seen: gr.State
+_SEE = (
+    "(run) => { if (run) setTimeout(() => document.getElementById('run-detail')"
+    "?.scrollIntoView({behavior: 'smooth'}), 150) }"
+)
 
 
 def build(page: Page) -> None:
-    """Lay out the table, one run's detail, and the bin."""
-    gr.HTML('<h2 class="page-title">Everything you trained</h2>')
-    table = gr.HTML(js_on_load=PICK, elem_id="runs-table")
-    to_start = gr.Button("Start with a sample", variant="primary", visible=False)
-    with gr.Column(visible=False) as detail:
-        head = gr.HTML(elem_id="runs-head")
-        fault = gr.HTML(visible=False)
-        with gr.Row():
-            opened = gr.Button("Open", variant="primary", elem_id="runs-open")
-            compare = gr.Button("Compare", elem_id="runs-compare")
-            resume = gr.Button("Resume")
-            delete = gr.Button("Delete", elem_id="runs-delete")
-        with gr.Row(visible=False) as confirm:
-            gr.HTML('<p class="st-hint">Into the bin? It can be taken out again until the bin is emptied.</p>')
-            confirmed = gr.Button("Yes, into the bin", variant="stop", elem_id="runs-delete-yes")
-            kept = gr.Button("Keep it")
-        curve = gr.HTML()
-        with gr.Accordion("Configuration as it ran", open=False):
-            config = gr.Code(language="yaml", show_label=False, interactive=False)
-        with gr.Accordion("End of the log", open=False):
-            log = gr.Code(language=None, show_label=False, interactive=False, max_lines=24)
-    bin_parts = bin_form.build("runs-bin", "This removes the runs in the bin with their adapters, for good.")
-    page.parts[ID] = Parts(
-        table,
-        to_start,
-        detail,
-        head,
-        fault,
-        opened,
-        compare,
-        resume,
-        delete,
-        confirm,
-        confirmed,
-        kept,
-        curve,
-        config,
-        log,
-        *bin_parts,
-        gr.State(""),
-        gr.Timer(2.0, active=False),
-        gr.State(None),
-    )
+    """Lay out the page."""
+    page.parts[ID] = run_list.build()
+
+
+class Actions:
+    """What the page does. Each action answers the widgets that change and no others: what a person types or chooses
+    meanwhile stays."""
+
+    def __init__(self, page: Page) -> None:
+        whole: Whole = page.parts[ID]
+        self.page, self.parts, self.detail, self.together = page, whole.tab, whole.detail, whole.together
+        self.store, self.jobs = page.studio.store, page.studio.jobs
+        self.history = History(self.store)
+
+    # What is shown
+
+    def listing(self, view: View) -> Updates:
+        """The queue, the list and the bin as they are now."""
+        parts, wanted, storage = self.parts, view.wanted, self.jobs.storage
+        moment = self._moment(view)
+        rows, total = self.history.rows(wanted), self.history.count(wanted)
+        storage.refresh(rows)
+        live, busy = self.store.in_states(states.LIVE), storage.busy
+        none = not total and not wanted.search and not wanted.state
+        gone = [list(it) for it in self.history.binned()]
+        return {
+            parts.queue: run_words.queue(live, self._told(live)),
+            parts.table: self._table(rows, view) if not none else _empty(),
+            parts.summary: "" if none else run_words.summary(len(rows), total, storage.room(), busy),
+            parts.shelf: gr.Row(visible=not none),
+            parts.to_start: gr.Button(visible=none),
+            parts.more: gr.Button(visible=len(rows) < min(total, MOST_ROWS)),
+            parts.timer: gr.Timer(active=bool(live) or busy),
+            **self._bin(gone, (view.seen or {}).get("bin")),
+            parts.seen: {"moment": [*moment, busy], "bin": gone},
+        }
+
+    def _table(self, rows: Sequence[Row], view: View) -> str:
+        return run_words.listing(rows, view.wanted, view.picked or [], view.chosen)
+
+    def _told(self, live: Sequence[Row]) -> dict[str, Row]:
+        """What the newest events of the run that trains say."""
+        found = {}
+        for row in live:
+            if row["state"] in states.ACTIVE:
+                status, step = (self.store.newest(row["id"], kind) or {} for kind in ("status", "step"))
+                found[row["id"]] = {**status, **step}
+        return found
+
+    def _bin(self, gone: list[list[str]], before: list[list[str]] | None) -> Updates:
+        """What lies in the bin, where it has changed: a choice in it stays otherwise."""
+        if gone == before:
+            return {}
+        box = self.parts.bin
+        return {
+            box.part: gr.Accordion(f"{t('Bin')} ({len(gone)})", visible=bool(gone)),
+            box.choice: gr.Dropdown([(name, key) for name, key in gone], value=gone[0][1] if gone else None),
+        }
+
+    def _moment(self, view: View) -> list[Any]:
+        wanted = view.wanted
+        return [*self.history.moment(), wanted.search, wanted.state, wanted.sort, wanted.limit]
+
+    def tick(self, *shown: Any) -> Any:
+        """Redraw what moves by itself, when something has."""
+        view = View(*shown)
+        if (view.seen or {}).get("moment") == [*self._moment(view), self.jobs.storage.busy]:
+            return gr.skip()
+        found = self.listing(view)
+        live = {row["id"] for row in self.store.in_states(states.LIVE)}
+        if view.chosen:
+            with contextlib.suppress(EngineError):
+                found |= run_panel.moved(self.detail, self.store, self.jobs, self.store.run(view.chosen))
+        if live & set(view.picked or []):
+            rows = run_together.rows_of(self.store, view.picked)
+            found[self.together.curves] = run_together.curves(self.store, rows, view.by, view.smoothing, view.log)
+        return found
+
+    def show(self, run_id: str, view: View) -> Updates:
+        """One run in detail."""
+        return {
+            **run_panel.shown(self.detail, self.store, self.jobs, run_id),
+            **self.listing(_with(view, chosen=run_id)),
+            self.together.see: gr.Button(variant="secondary"),
+        }
+
+    def close(self, view: View) -> Updates:
+        """No run in detail."""
+        return {
+            **run_panel.hidden(self.detail),
+            **self.listing(_with(view, chosen="")),
+            self.together.see: gr.Button(variant="primary"),
+        }
+
+    def search(self, view: View) -> Updates:
+        """Other words, another state or order: from the top."""
+        return {**self.listing(_with(view, limit=PAGE)), self.parts.limit: PAGE}
+
+    def more(self, view: View) -> Updates:
+        """So many again."""
+        limit = view.wanted.limit + PAGE
+        return {**self.listing(_with(view, limit=limit)), self.parts.limit: limit}
+
+    def clear(self, view: View) -> Updates:
+        """No run chosen."""
+        after = _with(view, picked=[])
+        return {**self.listing(after), **self._together(after)}
+
+    # What is pressed in the queue and the list
+
+    def said(self, view: View, event: gr.EventData) -> Updates:
+        """A name, a box, a head, a tag, or a button of the queue."""
+        asked = {key: value for key, value in (event._data or {}).items() if isinstance(value, str | bool)}
+        if "pick" in asked:
+            return self._pick(str(asked["pick"]), asked.get("on") is True, view)
+        if asked.get("sort") in COLUMNS:
+            turned = view.wanted.turned(str(asked["sort"]))
+            return {**self.listing(_with(view, sort=turned)), self.parts.sort: turned}
+        if "tag" in asked:
+            search = str(asked["tag"])
+            return {**self.listing(_with(view, search=search, limit=PAGE)), self.parts.search: search}
+        if "untag" in asked:
+            return self._untag(str(asked["untag"]), view)
+        if "to" in asked:
+            self.jobs.reorder(str(asked.get("queued")), str(asked["to"]))
+            return self.listing(view)
+        if "cancel" in asked:
+            return self._cancel(str(asked["cancel"]), view)
+        if "open" in asked:
+            return {self.page.run: self.store.run(str(asked["open"]))["id"], self.page.tabs: go(TRAIN)}
+        return self.show(str(asked.get("run", "")), view)
+
+    def _pick(self, run_id: str, on: bool, view: View) -> Updates:
+        """A run's box was ticked or cleared."""
+        picked = [it for it in view.picked or [] if it != run_id]
+        if on and len(picked) >= overlay.MOST:
+            # The box has to be cleared again.
+            raise ConfigError(
+                f"{overlay.MOST} runs are chosen already; more curves cannot be told apart.", "Clear one of the boxes."
+            )
+        after = _with(view, picked=[*picked, run_id] if on else picked)
+        # Drawn anew with the box as it is now, or an answer that was on its way would turn it back.
+        return {**self._together(after), self.parts.table: self._table(self.history.rows(view.wanted), after)}
+
+    def _together(self, view: View) -> Updates:
+        options = (view.by, view.smoothing, view.log, view.whole)
+        return run_together.shown(self.together, self.store, view.picked, *options)
+
+    def _cancel(self, run_id: str, view: View) -> Updates:
+        self.jobs.cancel(run_id)
+        return {**self.listing(view), **self._undoable("queue", [run_id])}
+
+    def _undoable(self, what: str, run_ids: Sequence[str]) -> Updates:
+        names = [self.store.run(run_id)["name"] for run_id in run_ids]
+        return {
+            self.parts.undo_row: gr.Row(visible=bool(run_ids)),
+            self.parts.undo_told: run_words.undo_told(names, what),
+            self.parts.undone: [what, *run_ids],
+        }
+
+    # What is pressed elsewhere
+
+    def delete(self, run_ids: Sequence[str], view: View) -> Updates:
+        """Put runs into the bin; those that wait or train stay, and it says so."""
+        gone, refused = [], None
+        for run_id in run_ids:
+            try:
+                self.store.bin(run_id)
+                gone.append(run_id)
+            except EngineError as fault:
+                refused = fault
+        after = _with(view, picked=[it for it in view.picked or [] if it not in gone])
+        found = self.close(after) if after.chosen in gone else self.listing(after)
+        if refused is not None:
+            found[self.parts.fault] = gr.HTML(error(refused), visible=True)
+        return {**found, **self._together(after), **(self._undoable("bin", gone) if gone else {})}
+
+    def undo(self, undone: Sequence[str] | None, view: View) -> Updates:
+        """Take back what was done last."""
+        what, *run_ids = undone or [""]
+        for run_id in run_ids:
+            # Another page may have emptied the bin, or begun the run, since; the list that follows says so.
+            with contextlib.suppress(EngineError):
+                self.store.restore(run_id) if what == "bin" else self.jobs.resume(run_id)
+        return {**self.listing(view), self.parts.undo_row: gr.Row(visible=False), self.parts.undone: None}
+
+    def ask_to_empty(self, view: View) -> Updates:
+        """What emptying the bin would cost and give."""
+        gone = [run_id for _, run_id in self.history.binned()]
+        freed = self.jobs.storage.measure(gone)
+        box = self.parts.bin
+        return {box.told: run_words.binned(len(gone), freed), box.asked: gr.Row(visible=bool(gone))}
+
+    def empty(self, view: View) -> Updates:
+        """Remove what is in the bin, for good."""
+        self.jobs.empty_bin()
+        hidden = {self.parts.bin.asked: gr.Row(visible=False), self.parts.undo_row: gr.Row(visible=False)}
+        return {**self.listing(view), **hidden}
+
+    def rename(self, name: str, view: View) -> Updates:
+        """Give the run in detail another name."""
+        self.history.rename(view.chosen, name)
+        row = self.store.run(view.chosen)
+        found = {**run_panel.moved(self.detail, self.store, self.jobs, row), **self.listing(view)}
+        return {**found, self.detail.name: row["name"], **self._together(view)}
+
+    def tag(self, tag: str, view: View) -> Updates:
+        """Another tag for the run in detail."""
+        tags = self.history.add_tags(view.chosen, tag)
+        return {**self.listing(view), self.detail.tags: run_words.tags(tags), self.detail.tag: ""}
+
+    def _untag(self, tag: str, view: View) -> Updates:
+        tags = self.history.remove_tags(view.chosen, [tag])
+        return {**self.listing(view), self.detail.tags: run_words.tags(tags)}
+
+    def reuse(self, view: View) -> Updates:
+        """Fill Train with the settings of the run in detail."""
+        row = self.store.run(view.chosen)
+        meaning = t("Settings of {name}; change what you like.", name=row["name"])
+        recipe = message(spec=row["spec"], dataset=row["dataset"], meaning=meaning, run=row["id"])
+        return {self.page.recipe: recipe, self.page.run: "", self.page.tabs: go(TRAIN)}
+
+    def resume(self, view: View) -> Updates:
+        """Queue the run in detail again, and watch it."""
+        self.jobs.resume(view.chosen)
+        return {self.page.run: view.chosen, self.page.tabs: go(TRAIN)}
+
+    def compare(self, view: View) -> Updates:
+        """The run in detail against its base."""
+        base = self.store.run(view.chosen)["model"]
+        return {self.page.comparison: message(base=base, runs=[view.chosen]), self.page.tabs: go(COMPARE)}
+
+
+def _with(view: View, **changes: Any) -> View:
+    return View(**{**vars(view), **changes})
+
+
+def _empty() -> str:
+    return notice("info", t("No runs yet."), t("A run is one training, kept here with its curve and its settings."))
 
 
 def wire(page: Page) -> None:
-    """Connect the table, the detail and the bin."""
-    parts: Parts = page.parts[ID]
-    store, jobs = page.studio.store, page.studio.jobs
-    outputs = list(vars(parts).values())
+    """Connect the queue, the list, the detail, the runs together, and the bin."""
+    whole: Whole = page.parts[ID]
+    parts, detail, together, act = whole.tab, whole.detail, whole.together, Actions(page)
+    shown, count = whole.view, len(whole.view)
+    outputs = [*whole.widgets, page.run, page.recipe, page.comparison, page.tabs]
 
-    def listing(chosen: str) -> dict[Any, Any]:
-        """The table and the bin as they are now."""
-        rows, gone = store.runs(), store.runs(deleted=True)
-        live = any(row["state"] in states.LIVE for row in rows)
-        empty = notice("info", "No runs yet.", "A run is one training, kept here with its curve and its settings.")
-        return {
-            parts.table: words.run_table(rows) if rows else empty,
-            parts.to_start: gr.Button(visible=not rows),
-            parts.bin: gr.Accordion(f"Bin ({len(gone)})", visible=bool(gone)),
-            parts.bin_choice: gr.Dropdown(
-                [(row["name"], row["id"]) for row in gone], value=gone[0]["id"] if gone else None
-            ),
-            parts.empty_row: gr.Row(visible=False),
-            parts.timer: gr.Timer(active=live),
-            parts.seen: signature(),
-        }
+    def on(action: Callable[..., Updates], listeners: Any, *first: Any, **how: Any) -> Any:
+        """Connect an action; a refusal is said on the page, beside what is there now."""
 
-    def signature() -> list[list[Any]]:
-        return [[row["id"], row["state"], row["step"]] for row in store.runs()]
+        def handler(*values: Any) -> Updates:
+            view = View(*values[-count:])
+            try:
+                return {parts.fault: gr.HTML(visible=False), **action(*values[:-count], view)}
+            except EngineError as fault:
+                return {**act.listing(view), parts.fault: gr.HTML(error(fault), visible=True)}
 
-    def tick(chosen: str, seen: Any) -> Any:
-        """Redraw the table when a run has moved."""
-        return gr.skip() if [list(row) for row in seen or []] == signature() else listing(chosen)
+        handler.__doc__ = action.__doc__
+        return gr.on(listeners, handler, [*first, *shown], outputs, **{**HIDDEN, **how})
 
-    def detail(run_id: str) -> dict[Any, Any]:
-        """One run: its curve, its configuration, its log."""
-        if not run_id:
-            return {parts.detail: gr.Column(visible=False), parts.chosen: ""}
+    def said(event: gr.EventData, *values: Any) -> Updates:
+        """What was pressed in the queue or the list."""
+        view = View(*values)
         try:
-            row = store.run(run_id)
+            return {parts.fault: gr.HTML(visible=False), **act.said(view, event)}
         except EngineError as fault:
-            return {parts.fault: gr.HTML(error(fault), visible=True)}
-        steps, evals = store.by_step(run_id, "step"), store.by_step(run_id, "eval")
-        waiting = "This run has no steps yet." if row["state"] in states.LIVE else "This run has no steps."
-        return {
-            parts.chosen: run_id,
-            parts.detail: gr.Column(visible=True),
-            parts.head: words.run_head(row, adapter=jobs.has_adapter(run_id)),
-            parts.fault: gr.HTML(
-                error(row["error"], "What happened") if row["error"] else "", visible=bool(row["error"])
-            ),
-            parts.compare: gr.Button(visible=jobs.has_adapter(run_id)),
-            parts.resume: gr.Button(visible=row["state"] in states.RESUMABLE),
-            parts.delete: gr.Button(visible=row["state"] not in states.LIVE),
-            parts.confirm: gr.Row(visible=False),
-            parts.curve: charts.loss_chart(steps, evals, row["colour"], row["total_steps"], waiting=waiting),
-            parts.config: as_yaml(row["spec"]),
-            parts.log: jobs.log_tail(run_id),
-        }
+            return {**act.listing(view), parts.fault: gr.HTML(error(fault), visible=True)}
 
-    def pick(event: gr.EventData) -> dict[Any, Any]:
-        """A run's name was pressed."""
-        return detail(str((event._data or {}).get("run", "")))
-
-    def delete(run_id: str) -> dict[Any, Any]:
-        try:
-            store.bin(run_id)
-        except EngineError as fault:
-            return {parts.fault: gr.HTML(error(fault), visible=True), parts.confirm: gr.Row(visible=False)}
-        return {**detail(""), **listing("")}
-
-    def restore(run_id: str | None) -> dict[Any, Any]:
-        if run_id:
-            # Another page may have emptied the bin since; the list that follows says so.
-            with contextlib.suppress(EngineError):
-                store.restore(run_id)
-        return listing("")
-
-    def empty() -> dict[Any, Any]:
-        jobs.empty_bin()
-        return listing("")
-
-    def resume(run_id: str) -> tuple[Any, Any, Any]:
-        try:
-            jobs.resume(run_id)
-        except EngineError as fault:
-            return gr.skip(), gr.skip(), gr.HTML(error(fault), visible=True)
-        return run_id, go(TRAIN), gr.skip()
-
-    def compare(run_id: str) -> tuple[Any, Any]:
-        return message(base=store.run(run_id)["model"], runs=[run_id]), go(COMPARE)
-
-    page.tab[ID].select(listing, parts.chosen, outputs, **HIDDEN)
-    page.blocks.load(listing, parts.chosen, outputs, **HIDDEN)
-    parts.timer.tick(tick, [parts.chosen, parts.seen], outputs, **HIDDEN)
-    parts.table.click(pick, None, outputs, **HIDDEN)
+    on(act.listing, [page.tab[ID].select, page.blocks.load])
+    parts.timer.tick(act.tick, shown, outputs, **HIDDEN)
+    # Each press counts, also while another is being answered.
+    gr.on(
+        [parts.queue.click, parts.table.click, detail.tags.click],
+        said,
+        shown,
+        outputs,
+        trigger_mode="multiple",
+        **HIDDEN,
+    )
+    searching = [parts.search.input, parts.state.input, parts.sort.input]
+    on(act.search, searching, trigger_mode="always_last")
+    on(act.more, parts.more.click)
     parts.to_start.click(lambda: go(START), None, page.tabs, **HIDDEN)
-    parts.open.click(lambda run_id: (run_id, go(TRAIN)), parts.chosen, [page.run, page.tabs], **HIDDEN)
-    parts.compare.click(compare, parts.chosen, [page.comparison, page.tabs], **HIDDEN)
-    parts.resume.click(resume, parts.chosen, [page.run, page.tabs, parts.fault], **HIDDEN)
-    parts.delete.click(lambda: gr.Row(visible=True), None, parts.confirm, **HIDDEN)
-    parts.kept.click(lambda: gr.Row(visible=False), None, parts.confirm, **HIDDEN)
-    parts.confirmed.click(delete, parts.chosen, outputs, **HIDDEN)
-    parts.restore.click(restore, parts.bin_choice, outputs, **HIDDEN)
-    parts.empty.click(lambda: gr.Row(visible=True), None, parts.empty_row, **HIDDEN)
-    parts.empty_no.click(lambda: gr.Row(visible=False), None, parts.empty_row, **HIDDEN)
-    parts.empty_yes.click(empty, None, outputs, **HIDDEN)
+    detail.chosen.change(None, detail.chosen, None, js=_SEE, **HIDDEN)
+    detail.open.click(lambda run_id: (run_id, go(TRAIN)), detail.chosen, [page.run, page.tabs], **HIDDEN)
+    for action, button in (
+        (act.compare, detail.compare),
+        (act.reuse, detail.reuse),
+        (act.resume, detail.resume),
+        (act.close, detail.close),
+        (act.clear, together.clear),
+        (act.ask_to_empty, parts.bin.empty),
+        (act.empty, parts.bin.yes),
+    ):
+        on(action, button.click)
+    on(lambda view: act.delete([view.chosen], view), detail.delete.click)
+    on(lambda view: act.delete(view.picked or [], view), together.delete.click)
+    on(act.rename, [detail.rename.click, detail.name.submit], detail.name)
+    on(act.tag, [detail.add_tag.click, detail.tag.submit], detail.tag)
+    on(act.undo, parts.undo.click, parts.undone)
+    on(lambda run_id, view: act.undo(["bin", run_id or ""], view), parts.bin.restore.click, parts.bin.choice)
+    parts.bin.no.click(lambda: gr.Row(visible=False), None, parts.bin.asked, **HIDDEN)
+    run_together.wire(together, act.store)
