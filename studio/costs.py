@@ -91,7 +91,7 @@ def steps(spec: Mapping[str, Any], rows: int) -> int:
     training = spec["training"]
     if training["max_steps"]:
         return int(training["max_steps"])
-    return max(1, round(training["epochs"] * math.ceil(rows / _rows_in_step(spec))))
+    return max(1, round(float(training["epochs"]) * math.ceil(rows / _rows_in_step(spec))))
 
 
 def card(found: Mapping[str, Mapping[str, Any]], times: str, busy: bool = False, fault: str = "") -> str:

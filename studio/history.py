@@ -14,9 +14,9 @@ from typing import Any
 
 from engine.errors import ConfigError
 from studio import states
-from studio.charts import Points
 from studio.i18n import N_, t
 from studio.library import checked_name
+from studio.points import Points
 from studio.store import Row, Store
 
 PAGE = 25

@@ -89,4 +89,5 @@ class OwnPresets:
         found = list(self.store.db.query(sql, [preset_id])) if whole else []
         if not found:
             raise UnknownError(f"There is no preset {str(preset_id)[:40]!r}.", "Choose one of the list.")
-        return found[0]
+        row: Row = found[0]
+        return row

@@ -124,7 +124,7 @@ def wire(page: Page) -> None:
     def origin(recipe: Mapping[str, Any]) -> dict[str, Any] | None:
         """The run whose settings are in the recipe, as they are or changed by a remedy; None for any other recipe."""
         try:
-            row = page.studio.store.run(recipe.get("run"))
+            row = page.studio.store.run(str(recipe.get("run", "")))
         except EngineError:
             return None if recipe.get("meaning") else {"title": recipe["spec"].get("name", ""), "spec": recipe["spec"]}
         return {"title": row["name"], "spec": row["spec"]}
