@@ -51,7 +51,7 @@ def pace(store: Store, spec: Mapping[str, Any], machine: str, processes: int = 1
     method = "full" if spec["full"] else spec["adapter"]["method"]
     sql = (
         "SELECT id, name, spec FROM runs WHERE machine = ? AND processes = ? AND task = ? AND model = ? AND method = ?"
-        " AND step >= 4 AND deleted_at IS NULL ORDER BY created DESC LIMIT 20"
+        " AND step >= 4 AND mine(owner) AND deleted_at IS NULL ORDER BY created DESC LIMIT 20"
     )
     found: Pace | None = None
     for row in store.db.query(sql, [machine, processes, spec["task"], spec["model"], method]):

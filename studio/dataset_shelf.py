@@ -112,7 +112,8 @@ def take_out(store: Store, file: str) -> None:
 
 def in_bin(store: Store) -> list[Row]:
     """The data sets in the bin, the latest first."""
-    sql = "SELECT id FROM datasets WHERE deleted_at IS NOT NULL AND replaced = 0 ORDER BY deleted_at DESC"
+    sql = "SELECT id FROM datasets WHERE deleted_at IS NOT NULL AND replaced = 0 AND mine(owner)"
+    sql += " ORDER BY deleted_at DESC"
     return [store.dataset(row["id"]) for row in list(store.db.query(sql))]
 
 

@@ -19,6 +19,7 @@ from engine.data.fixes import while_reading
 from engine.errors import DataError, UnsafeFileError
 from engine.paths import inside
 from studio import dataset_shelf as shelf
+from studio import demo, visitors
 from studio.store import Row, StateError, Store
 
 _CACHED_BYTES = 20 * 2**20
@@ -74,14 +75,17 @@ class Datasets:
         Raises:
             DataError: the file cannot be used at all.
             UnsafeFileError: the name would lead out of the folder.
+            DemoError: it is larger than the demo takes.
         """
         given, name = name, name or path.name
         if any(mark in name for mark in ("/", "\\", "\0")) or name in (".", ".."):
             raise UnsafeFileError(
                 f"The name {name[:80]!r} cannot be used as a file name here.", "Give a plain name without folders."
             )
+        demo.check_upload(path, len(self.store.datasets()))
         table = data.read(path)
-        file = data.fingerprint(path)
+        demo.check_rows(len(table.rows))
+        file = visitors.own(data.fingerprint(path))
         home = inside(self.folder, file)
         kept = home / f"rows{path.suffix.lower()}"
         if not kept.exists():

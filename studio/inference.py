@@ -10,13 +10,14 @@ import secrets
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError
-from studio import process
+from studio import bases, demo, process
 
 logger = logging.getLogger("studio.inference")
 
@@ -62,6 +63,12 @@ class _Child:
             assert self.popen.stdin is not None
             self.popen.stdin.write(json.dumps(message, ensure_ascii=False) + "\n")
             self.popen.stdin.flush()
+
+    def rest(self, seconds: float) -> None:
+        """Wait until nobody waits for an answer any more, at most so long."""
+        deadline = time.monotonic() + seconds
+        while self.waiting and not self.ended and time.monotonic() < deadline:
+            time.sleep(0.2)
 
     def read(self) -> None:
         """Hand each answer to its request; at the end tell all that are left."""
@@ -262,6 +269,9 @@ class Inference:
             self._end()
 
     def _ask(self, request: Message, base: str | None) -> Generator[Message, None, None]:
+        bases.checked(self.home, request["base"])
+        bases.check_adapter(self.home, request["adapter"] if request["op"] == "count" else {})
+        demo.check_question(request.get("sampling", {}))
         request = {"id": secrets.token_hex(8), **request}
         box: queue.Queue[Message | None] = queue.Queue()
         child = self._reach(request, base, box)
@@ -314,6 +324,7 @@ class Inference:
             if base is None or child.base in (None, base):
                 child.base = child.base or base
                 return child
+            child.rest(demo.patience())
             self._end()
         self._child = self._start(base)
         return self._child

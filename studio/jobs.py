@@ -20,7 +20,7 @@ from engine import threads
 from engine.errors import ConfigError
 from engine.paths import inside
 from engine.train.job import JobSpec
-from studio import process, states
+from studio import bases, demo, process, states, visitors
 from studio.lock import OwnerLock
 from studio.storage import Storage
 from studio.store import Row, StateError, Store, UnknownError, is_run_id, new_run_id
@@ -66,7 +66,11 @@ class Jobs:
     # What the pages ask for
 
     def folder(self, run_id: str) -> Path:
-        """`home/runs/<id>`, for an id of the right shape."""
+        """`home/runs/<id>`, for an id of the right shape; of a visitor's own runs only."""
+        self.store.permit(run_id)
+        return self._place(run_id)
+
+    def _place(self, run_id: str) -> Path:
         return inside(self.home / "runs", run_id)
 
     def submit(self, spec: JobSpec, dataset: str | None = None, processes: int = 1) -> str:
@@ -78,10 +82,16 @@ class Jobs:
             processes: how many share each step, one for each GPU; it is kept with the run.
 
         Raises:
-            ConfigError: the job would open files that nobody brought in, or `processes` is no number of processes.
+            ConfigError, UnsafeFileError: the job would open files that nobody brought in, or `processes` is no number.
+            DemoError: the demo does not do it.
         """
         if not 1 <= processes <= MOST_PROCESSES:
             raise ConfigError(f"processes is {processes}; needed: 1 to {MOST_PROCESSES}, one for each GPU.")
+        bases.checked(self.home, spec.model)
+        bases.check_adapter(self.home, spec.adapter)
+        if demo.active():
+            rows = self.store.dataset(dataset)["rows"] if dataset else 0
+            demo.check_job(spec, rows, [*self.store.runs(), *self.store.runs(deleted=True)])
         if spec.task == "captioning" and spec.training.sample_prompts:
             raise ConfigError(
                 "A run of the studio describes pictures that it holds back; it takes no sample_prompts, which are "
@@ -89,7 +99,7 @@ class Jobs:
                 "Leave sample_prompts out.",
             )
         run_id = new_run_id()
-        folder = self.folder(run_id)
+        folder = self._place(run_id)
         folder.mkdir(parents=True)
         try:
             spec.save(folder / "spec.yaml")
@@ -143,6 +153,7 @@ class Jobs:
             StateError: the run, or the one before which it should go, does not wait any more.
             ConfigError: `to` is none of these.
         """
+        demo.check_feature("shared")
         sql = "SELECT id FROM runs WHERE state = ? AND deleted_at IS NULL ORDER BY place, queued, rowid"
         # One transaction for looking and writing: two pages, or two servers, move one after the other.
         with self.store.exclusive() as db:
@@ -232,6 +243,7 @@ class Jobs:
         """One look: settle what has ended, press what will not stop, start the next."""
         for row in self.store.in_states(states.ACTIVE):
             if process.alive(row["pid"], row["pid_started"]):
+                self._limit(row)
                 self._press(row)
             else:
                 child = self._children.get(row["id"])
@@ -244,14 +256,15 @@ class Jobs:
                 self._start(waiting[0])
 
     def _loop(self, every: float) -> None:
-        while not self._closing.is_set():
-            try:
-                if self.lock.acquire():
-                    self.tick()
-            except Exception:
-                logger.exception("The queue met an error; it goes on.")
-            self._wake.wait(every)
-            self._wake.clear()
+        with visitors.everyone():
+            while not self._closing.is_set():
+                try:
+                    if self.lock.acquire():
+                        self.tick()
+                except Exception:
+                    logger.exception("The queue met an error; it goes on.")
+                self._wake.wait(every)
+                self._wake.clear()
 
     def _start(self, row: Row) -> None:
         run_id = row["id"]
@@ -276,6 +289,13 @@ class Jobs:
             return
         self._children[run_id] = child
         self.store.update_run(run_id, pid=child.pid, pid_started=process.started_at(child.pid))
+
+    def _limit(self, row: Row) -> None:
+        """A run that has had its time in the demo is stopped and keeps what it has."""
+        why = demo.overdue(row)
+        if why and row["state"] in (states.STARTING, states.RUNNING):
+            self.store.add_event(row["id"], {"type": "warning", "message": why})
+            self.stop(row["id"])
 
     def _press(self, row: Row) -> None:
         """A run that was asked to stop and still lives after its grace gets TERM, then KILL."""

@@ -190,3 +190,18 @@ def compare(db: Database) -> None:
         " NULL, choice TEXT, created REAL NOT NULL, voted REAL)"
     )
     _table(db, "votes").create_index(["base", "choice"])
+
+
+@_step("0010_demo")
+def demo(db: Database) -> None:
+    # "" is everyone's: only demo mode keeps visitors apart. A mix's name is unique among its owner's.
+    for name in ("runs", "datasets", "adapters", "comparisons", "votes", "presets", "mixes", "works"):
+        db.execute(f"ALTER TABLE {name} ADD COLUMN owner TEXT NOT NULL DEFAULT ''")
+    # Rebuilt whole, for SQLite cannot take a column's UNIQUE away; columns that other steps added stay.
+    mixes = _table(db, "mixes")
+    schema = mixes.schema.replace("NOT NULL UNIQUE", "NOT NULL")
+    db.execute("ALTER TABLE mixes RENAME TO mixes_before")
+    db.execute(schema)
+    db.execute("INSERT INTO mixes SELECT * FROM mixes_before")
+    db.execute("DROP TABLE mixes_before")
+    mixes.create_index(["owner", "name"], unique=True)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from studio import visitors
 from studio.library import checked_name
 from studio.store import Row, Store, UnknownError
 
@@ -35,18 +36,19 @@ class OwnPresets:
         now = time.time()
         with self.store.exclusive() as db:
             db.conn.execute(
-                "UPDATE presets SET deleted_at = ? WHERE name = ? AND task = ? AND deleted_at IS NULL",
+                "UPDATE presets SET deleted_at = ? WHERE name = ? AND task = ? AND mine(owner) AND deleted_at IS NULL",
                 [now, name, spec["task"]],
             )
             cursor = db.conn.execute(
-                "INSERT INTO presets (name, task, recipe, created) VALUES (?, ?, ?, ?)",
-                [name, spec["task"], json.dumps(recipe, ensure_ascii=False), now],
+                "INSERT INTO presets (name, task, recipe, created, owner) VALUES (?, ?, ?, ?, ?)",
+                [name, spec["task"], json.dumps(recipe, ensure_ascii=False), now, visitors.owner()],
             )
         return int(cursor.lastrowid or 0)
 
     def rows(self) -> list[Row]:
         """Every preset that is not deleted, by name."""
-        sql = "SELECT id, name, task, created FROM presets WHERE deleted_at IS NULL ORDER BY name COLLATE NOCASE, id"
+        sql = "SELECT id, name, task, created FROM presets WHERE mine(owner) AND deleted_at IS NULL"
+        sql += " ORDER BY name COLLATE NOCASE, id"
         return list(self.store.db.query(sql))
 
     def spec(self, preset_id: Any) -> dict[str, Any]:
@@ -75,13 +77,14 @@ class OwnPresets:
         if isinstance(preset_id, int):
             with self.store.exclusive() as db:
                 db.conn.execute(
-                    "UPDATE presets SET deleted_at = NULL WHERE id = ? AND NOT EXISTS (SELECT 1 FROM presets AS other"
-                    " WHERE other.name = presets.name AND other.task = presets.task AND other.deleted_at IS NULL)",
+                    "UPDATE presets SET deleted_at = NULL WHERE id = ? AND mine(owner) AND NOT EXISTS (SELECT 1"
+                    " FROM presets AS other WHERE other.name = presets.name AND other.task = presets.task"
+                    " AND other.owner = presets.owner AND other.deleted_at IS NULL)",
                     [preset_id],
                 )
 
     def _row(self, preset_id: Any) -> Row:
-        sql = "SELECT * FROM presets WHERE id = ? AND deleted_at IS NULL"
+        sql = "SELECT * FROM presets WHERE id = ? AND mine(owner) AND deleted_at IS NULL"
         whole = isinstance(preset_id, int) and not isinstance(preset_id, bool) and abs(preset_id) < 2**53
         found = list(self.store.db.query(sql, [preset_id])) if whole else []
         if not found:

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import gradio as gr
 
-from studio import api
+from studio import api, callbacks, demo
 from studio.context import Studio
 from studio.i18n import t
 from studio.languages import Pages, in_each_language, switch
@@ -24,10 +24,10 @@ def create_app(studio: Studio) -> Pages:
 
 def _page(studio: Studio) -> Pages:
     """The page in the language that is spoken now."""
-    # One day: a file that was uploaded but never used is no longer needed then. What is used is copied.
-    with Pages(title="Adapter Studio", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
+    with Pages(title="Adapter Studio", analytics_enabled=False, delete_cache=demo.cache_rule()) as blocks:
         saying = t("teach a model something small, and see what it changed")
         gr.HTML(f'<div class="brand"><b>Adapter Studio</b><span>{esc(saying)}</span>{switch()}</div>')
+        demo.banner()
         # First, so that no callback of the page takes one of their names.
         api.build(studio)
         run = gr.Textbox(visible="hidden", elem_id="run-id")
@@ -61,6 +61,7 @@ def _page(studio: Studio) -> Pages:
         arrival = blocks.load(arrive, None, [run, tabs], **HIDDEN)
         arrival.then(None, None, None, js="() => { window.studioArrived = true; }", **HIDDEN)
     _lighten(blocks, run)
+    callbacks.tell_all(blocks)
     blocks.later = page.later
     return cast(Pages, blocks)
 

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -18,7 +19,7 @@ from engine.errors import EngineError
 from engine.paths import studio_home
 from engine.train.events import Event
 from engine.train.job import JobSpec
-from studio import process, states
+from studio import process, states, zero
 from studio.faults import is_memory, memory_event, unexpected_event
 from studio.store import Row, Store
 
@@ -50,7 +51,9 @@ class StoreControl:
         self.store = store
         self.sink = sink
         self.terminated = False
-        signal.signal(signal.SIGTERM, self._terminate)
+        # ZeroGPU runs this in a thread of a process that it ends itself.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._terminate)
 
     def _terminate(self, number: int, frame: FrameType | None) -> None:
         if not self.sink.training:
@@ -75,8 +78,10 @@ def claim(store: Store, run_id: str) -> bool:
     return bool(cursor.rowcount == 1)
 
 
-def train(store: Store, run_id: str, folder: Path) -> int:
-    """Train the claimed run and set its final state; returns the exit status."""
+@zero.on_gpu
+def train(run_id: str, home: str) -> int:
+    """Train the claimed run and set its final state; returns the exit status. Plain arguments, for `zero.on_gpu`."""
+    store, folder = Store(Path(home)), Path(home) / "runs" / run_id
     row = store.run(run_id)
     sink = StoreSink(store, run_id)
     control = StoreControl(store, sink)
@@ -152,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     if not claim(store, run_id):
         logger.warning("Run %s is not waiting for a worker; nothing to do.", run_id)
         return 3
-    return train(store, run_id, home / "runs" / run_id)
+    return train(run_id, str(home))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import gradio as gr
 
 from engine import data
 from engine.errors import EngineError
-from studio import charts, guide, guide_words, machine, states, words
+from studio import charts, data_words, guide, guide_words, machine, states, words
 from studio.datasets import Checked, train_rows
 from studio.guide import GOALS, SAMPLE, Path
 from studio.i18n import t
@@ -107,7 +107,7 @@ def _step(page: Page, path: Path) -> Updates:
         checked = _rows(page, path)
         count = checked.prepared.kept if checked.prepared else 0
         body = guide_words.options(guide.data_options(path, page.studio.store.datasets()), path.data)
-        preview = words.preview(checked.prepared) if checked.prepared else ""
+        preview = data_words.preview(checked.prepared) if checked.prepared else ""
         found[parts.rows] = preview
         label = t("Use these {n} rows", n=f"{count:,}")
     elif path.step == "model":
@@ -154,7 +154,7 @@ def misfit(path: Path, found: Checked) -> str:
     if found.prepared is None:
         open_data = t("Say which column is which on the Data page.")
         button = f'<button type="button" class="st-press" data-page="{DATA}">{esc(open_data)}</button>'
-        return words.recognised(found) + button
+        return data_words.recognised(found) + button
     row = {"format": found.format, "rows": found.prepared.kept}
     if path.about.takes(row):
         return ""
