@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import ipaddress
 import os
 import sys
@@ -17,7 +18,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="app.py", description="Serve Adapter Studio.")
     parser.add_argument("--port", type=int, default=int(os.environ.get("STUDIO_PORT", "7860")), help="default 7860")
     parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on; others than loopback need STUDIO_AUTH"
+        "--host", help="address to listen on, by default 127.0.0.1; others than loopback need STUDIO_AUTH"
     )
     parser.add_argument("--no-browser", action="store_true", help="do not open a browser window")
     return parser.parse_args(argv)
@@ -46,34 +47,65 @@ def credentials() -> tuple[str, str] | None:
     return user, password
 
 
+def mcp_wanted(demo: bool) -> bool:
+    """Whether `STUDIO_MCP=1` asks for tools for language models, and they can be had.
+
+    Raises:
+        SystemExit: they cannot; the message says what to do.
+    """
+    if os.environ.get("STUDIO_MCP", "") != "1":
+        return False
+    if demo:
+        raise SystemExit("STUDIO_MCP is for a studio of one's own; the demo has no tools for language models.")
+    if importlib.util.find_spec("mcp") is None:
+        raise SystemExit('STUDIO_MCP=1 needs the package mcp: pip install "gradio[mcp]", or leave STUDIO_MCP out.')
+    return True
+
+
 def main(argv: list[str] | None = None) -> int:
     """Serve until interrupted. Runs go on after that."""
     asked = arguments(argv)
     login = credentials()
-    if not is_loopback(asked.host) and login is None:
+    from studio import demo
+
+    limits = demo.active()
+    # A Space is reached from outside its container; in demo mode a visitor can do nothing that login would keep off.
+    on_space = bool(os.environ.get("SPACE_ID"))
+    host = asked.host or ("0.0.0.0" if on_space and (limits or login) else "127.0.0.1")
+    safe = is_loopback(host) or login is not None or (limits is not None and on_space)
+    if not safe or (on_space and is_loopback(host) and not asked.host):
         print(
-            f"Refused to listen on {asked.host}: anyone who reaches it could use this machine.\n"
-            "Set STUDIO_AUTH=user:password, or leave --host out to serve this machine only.",
+            f"Refused to listen on {host if not safe else 'a Space'}: anyone who reaches it could use this machine.\n"
+            "Set STUDIO_AUTH=user:password, or leave --host out to serve this machine only; on a Space, STUDIO_DEMO=1.",
             file=sys.stderr,
         )
         return 2
-    from studio import theme
+    with_tools = mcp_wanted(limits is not None)
+    from starlette.middleware import Middleware
+
+    from studio import theme, tools
     from studio.context import Studio
+    from studio.first_page import FirstPage
     from studio.shell import create_app
 
     studio = Studio.open()
+    # Before the page is laid out: nothing of earlier visitors may stand in it.
+    entrance = demo.Entrance.open(studio)
     studio.jobs.start_queue()
     app = create_app(studio)
+    if with_tools:
+        tools.install()
+    doors = [] if entrance is None else [entrance.door()]
     try:
         app.queue(default_concurrency_limit=8).launch(
-            server_name=asked.host,
+            server_name=host,
             server_port=asked.port,
             inbrowser=not asked.no_browser,
             auth=login,
             quiet=True,
             prevent_thread_lock=True,
             show_error=False,
-            max_file_size=MAX_UPLOAD,
+            mcp_server=with_tools,
             strict_cors=True,
             allowed_paths=[],
             run_history=False,
@@ -84,13 +116,19 @@ def main(argv: list[str] | None = None) -> int:
             theme=theme.theme(),
             css=theme.css(),
             head=theme.head(),
+            max_file_size=MAX_UPLOAD if entrance is None else entrance.limits.upload,
+            app_kwargs={"middleware": [*doors, Middleware(FirstPage, later=app.later)]},
         )
-        print(f"Adapter Studio is ready at http://{asked.host}:{asked.port} (Ctrl+C ends it; runs go on)", flush=True)
+        if with_tools and not app.mcp_server:
+            raise SystemExit(f"The tools for language models could not be served. {app.mcp_error or ''}")
+        print(f"Adapter Studio is ready at http://{host}:{asked.port} (Ctrl+C ends it; runs go on)", flush=True)
         app.block_thread()
     except KeyboardInterrupt:
         pass
     finally:
         app.close(verbose=False)
+        if entrance is not None:
+            entrance.close()
         studio.close()
     return 0
 

@@ -27,8 +27,9 @@ def inside(root: Path, name: str) -> Path:
         UnsafeFileError: the name holds a separator, `..`, a control character, or leads out of `root`.
     """
     root = root.resolve()
-    path = (root / name).resolve()
-    if not _NAME.fullmatch(name) or path.parent != root:
+    plain = isinstance(name, str) and _NAME.fullmatch(name) is not None
+    path = (root / name).resolve() if plain else root
+    if not plain or path.parent != root:
         raise UnsafeFileError(
             f"The name {name!r} cannot be used as a file name here.",
             "Use letters, digits, dots, dashes and underscores only, starting with a letter or digit.",

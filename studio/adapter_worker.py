@@ -15,7 +15,7 @@ from typing import Any
 
 from engine.errors import CheckpointError, EngineError, ModelError
 from engine.paths import studio_home
-from studio import adapter_files, process, states
+from studio import adapter_files, process, states, visitors
 from studio.context import Studio
 from studio.faults import is_memory, memory_event, unexpected_event
 from studio.library import IMPORTED, MIXED, RESIZED
@@ -284,7 +284,8 @@ def main(argv: list[str] | None = None) -> int:
     if not studio.works.claim(row["id"], os.getpid(), process.started_at(os.getpid())):
         logger.warning("Work %s is not waiting for a process; nothing to do.", row["id"])
         return 3
-    return run(Work(studio, row, studio.works.folder(row["id"])))
+    with visitors.acting(row["owner"]):
+        return run(Work(studio, row, studio.works.folder(row["id"])))
 
 
 if __name__ == "__main__":

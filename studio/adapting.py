@@ -10,7 +10,8 @@ from typing import Any
 
 from engine.errors import CheckpointError, ConfigError
 from engine.models.catalogue import BUILTIN, canonical
-from studio import adapter_files, states
+from studio import adapter_files, demo, states
+from studio import bases as allowed
 from studio.adapter_words import FORMS, export_refusal, resize_refusal
 from studio.context import Studio
 from studio.library import checked_name
@@ -38,7 +39,7 @@ def known_base(studio: Studio, base: str) -> str:
     if _HUB_ID.fullmatch(base) and ".." not in base and not Path(base).exists():
         return base
     place = Path(base)
-    inside = place.is_absolute() and place.resolve().is_relative_to(studio.home.resolve())
+    inside = place.is_absolute() and any(place.resolve().is_relative_to(it) for it in allowed.folders(studio.home))
     return str(place.resolve()) if inside and place.is_dir() else ""
 
 
@@ -56,6 +57,7 @@ def bring_in(studio: Studio, paths: Sequence[Path], name: str = "", base: str = 
         ConfigError: its base is not known.
         StateError: other work is under way.
     """
+    demo.check_feature("import")
     names = [path.name for path in paths]
     first = next((one for one in names if not one.endswith(".json")), "adapter")
     name = checked_name(name.strip() if isinstance(name, str) and name.strip() else Path(first).stem[:60] or "adapter")
@@ -107,6 +109,7 @@ def export(studio: Studio, adapter: str, form: str) -> str:
     row = studio.library.usable(adapter)
     if not isinstance(form, str) or form not in FORMS:
         raise ConfigError(f"There is no form {str(form)[:40]!r}.", f"Known: {', '.join(FORMS)}.")
+    demo.check_feature(form)
     why = export_refusal(row, form)
     if why:
         raise ConfigError(f"{row['name']!r} cannot be exported as a {FORMS[form][0]}. {why}", "Choose another form.")

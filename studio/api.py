@@ -13,10 +13,19 @@ from typing import Any
 
 import gradio as gr
 
-from engine import data
 from engine.errors import ConfigError, EngineError
 from engine.train.job import TASKS, JobSpec
-from studio import adapter_api, compare_api, presets, run_api, score_words, scores, states
+from studio import (
+    adapter_api,
+    compare_api,
+    data_api,
+    presets,
+    run_api,
+    score_words,
+    scores,
+    shelf_api,
+    states,
+)
 from studio.answers import Answers
 from studio.comparing import answer
 from studio.context import Studio
@@ -70,22 +79,7 @@ class Endpoints:
             raise ConfigError(f"name is {_short(name)}; needed: text, or nothing.")
         if not path:
             raise ConfigError("No file was sent.", "Send a csv, tsv, json, jsonl, parquet or txt file.")
-        found = self.datasets.bring_in(Path(path), name or None)
-        if found.fault is not None:
-            raise found.fault
-        answered: Answer = {
-            "dataset": found.id,
-            "name": found.name,
-            "format": found.format,
-            "columns": dict(found.columns),
-            "available": list(found.available),
-            "reason": found.reason,
-            "guessed": found.guessed,
-        }
-        if found.prepared is not None:
-            answered |= {"profile": data.profile(found.prepared)}
-            answered["problems"] = [problem.to_dict() for problem in found.prepared.problems[:100]]
-        return answered
+        return shelf_api.described(self.datasets.bring_in(Path(path), name or None))
 
     def submit_run(self, job: Answer) -> Answer:
         """Queue a run. `job` has a job's keys; `dataset` (an id) stands for `data`, `preset` fills what is left out."""
@@ -122,7 +116,8 @@ class Endpoints:
             usual = {} if same or method is None else method.training
             job["adapter"] = {**(preset.adapter if same else {}), **own}
             job["training"] = {**job["training"], **usual, **given}
-        job["data"] = {"path": row["path"], "format": row["format"], "columns": row["columns"], "eval_split": split}
+        said = {key: row[key] for key in ("path", "format", "columns", "fixes")}
+        job["data"] = {**said, "eval_split": split}
         return {"run": self.studio.jobs.submit(JobSpec.from_dict(job), dataset_id)}
 
     def run_status(self, run: str, since: int = 0) -> Answer:
@@ -363,5 +358,7 @@ def build(studio: Studio) -> None:
         function.__doc__ = getattr(ends, function.__name__).__doc__
         gr.events.api(function, api_name=function.__name__, concurrency_limit=8)
     adapter_api.build(studio, _guarded)
+    data_api.build(studio, _guarded)
+    shelf_api.build(studio, _guarded)
     compare_api.build(studio, _guarded)
     run_api.build(studio, _guarded)

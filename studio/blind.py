@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.errors import ConfigError
+from studio import visitors
 from studio.answers import Answers, Column
 from studio.comparing import check_prompt, column_of, kept_picture, plain, stream
 from studio.context import Studio
@@ -109,7 +110,10 @@ def drawn_pair(studio: Studio, who: Sequence[Voice]) -> tuple[Voice, Voice]:
         )
     versions = {voice.version: voice for voice in who}
     names = sorted(versions)
-    sql = "SELECT left_version, right_version, COUNT(*) AS n FROM votes WHERE choice IS NOT NULL GROUP BY 1, 2"
+    sql = (
+        "SELECT left_version, right_version, COUNT(*) AS n FROM votes WHERE mine(owner) AND choice IS NOT NULL"
+        " GROUP BY 1, 2"
+    )
     counts: dict[frozenset[str], int] = {}
     for row in studio.store.db.query(sql):
         both = frozenset((row["left_version"], row["right_version"]))
@@ -162,9 +166,9 @@ def duel(
     values = [found.duel, base, found.prompt, asked, json.dumps(dict(sampling)), pair[0].version, pair[1].version]
     with studio.store.exclusive() as db:
         db.conn.execute(
-            "INSERT INTO votes (id, base, prompt, picture, settings, left_version, right_version, sides, created)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [*values, json.dumps(sides, ensure_ascii=False), time.time()],
+            "INSERT INTO votes (id, base, prompt, picture, settings, left_version, right_version, sides, created,"
+            " owner) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [*values, json.dumps(sides, ensure_ascii=False), time.time(), visitors.owner()],
         )
     yield found
 
@@ -182,10 +186,10 @@ def vote(studio: Studio, duel_id: Any, choice: Any) -> Row:
     known = isinstance(duel_id, str) and _DUEL.fullmatch(duel_id)
     with studio.store.exclusive() as db:
         cursor = db.conn.execute(
-            "UPDATE votes SET choice = ?, voted = ? WHERE id = ? AND choice IS NULL",
+            "UPDATE votes SET choice = ?, voted = ? WHERE id = ? AND mine(owner) AND choice IS NULL",
             [choice, time.time(), duel_id if known else None],
         )
-        rows = list(db.query("SELECT * FROM votes WHERE id = ?", [duel_id if known else None]))
+        rows = list(db.query("SELECT * FROM votes WHERE id = ? AND mine(owner)", [duel_id if known else None]))
     if not rows:
         raise UnknownError(f"There is no pair {str(duel_id)[:40]!r}.", "Ask for a new one.")
     if cursor.rowcount != 1:
@@ -196,8 +200,8 @@ def vote(studio: Studio, duel_id: Any, choice: Any) -> Row:
 def rates(studio: Studio, base: str) -> list[Rate]:
     """How everybody has fared on a base, the best rate first."""
     sql = (
-        "SELECT left_version, right_version, choice, COUNT(*) AS n FROM votes WHERE base = ? AND choice IS NOT NULL"
-        " GROUP BY 1, 2, 3"
+        "SELECT left_version, right_version, choice, COUNT(*) AS n FROM votes WHERE base = ? AND mine(owner)"
+        " AND choice IS NOT NULL GROUP BY 1, 2, 3"
     )
     counts: dict[str, list[int]] = {}
     for row in studio.store.db.query(sql, [base]):
@@ -212,7 +216,7 @@ def rates(studio: Studio, base: str) -> list[Rate]:
 def pairs(studio: Studio, base: str) -> list[tuple[Rate, Rate]]:
     """The same by pairs: what each of two has won against the other alone."""
     tallies: dict[tuple[str, str], list[int]] = {}
-    sql = "SELECT left_version, right_version, choice FROM votes WHERE base = ? AND choice IS NOT NULL"
+    sql = "SELECT left_version, right_version, choice FROM votes WHERE base = ? AND choice IS NOT NULL AND mine(owner)"
     for row in studio.store.db.query(sql, [base]):
         one, other = sorted((row["left_version"], row["right_version"]))
         winner = {LEFT: row["left_version"], RIGHT: row["right_version"]}.get(row["choice"])
@@ -230,7 +234,7 @@ def _names(studio: Studio, base: str) -> dict[str, tuple[str, str]]:
     sql = (
         "SELECT left_version, right_version, json_extract(sides, '$[0].title') AS a, json_extract(sides,"
         " '$[0].colour') AS b, json_extract(sides, '$[1].title') AS c, json_extract(sides, '$[1].colour') AS d"
-        " FROM votes WHERE base = ? AND choice IS NOT NULL ORDER BY voted"
+        " FROM votes WHERE base = ? AND mine(owner) AND choice IS NOT NULL ORDER BY voted"
     )
     found: dict[str, tuple[str, str]] = {}
     for row in studio.store.db.query(sql, [base]):

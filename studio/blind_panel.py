@@ -71,8 +71,8 @@ def suggestions(studio: Studio, base: str | None) -> list[str]:
     """Prompts that were asked of a base, or that its adapters learned from."""
     found: dict[str, None] = {}
     sql = (
-        "SELECT prompt FROM comparisons WHERE base = ? AND kind = 'answers' AND prompt <> '' AND deleted_at IS NULL"
-        " ORDER BY id DESC LIMIT 10"
+        "SELECT prompt FROM comparisons WHERE base = ? AND mine(owner) AND kind = 'answers' AND prompt <> ''"
+        " AND deleted_at IS NULL ORDER BY id DESC LIMIT 10"
     )
     for row in studio.store.db.query(sql, [base or ""]):
         found[row["prompt"]] = None

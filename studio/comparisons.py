@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from studio import visitors
 from studio.store import Row, Store, UnknownError
 
 ANSWERS, GRID = "answers", "grid"
@@ -42,17 +43,20 @@ class Comparisons:
     ) -> int:
         """Keep one; returns its id."""
         values = [base, prompt, json.dumps(dict(settings)), _text(results), time.time(), kind, picture]
+        values.append(visitors.owner())
         with self.store.exclusive() as db:
             cursor = db.conn.execute(
-                "INSERT INTO comparisons (base, prompt, settings, results, created, kind, picture)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO comparisons (base, prompt, settings, results, created, kind, picture, owner)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 values,
             )
         return int(cursor.lastrowid or 0)
 
     def update(self, comparison: int, results: Sequence[Row]) -> None:
         """Keep more of one that is still being drawn."""
-        self.store.db.execute("UPDATE comparisons SET results = ? WHERE id = ?", [_text(results), comparison])
+        self.store.db.execute(
+            "UPDATE comparisons SET results = ? WHERE id = ? AND mine(owner)", [_text(results), comparison]
+        )
 
     def get(self, comparison: Any) -> Row:
         """One of them, in the bin or not.
@@ -61,7 +65,8 @@ class Comparisons:
             UnknownError: there is none of this number.
         """
         whole = isinstance(comparison, int | float) and not isinstance(comparison, bool) and abs(comparison) < 2**53
-        rows = list(self.store.db.query("SELECT * FROM comparisons WHERE id = ?", [int(comparison)])) if whole else []
+        sql = "SELECT * FROM comparisons WHERE id = ? AND mine(owner)"
+        rows = list(self.store.db.query(sql, [int(comparison)])) if whole else []
         if not rows:
             raise UnknownError(f"There is no comparison {str(comparison)[:40]!r}.", "Choose one of the list.")
         return _plain(rows[0])
@@ -69,13 +74,13 @@ class Comparisons:
     def rows(self, limit: int = SHOWN, deleted: bool = False) -> list[Row]:
         """The newest first; those in the bin when `deleted`."""
         where = "NOT NULL" if deleted else "NULL"
-        sql = f"SELECT * FROM comparisons WHERE deleted_at IS {where} ORDER BY id DESC LIMIT ?"
+        sql = f"SELECT * FROM comparisons WHERE mine(owner) AND deleted_at IS {where} ORDER BY id DESC LIMIT ?"
         return [_plain(row) for row in self.store.db.query(sql, [limit])]
 
     def count(self, deleted: bool = False) -> int:
         """How many there are."""
         where = "NOT NULL" if deleted else "NULL"
-        sql = f"SELECT COUNT(*) FROM comparisons WHERE deleted_at IS {where}"
+        sql = f"SELECT COUNT(*) FROM comparisons WHERE mine(owner) AND deleted_at IS {where}"
         return int(self.store.db.execute(sql).fetchone()[0])
 
     def bin(self, comparison: Any) -> None:
@@ -99,8 +104,8 @@ class Comparisons:
     def empty_bin(self) -> int:
         """Remove those in the bin with their files, for good; returns how many. Pictures that others show stay."""
         with self.store.exclusive() as db:
-            gone = list(db.query("SELECT * FROM comparisons WHERE deleted_at IS NOT NULL"))
-            db.conn.execute("DELETE FROM comparisons WHERE deleted_at IS NOT NULL")
+            gone = list(db.query("SELECT * FROM comparisons WHERE deleted_at IS NOT NULL AND mine(owner)"))
+            db.conn.execute("DELETE FROM comparisons WHERE deleted_at IS NOT NULL AND mine(owner)")
             kept = [*db.query("SELECT picture, results FROM comparisons")]
             kept += [*db.query("SELECT picture, sides AS results FROM votes")]
         used = {path for row in kept for path in _pictures(row)}

@@ -9,6 +9,7 @@ from engine.paths import studio_home
 from studio.inference import Inference
 from studio.jobs import Jobs
 from studio.library import Library
+from studio.machine import Machine, look
 from studio.scoring import Scoring
 from studio.store import Store
 from studio.works import Works
@@ -26,6 +27,7 @@ class Studio:
         scoring: evaluations of runs, and what came of them.
         library: the adapters, and mixes of them.
         works: long work on adapters.
+        machine: what this machine has.
     """
 
     home: Path
@@ -35,6 +37,7 @@ class Studio:
     scoring: Scoring
     library: Library
     works: Works
+    machine: Machine
 
     @classmethod
     def open(cls, home: Path | None = None) -> Studio:
@@ -43,7 +46,8 @@ class Studio:
         store = Store(home)
         jobs = Jobs(store, home)
         library = Library(store, jobs)
-        return cls(home, store, jobs, Inference(home), Scoring(store, jobs), library, Works(store, home))
+        works = Works(store, home)
+        return cls(home, store, jobs, Inference(home), Scoring(store, jobs), library, works, look())
 
     def close(self) -> None:
         """End what belongs to this server: the queue's thread and the inference process. Runs and evaluations go on."""

@@ -121,6 +121,7 @@ def recipe(row: Row, finding: Finding) -> dict[str, Any]:
     return {
         "spec": {**better.to_dict(), "name": name},
         "dataset": row["dataset"],
+        "run": row["id"],
         "meaning": " ".join(part for part in (lead, goes_on) if part),
         "note": changes_table(row["spec"], finding.changes),
     }

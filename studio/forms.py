@@ -194,6 +194,7 @@ def job(
                 "format": dataset["format"],
                 "columns": dict(dataset["columns"]),
                 "eval_split": eval_split,
+                "fixes": dict(dataset.get("fixes") or {}),
             },
             **({"full": True} if method is None else {"adapter": {"method": method, **own}}),
             "training": dict(training),

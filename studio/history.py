@@ -14,9 +14,9 @@ from typing import Any
 
 from engine.errors import ConfigError
 from studio import states
-from studio.charts import Points
 from studio.i18n import N_, t
 from studio.library import checked_name
+from studio.points import Points
 from studio.store import Row, Store
 
 PAGE = 25
@@ -156,7 +156,8 @@ class History:
 
     def binned(self) -> list[tuple[str, str]]:
         """The runs in the bin as (name, id), the latest first."""
-        sql = "SELECT name, id FROM runs WHERE deleted_at IS NOT NULL ORDER BY deleted_at DESC, rowid DESC"
+        sql = "SELECT name, id FROM runs WHERE deleted_at IS NOT NULL AND mine(owner)"
+        sql += " ORDER BY deleted_at DESC, rowid DESC"
         return [(str(name), str(run_id)) for name, run_id in self.store.db.execute(sql).fetchall()]
 
     def moment(self) -> list[Any]:
@@ -164,14 +165,15 @@ class History:
         db = self.store.db
         marks = ", ".join("?" * len(states.LIVE))
         live = db.execute(
-            f"SELECT id, state, step, place FROM runs WHERE deleted_at IS NULL AND state IN ({marks}) ORDER BY id",
+            f"SELECT id, state, step, place FROM runs WHERE deleted_at IS NULL AND mine(owner)"
+            f" AND state IN ({marks}) ORDER BY id",
             list(states.LIVE),
         ).fetchall()
         rest = "COUNT(*), COUNT(deleted_at), MAX(created), MAX(ended), MAX(deleted_at), MAX(measured)"
-        return [*map(list, live), list(db.execute(f"SELECT {rest} FROM runs").fetchone())]
+        return [*map(list, live), list(db.execute(f"SELECT {rest} FROM runs WHERE mine(owner)").fetchone())]
 
     def _where(self, wanted: Wanted) -> tuple[str, dict[str, Any]]:
-        parts, values = ["r.deleted_at IS NULL"], {}
+        parts, values = ["r.deleted_at IS NULL AND mine(r.owner)"], {}
         if wanted.state:
             names = ", ".join(f"'{state}'" for state in GROUPS[wanted.state][1])
             parts.append(f"r.state IN ({names})")
@@ -240,7 +242,8 @@ class History:
     def known_tags(self) -> list[str]:
         """Every tag of a run outside the bin, the most used first."""
         sql = (
-            "SELECT g.tag, COUNT(*) FROM run_tags g JOIN runs r ON r.id = g.run_id WHERE r.deleted_at IS NULL"
+            "SELECT g.tag, COUNT(*) FROM run_tags g JOIN runs r ON r.id = g.run_id WHERE mine(r.owner)"
+            " AND r.deleted_at IS NULL"
             " GROUP BY g.tag ORDER BY 2 DESC, 1"
         )
         return [tag for tag, _ in self.store.db.execute(sql).fetchall()]

@@ -10,13 +10,14 @@ import secrets
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError
-from studio import process
+from studio import bases, demo, process
 
 logger = logging.getLogger("studio.inference")
 
@@ -32,6 +33,14 @@ class InferenceError(EngineError):
         super().__init__(message, hint)
         if code:
             self.code = code
+
+
+class RefusedError(InferenceError):
+    """A job that cannot run; `field` is the setting to blame, or ""."""
+
+    def __init__(self, message: str, hint: str, code: str, field: str) -> None:
+        super().__init__(message, hint, code)
+        self.field = field
 
 
 @dataclass
@@ -54,6 +63,12 @@ class _Child:
             assert self.popen.stdin is not None
             self.popen.stdin.write(json.dumps(message, ensure_ascii=False) + "\n")
             self.popen.stdin.flush()
+
+    def rest(self, seconds: float) -> None:
+        """Wait until nobody waits for an answer any more, at most so long."""
+        deadline = time.monotonic() + seconds
+        while self.waiting and not self.ended and time.monotonic() < deadline:
+            time.sleep(0.2)
 
     def read(self) -> None:
         """Hand each answer to its request; at the end tell all that are left."""
@@ -184,6 +199,65 @@ class Inference:
         request = {"op": "count", "base": base, "adapter": dict(adapter), "task": task, "options": dict(options or {})}
         return self._result(request, None)
 
+    def tokens(
+        self,
+        base: str,
+        task: str,
+        examples: Sequence[Mapping[str, Any]],
+        *,
+        want: str = "rows",
+        options: Mapping[str, Any] | None = None,
+        max_length: int = 512,
+        loss_on: str = "answers",
+    ) -> list[Any]:
+        """What `engine.preview` says of rows: with `want="rows"` its `shown`, with `"lengths"` its `lengths`.
+
+        The process needs only the base's tokenizer for it, whatever base it holds.
+
+        Raises:
+            InferenceError: the base cannot be found, the settings cannot be used, or the process ended.
+        """
+        request = {
+            "op": "tokens",
+            "base": base,
+            "task": task,
+            "examples": list(examples),
+            "want": want,
+            "options": dict(options or {}),
+            "max_length": max_length,
+            "loss_on": loss_on,
+        }
+        return list(self._result(request, None)["rows"])
+
+    def estimate(self, spec: Mapping[str, Any]) -> Generator[Message, None, None]:
+        """What `engine.memory.preview.stages` says of a job, given as plain data. Closing the iterator ends the work.
+
+        It ends early, without an error, when somebody else asks the process for an answer.
+
+        Raises:
+            RefusedError: the job cannot run; it says which setting is to blame, where that is known.
+            InferenceError: the process ended.
+        """
+        yield from self._stages({"op": "estimate", "spec": dict(spec)})
+
+    def method_costs(
+        self, spec: Mapping[str, Any], adapters: Sequence[Mapping[str, Any]]
+    ) -> Generator[Message, None, None]:
+        """What `engine.memory.preview.methods` says of other adapters in place of a job's own.
+
+        Raises:
+            InferenceError: the process ended, or the job is none.
+        """
+        yield from self._stages({"op": "methods", "spec": dict(spec), "adapters": [dict(each) for each in adapters]})
+
+    def _stages(self, request: Message) -> Generator[Message, None, None]:
+        for message in self._ask(request, None):
+            if message["type"] == "stage":
+                value: Message = message["value"]
+                if value.get("stage") == "refused":
+                    raise RefusedError(value["message"], value["hint"], value["code"], value["field"])
+                yield value
+
     def holds(self, base: str) -> bool:
         """Whether the process lives and was last asked for this base, so that an answer begins at once."""
         child = self._child
@@ -195,6 +269,9 @@ class Inference:
             self._end()
 
     def _ask(self, request: Message, base: str | None) -> Generator[Message, None, None]:
+        bases.checked(self.home, request["base"])
+        bases.check_adapter(self.home, request["adapter"] if request["op"] == "count" else {})
+        demo.check_question(request.get("sampling", {}))
         request = {"id": secrets.token_hex(8), **request}
         box: queue.Queue[Message | None] = queue.Queue()
         child = self._reach(request, base, box)
@@ -247,6 +324,7 @@ class Inference:
             if base is None or child.base in (None, base):
                 child.base = child.base or base
                 return child
+            child.rest(demo.patience())
             self._end()
         self._child = self._start(base)
         return self._child

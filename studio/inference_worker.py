@@ -1,8 +1,8 @@
 """The process that holds one base model: JSON lines in, JSON lines out, ends when its input ends.
 
-In: `{"id", "op": "generate" | "mix" | "rank_errors" | "count" | "cancel", ...}`. Out: `{"id", "type":
-"progress" | "piece" | "result" | "done" | "error", ...}`. Requests are answered one after the other; `cancel` is heard
-at once.
+In: `{"id", "op": "generate" | "mix" | "rank_errors" | "count" | "tokens" | "estimate" | "methods" | "cancel", ...}`.
+Out: `{"id", "type": "progress" | "piece" | "stage" | "result" | "done" | "error", ...}`. Requests are answered one
+after the other; `cancel` is heard at once.
 """
 
 from __future__ import annotations
@@ -83,6 +83,12 @@ class Server:
                 self._rank_errors(request, message)
             elif message["op"] == "count":
                 self._count(request, message)
+            elif message["op"] == "tokens":
+                self._tokens(request, message)
+            elif message["op"] == "estimate":
+                self._estimate(request, message)
+            elif message["op"] == "methods":
+                self._methods(request, message)
         except EngineError as error:
             self.send({"id": request, **error.to_event()})
         except Exception as error:
@@ -204,6 +210,52 @@ class Server:
         task, options = message.get("task", "causal_lm"), message.get("options")
         value = count(message["base"], message["adapter"], task, options)
         self.send({"id": request, "type": "result", "value": value})
+
+    def _tokens(self, request: str, message: Message) -> None:
+        """Rows as the tokens that a run would see; needs a tokenizer, and no base in memory."""
+        from engine import preview
+
+        def progress(phase: str, fraction: float | None, text: str) -> None:
+            self._tell(request, phase, fraction, text)
+
+        reader = preview.reader(
+            message["base"],
+            message["task"],
+            message["options"],
+            message["max_length"],
+            message["loss_on"],
+            progress,
+        )
+        give = preview.shown if message["want"] == "rows" else preview.lengths
+        self.send({"id": request, "type": "result", "value": {"rows": give(reader, message["examples"])}})
+
+    def _estimate(self, request: str, message: Message) -> None:
+        """A job's costs before it starts; a job that cannot run is a stage too, with the setting to blame."""
+        from engine.memory.preview import culprit, stages
+        from engine.train.job import JobSpec
+
+        spec = JobSpec.from_dict(message["spec"])
+        try:
+            self._send_stages(request, stages(spec, lambda: self._wanted(request)))
+        except EngineError as error:
+            value = {**error.to_event(), "stage": "refused", "field": culprit(spec, error)}
+            self._send_stages(request, [value])
+
+    def _methods(self, request: str, message: Message) -> None:
+        from engine.memory.preview import methods
+        from engine.train.job import JobSpec
+
+        spec = JobSpec.from_dict(message["spec"])
+        self._send_stages(request, methods(spec, message["adapters"], lambda: self._wanted(request)))
+
+    def _wanted(self, request: str) -> bool:
+        """Whether somebody still waits for this request, and nobody else for an answer: foretelling can wait."""
+        return request not in self.cancelled and self.requests.empty()
+
+    def _send_stages(self, request: str, found: Iterable[Message]) -> None:
+        for value in found:
+            self.send({"id": request, "type": "stage", "value": value})
+        self.send({"id": request, "type": "done"})
 
 
 def main() -> int:

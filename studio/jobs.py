@@ -16,15 +16,19 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+from engine import threads
 from engine.errors import ConfigError
 from engine.paths import inside
 from engine.train.job import JobSpec
-from studio import process, states
+from studio import bases, demo, process, states, visitors
 from studio.lock import OwnerLock
 from studio.storage import Storage
 from studio.store import Row, StateError, Store, UnknownError, is_run_id, new_run_id
 
 logger = logging.getLogger("studio.jobs")
+
+MOST_PROCESSES = 64
+"""Of one run on one machine."""
 
 
 class Jobs:
@@ -62,15 +66,32 @@ class Jobs:
     # What the pages ask for
 
     def folder(self, run_id: str) -> Path:
-        """`home/runs/<id>`, for an id of the right shape."""
+        """`home/runs/<id>`, for an id of the right shape; of a visitor's own runs only."""
+        self.store.permit(run_id)
+        return self._place(run_id)
+
+    def _place(self, run_id: str) -> Path:
         return inside(self.home / "runs", run_id)
 
-    def submit(self, spec: JobSpec, dataset: str | None = None) -> str:
+    def submit(self, spec: JobSpec, dataset: str | None = None, processes: int = 1) -> str:
         """Write the run's folder with `spec.yaml` and queue it; returns the id.
 
+        Args:
+            spec: the job.
+            dataset: the data set that it learns from.
+            processes: how many share each step, one for each GPU; it is kept with the run.
+
         Raises:
-            ConfigError: the job would open files that nobody brought in.
+            ConfigError, UnsafeFileError: the job would open files that nobody brought in, or `processes` is no number.
+            DemoError: the demo does not do it.
         """
+        if not 1 <= processes <= MOST_PROCESSES:
+            raise ConfigError(f"processes is {processes}; needed: 1 to {MOST_PROCESSES}, one for each GPU.")
+        bases.checked(self.home, spec.model)
+        bases.check_adapter(self.home, spec.adapter)
+        if demo.active():
+            rows = self.store.dataset(dataset)["rows"] if dataset else 0
+            demo.check_job(spec, rows, [*self.store.runs(), *self.store.runs(deleted=True)])
         if spec.task == "captioning" and spec.training.sample_prompts:
             raise ConfigError(
                 "A run of the studio describes pictures that it holds back; it takes no sample_prompts, which are "
@@ -78,11 +99,11 @@ class Jobs:
                 "Leave sample_prompts out.",
             )
         run_id = new_run_id()
-        folder = self.folder(run_id)
+        folder = self._place(run_id)
         folder.mkdir(parents=True)
         try:
             spec.save(folder / "spec.yaml")
-            self.store.add_run(spec, dataset, run_id)
+            self.store.add_run(spec, dataset, run_id, processes)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -132,6 +153,7 @@ class Jobs:
             StateError: the run, or the one before which it should go, does not wait any more.
             ConfigError: `to` is none of these.
         """
+        demo.check_feature("shared")
         sql = "SELECT id FROM runs WHERE state = ? AND deleted_at IS NULL ORDER BY place, queued, rowid"
         # One transaction for looking and writing: two pages, or two servers, move one after the other.
         with self.store.exclusive() as db:
@@ -221,6 +243,7 @@ class Jobs:
         """One look: settle what has ended, press what will not stop, start the next."""
         for row in self.store.in_states(states.ACTIVE):
             if process.alive(row["pid"], row["pid_started"]):
+                self._limit(row)
                 self._press(row)
             else:
                 child = self._children.get(row["id"])
@@ -233,14 +256,15 @@ class Jobs:
                 self._start(waiting[0])
 
     def _loop(self, every: float) -> None:
-        while not self._closing.is_set():
-            try:
-                if self.lock.acquire():
-                    self.tick()
-            except Exception:
-                logger.exception("The queue met an error; it goes on.")
-            self._wake.wait(every)
-            self._wake.clear()
+        with visitors.everyone():
+            while not self._closing.is_set():
+                try:
+                    if self.lock.acquire():
+                        self.tick()
+                except Exception:
+                    logger.exception("The queue met an error; it goes on.")
+                self._wake.wait(every)
+                self._wake.clear()
 
     def _start(self, row: Row) -> None:
         run_id = row["id"]
@@ -249,7 +273,7 @@ class Jobs:
         )
         if not moved:
             return
-        environment = process.environment(self.home, row["spec"]["training"].get("threads"))
+        environment = process.environment(self.home, _threads(row))
         try:
             with (self.folder(run_id) / "worker.log").open("ab") as log:
                 child = subprocess.Popen(
@@ -265,6 +289,13 @@ class Jobs:
             return
         self._children[run_id] = child
         self.store.update_run(run_id, pid=child.pid, pid_started=process.started_at(child.pid))
+
+    def _limit(self, row: Row) -> None:
+        """A run that has had its time in the demo is stopped and keeps what it has."""
+        why = demo.overdue(row)
+        if why and row["state"] in (states.STARTING, states.RUNNING):
+            self.store.add_event(row["id"], {"type": "warning", "message": why})
+            self.stop(row["id"])
 
     def _press(self, row: Row) -> None:
         """A run that was asked to stop and still lives after its grace gets TERM, then KILL."""
@@ -359,6 +390,14 @@ def _moved(order: list[str], run_id: str, to: Any) -> list[str]:
     else:
         raise ConfigError(f"`to` is {str(to)[:40]!r}.", "Say up, down, next, last, or the id of a run that waits.")
     return [*rest[:place], run_id, *rest[place:]]
+
+
+def _threads(row: Row) -> int | None:
+    """CPU threads of each of a run's processes; None leaves the choice to the machine."""
+    asked: int | None = row["spec"]["training"].get("threads")
+    if asked or row["processes"] == 1:
+        return asked
+    return max(1, threads.available_cores() // int(row["processes"]))
 
 
 def _status(child: subprocess.Popen[bytes]) -> int | None:

@@ -34,9 +34,11 @@ class Pages(gr.Blocks):
 
     Attributes:
         drawn: language -> the parts of the configuration that the layout makes; none for English, which is our own.
+        later: see `studio.page.Page.later`.
     """
 
     drawn: dict[str, dict[str, Any]]
+    later: list[int]
     _own: dict[str, Any]
 
     @property

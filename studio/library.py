@@ -17,7 +17,7 @@ from typing import Any
 from engine.errors import CheckpointError, ConfigError, EngineError
 from engine.models.catalogue import canonical
 from engine.paths import inside
-from studio import adapter_files, process, scores, states
+from studio import adapter_files, process, scores, states, visitors
 from studio.jobs import Jobs
 from studio.store import Row, StateError, Store, UnknownError, free_colour
 
@@ -26,7 +26,7 @@ RUN, IMPORTED, MIXED, RESIZED = "run", "imported", "mixed", "resized"
 PAGE = 24
 _LONGEST_NAME = 120
 # An adapter whose run is in the bin, or gone, is not there; one of no run has no row in `runs`.
-_LISTED = "a.present = 1 AND (a.run_id IS NULL OR (r.id IS NOT NULL AND r.deleted_at IS NULL))"
+_LISTED = "mine(a.owner) AND a.present = 1 AND (a.run_id IS NULL OR (r.id IS NOT NULL AND r.deleted_at IS NULL))"
 _FROM = "FROM adapters a LEFT JOIN runs r ON r.id = a.run_id LEFT JOIN datasets d ON d.id = r.dataset"
 _FIELDS = "a.*, r.dataset AS dataset, d.name AS data_name"
 
@@ -55,7 +55,8 @@ class Library:
             list(states.FINISHED),
         )
         for row in list(rows):
-            self._take_in(row)
+            with visitors.acting(row["owner"]):
+                self._take_in(row)
 
     def _take_in(self, run: Row) -> None:
         folder, found = self.jobs.folder(run["id"]) / "adapter", None
@@ -73,7 +74,7 @@ class Library:
             known = next(iter(db.query("SELECT id FROM adapters WHERE run_id = ?", [run["id"]])), None)
             if known is None:
                 values |= {"id": new_adapter_id(), "name": run["name"], "origin": RUN, "run_id": run["id"]}
-                values |= {"colour": run["colour"], "created": run["ended"] or time.time()}
+                values |= {"colour": run["colour"], "created": run["ended"] or time.time(), "owner": run["owner"]}
                 names = ", ".join(values)
                 db.conn.execute(
                     f"INSERT INTO adapters ({names}) VALUES ({', '.join('?' * len(values))})", list(values.values())
@@ -207,6 +208,7 @@ class Library:
             "colour": free_colour(used),
             "details": json.dumps({"whole": found.whole, **(details or {})}, ensure_ascii=False),
             "created": time.time(),
+            "owner": visitors.owner(),
         }
         with self.store.exclusive() as db:
             db.conn.execute(
@@ -283,19 +285,23 @@ class Library:
             ConfigError: the name cannot be one.
         """
         values = [checked_name(name), base, json.dumps(list(parts)), json.dumps(dict(settings)), time.time()]
+        values.append(visitors.owner())
         with self.store.exclusive() as db:
             db.conn.execute(
-                "INSERT INTO mixes (name, base, parts, settings, created) VALUES (?, ?, ?, ?, ?) ON CONFLICT(name) DO"
-                " UPDATE SET base = excluded.base, parts = excluded.parts, settings = excluded.settings,"
-                " created = excluded.created",
+                "INSERT INTO mixes (name, base, parts, settings, created, owner) VALUES (?, ?, ?, ?, ?, ?)"
+                " ON CONFLICT(owner, name) DO UPDATE SET base = excluded.base, parts = excluded.parts,"
+                " settings = excluded.settings, created = excluded.created",
                 values,
             )
-            found = db.conn.execute("SELECT id FROM mixes WHERE name = ?", [values[0]]).fetchone()
+            found = db.conn.execute(
+                "SELECT id FROM mixes WHERE name = ? AND owner = ?", [values[0], values[-1]]
+            ).fetchone()
         return int(found[0])
 
     def mixes(self) -> list[Row]:
         """Every mix, by name."""
-        return [_plain_mix(row) for row in self.store.db.query("SELECT * FROM mixes ORDER BY name COLLATE NOCASE")]
+        sql = "SELECT * FROM mixes WHERE mine(owner) ORDER BY name COLLATE NOCASE"
+        return [_plain_mix(row) for row in self.store.db.query(sql)]
 
     def mix(self, mix_id: int) -> Row:
         """One mix, its `parts` without adapters that are gone; `missing` counts those.
@@ -304,7 +310,11 @@ class Library:
             UnknownError: there is no such mix.
         """
         whole = isinstance(mix_id, int | float) and not isinstance(mix_id, bool) and abs(mix_id) < 2**53
-        found = list(self.store.db.query("SELECT * FROM mixes WHERE id = ?", [int(mix_id)])) if whole else []
+        found = (
+            list(self.store.db.query("SELECT * FROM mixes WHERE id = ? AND mine(owner)", [int(mix_id)]))
+            if whole
+            else []
+        )
         if not found:
             raise UnknownError(f"There is no mix {str(mix_id)[:40]!r}.", "Choose one of the list.")
         row, there = _plain_mix(found[0]), []

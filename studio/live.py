@@ -327,7 +327,7 @@ def wire(page: Page, live: Live, form: gr.Column) -> None:
 
     def again(run_id: str) -> tuple[Any, str]:
         row = store.run(run_id)
-        return message(spec=row["spec"], dataset=row["dataset"]), ""
+        return message(spec=row["spec"], dataset=row["dataset"], run=run_id), ""
 
     live.again.click(again, page.run, [page.recipe, page.run], **HIDDEN)
 

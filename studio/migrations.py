@@ -144,6 +144,38 @@ def runs_page(db: Database) -> None:
         db.execute("UPDATE runs SET place = ? WHERE id = ?", [place, run_id])
 
 
+@_step("0007_data")
+def data_sets(db: Database) -> None:
+    # A data set is a file with what was decided about its rows. `file` is the fingerprint of the file, `replaced` is 1
+    # for a version that another stands for, `events` tell the history of all versions of one file.
+    for column in (
+        "file TEXT NOT NULL DEFAULT ''",
+        "file_name TEXT NOT NULL DEFAULT ''",
+        "fixes TEXT NOT NULL DEFAULT '{}'",
+        "replaced INTEGER NOT NULL DEFAULT 0",
+        "deleted_at REAL",
+    ):
+        db.execute(f"ALTER TABLE datasets ADD COLUMN {column}")
+    db.execute("UPDATE datasets SET file = id, file_name = name")
+    _table(db, "datasets").create_index(["file"])
+    db.execute(
+        "CREATE TABLE dataset_events (id INTEGER PRIMARY KEY AUTOINCREMENT, file TEXT NOT NULL, dataset TEXT NOT NULL,"
+        " time REAL NOT NULL, kind TEXT NOT NULL, data TEXT NOT NULL)"
+    )
+    _table(db, "dataset_events").create_index(["file"])
+
+
+@_step("0008_train")
+def train(db: Database) -> None:
+    # `machine` says where a run trained: how long a step takes there says nothing of another.
+    db.execute("ALTER TABLE runs ADD COLUMN machine TEXT")
+    db.execute("ALTER TABLE runs ADD COLUMN processes INTEGER NOT NULL DEFAULT 1")
+    db.execute(
+        "CREATE TABLE presets (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, task TEXT NOT NULL,"
+        " recipe TEXT NOT NULL, created REAL NOT NULL, deleted_at REAL)"
+    )
+
+
 @_step("0009_compare")
 def compare(db: Database) -> None:
     # `kind` is `answers` or `grid`; `picture` is the file that was asked about.
@@ -158,3 +190,18 @@ def compare(db: Database) -> None:
         " NULL, choice TEXT, created REAL NOT NULL, voted REAL)"
     )
     _table(db, "votes").create_index(["base", "choice"])
+
+
+@_step("0010_demo")
+def demo(db: Database) -> None:
+    # "" is everyone's: only demo mode keeps visitors apart. A mix's name is unique among its owner's.
+    for name in ("runs", "datasets", "adapters", "comparisons", "votes", "presets", "mixes", "works"):
+        db.execute(f"ALTER TABLE {name} ADD COLUMN owner TEXT NOT NULL DEFAULT ''")
+    # Rebuilt whole, for SQLite cannot take a column's UNIQUE away; columns that other steps added stay.
+    mixes = _table(db, "mixes")
+    schema = mixes.schema.replace("NOT NULL UNIQUE", "NOT NULL")
+    db.execute("ALTER TABLE mixes RENAME TO mixes_before")
+    db.execute(schema)
+    db.execute("INSERT INTO mixes SELECT * FROM mixes_before")
+    db.execute("DROP TABLE mixes_before")
+    mixes.create_index(["owner", "name"], unique=True)

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from studio import charts
-from studio.charts import Curve, Points
+from studio.charts import Curve
 from studio.i18n import N_, t
+from studio.points import Points
 from studio.store import Row, Store
 
 MOST = 12

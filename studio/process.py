@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import signal
 import time
 from pathlib import Path
@@ -25,6 +26,12 @@ def environment(home: Path, count: int | None = None) -> dict[str, str]:
         "STUDIO_HOME": str(home),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")])),
     }
+
+
+def machine() -> str:
+    """This machine in a few words that stay the same until it changes: what a measured time holds for."""
+    memory = round(psutil.virtual_memory().total / 2**30)
+    return f"{platform.system()} {platform.machine()}, {threads.available_cores()} cores, {memory} GiB"
 
 
 def started_at(pid: int) -> float | None:

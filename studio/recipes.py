@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, EngineError, TargetError
 from engine.models.catalogue import BUILTIN
-from engine.train.job import TASKS, JobSpec
+from engine.train.job import TASKS, DataSpec, JobSpec
 from studio import forms, presets
 from studio.datasets import usable
+from studio.i18n import N_
 from studio.store import Row
 
 METHOD = "lora"
 FULL = presets.Method(
     name="full",
-    title="Full fine-tuning",
-    meaning="Every weight of the base learns; what is kept is a whole model.",
-    when="To see what an adapter gives up, or when the base is small and everything about it should change.",
+    title=N_("Full fine-tuning"),
+    meaning=N_("Every weight of the base learns; what is kept is a whole model."),
+    when=N_("To see what an adapter gives up, or when the base is small and everything about it should change."),
     paper="",
     fields=(),
     training={"learning_rate": 0.00005},
 )
 """The one entry among the methods that is no adapter."""
+NO_DATA = DataSpec(path="-")
+"""Stands in a job whose rows are chosen later."""
 COUNTED = ("train_text_encoder",)
 """Options of tasks that change how many parameters learn."""
 
@@ -194,4 +198,47 @@ def shown_values(recipe: Mapping[str, Any]) -> dict[tuple[str, str, str], Any]:
             part = "adapter" if owned.method else "options" if owned.task else "training"
             value = recipe[part].get(owned.field.name, forms.read_default(owned.field))
             found[owned.key] = forms.show(owned.field, value)
+    return found
+
+
+def adapters(values: Sequence[Any]) -> list[dict[str, Any]]:
+    """Each method's `adapter` section as its fields stand in the form, in order; what cannot be read is left out.
+
+    `values` are the widgets' of `fields()`.
+    """
+    found = []
+    pairs = list(zip(fields(), values, strict=True))
+    for method in methods():
+        if method is FULL:
+            continue
+        own = [(owned.field, value) for owned, value in pairs if owned.method == method.name]
+        try:
+            read = forms.read_all([field for field, _ in own], [value for _, value in own])
+        except ConfigError:
+            read = {field.name: forms.read_default(field) for field, _ in own}
+        found.append({"method": method.name, **{key: value for key, value in read.items() if value is not None}})
+    return found
+
+
+_NAMED = re.compile(r"(?:- )?(?:(?:training|adapter|data|options)\.)?([a-z_0-9]+)(?:=\S+)? (?!=)")
+_ELSEWHERE = {"full": "method", "model": "base", "target_modules": "target_modules"}
+
+
+def faulty(fault: EngineError, task: str | None, method: str | None) -> dict[str, str]:
+    """Name of a setting that the form shows -> what an error says of it.
+
+    Every line of an error of the engine's or of the form's begins with the setting's exact name, which is all that is
+    relied on here. `quantization`, `eval_split`, `method`, `base` and `task` are the head's.
+    """
+    shown = {
+        owned.field.name for owned in fields() if task in presets.tasks() and owned.shows(task_of(task), method or "")
+    } | {"quantization", "eval_split", "method", "base", "task"}
+    found: dict[str, str] = {}
+    for line in fault.message.splitlines():
+        match = _NAMED.match(line)
+        name = _ELSEWHERE.get(match[1], match[1]) if match else ""
+        if name in shown:
+            found.setdefault(name, line.removeprefix("- "))
+    if not found and fault.code == TargetError.code and "target_modules" in shown:
+        found = {"target_modules": fault.message}
     return found

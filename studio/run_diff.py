@@ -74,7 +74,7 @@ def lines(specs: Sequence[Mapping[str, Any]], data: Sequence[str | None] = ()) -
 
 def of_runs(store: Store, rows: Sequence[Row]) -> list[Line]:
     """The settings of these runs; data sets by the names that they have in the studio."""
-    known = dict(store.db.execute("SELECT id, name FROM datasets").fetchall())
+    known = dict(store.db.execute("SELECT id, name FROM datasets WHERE mine(owner)").fetchall())
     used = {row["dataset"]: known[row["dataset"]] for row in rows if row["dataset"] in known}
     names = [*used.values()]
     told_apart = {key: f"{name} ({key[:6]})" if names.count(name) > 1 else name for key, name in used.items()}

@@ -8,13 +8,14 @@ from pathlib import Path
 from engine.models.catalogue import BUILTIN
 from engine.paths import REPOSITORY
 from engine.train.job import JobSpec
+from studio.i18n import N_
 
 FOLDER = REPOSITORY / "examples"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One button of the first page.
+    """One button of the first page; title, button and meaning are the keys of what `t` says.
 
     Attributes:
         name: a short stable name.
@@ -50,53 +51,67 @@ SAMPLES = {
     for sample in (
         Sample(
             "captain",
-            "A voice of the sea",
-            "Teach SmolLM2 the captain's voice",
-            "A real language model with 135 million parameters. Downloads about 93 MB once, then trains in about two"
-            " minutes on a laptop.",
+            N_("A voice of the sea"),
+            N_("Teach SmolLM2 the captain's voice"),
+            N_(
+                "A real language model with 135 million parameters. Downloads about 93 MB once, then trains in about"
+                " two minutes on a laptop."
+            ),
             "first_lora.yaml",
         ),
         Sample(
             "toy",
-            "A first look in a minute",
-            "Try the toy model",
-            "A toy that comes with the studio: no download, about a minute. Its answers are poor, its change is plain.",
+            N_("A first look in a minute"),
+            N_("Try the toy model"),
+            N_(
+                "A toy that comes with the studio: no download, about a minute. Its answers are poor, its change"
+                " is plain."
+            ),
             "first_lora_tiny.yaml",
         ),
         Sample(
             "old-english",
-            "Text into other text",
-            "Teach old English",
-            "A toy T5 that turns old English into modern learns the way back. About half a minute.",
+            N_("Text into other text"),
+            N_("Teach old English"),
+            N_("A toy T5 that turns old English into modern learns the way back. About half a minute."),
             "translate_tiny.yaml",
         ),
         Sample(
             "captions",
-            "What a picture shows",
-            "Teach longer captions",
-            "A toy BLIP that names emoji learns to say on what ground they stand. About a quarter of a minute.",
+            N_("What a picture shows"),
+            N_("Teach longer captions"),
+            N_("A toy BLIP that names emoji learns to say on what ground they stand. About a quarter of a minute."),
             "captions_tiny.yaml",
         ),
         Sample(
             "pictures",
-            "A style of drawing",
-            "Teach blueprints",
-            "A toy Stable Diffusion that draws small emoji learns to draw them as blueprints. About two minutes.",
+            N_("A style of drawing"),
+            N_("Teach blueprints"),
+            N_("A toy Stable Diffusion that draws small emoji learns to draw them as blueprints. About two minutes."),
             "pictures_tiny.yaml",
         ),
         Sample(
             "topics",
-            "Which topic a question is about",
-            "Teach eight topics",
-            "A real text encoder (MiniLM) learns to sort questions. Downloads about 91 MB once, then half a minute.",
+            N_("Which topic a question is about"),
+            N_("Teach eight topics"),
+            N_(
+                "A real text encoder (MiniLM) learns to sort questions. Downloads about 91 MB once, then half a minute."
+            ),
             "topics_minilm.yaml",
         ),
         Sample(
             "preferences",
-            "The better of two answers",
-            "Teach a preference",
-            "The toy learns from pairs which answer is wanted (DPO): the captain's. About a minute.",
+            N_("The better of two answers"),
+            N_("Teach a preference"),
+            N_("The toy learns from pairs which answer is wanted (DPO): the captain's. About a minute."),
             "preference_tiny.yaml",
+        ),
+        Sample(
+            "functions",
+            N_("Code from what is wanted"),
+            N_("Teach short functions"),
+            N_("The toy learns to answer with a short Python function: the form, not to program. About a minute."),
+            "functions_tiny.yaml",
         ),
     )
 }

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import ConfigError
-from studio import process, scores, states
+from studio import process, scores, states, visitors
 from studio.faults import is_memory, memory_event
 from studio.jobs import Jobs
 from studio.store import Row, StateError, Store
@@ -113,7 +113,13 @@ class Scoring:
     # What is known
 
     def present(self) -> Row | None:
-        """The evaluation under way, with its `progress`; one whose process is gone is settled first."""
+        """This visitor's evaluation under way, with its `progress`; one whose process is gone is settled first."""
+        with visitors.everyone():
+            live = self._under_way()
+            owner = self.store.run(live["run_id"])["owner"] if live is not None else None
+        return live if live is not None and visitors.mine(owner) else None
+
+    def _under_way(self) -> Row | None:
         for row in self._rows("state IN (?, ?)", LIVE):
             if process.alive(row["pid"], row["pid_started"]):
                 return {**row, "progress": scores.read(self._output(row)).progress}
@@ -128,10 +134,12 @@ class Scoring:
 
     def newest(self, run_id: str) -> Row | None:
         """The run's newest evaluation, whatever became of it."""
+        self.store.permit(run_id)
         return next(iter(self._rows("run_id = ?", [run_id])), None)
 
     def scored(self, run_id: str) -> Row | None:
         """The run's newest evaluation that came to an end; `fresh` is false if the run was trained on since."""
+        self.store.permit(run_id)
         row = next(iter(self._rows("run_id = ? AND state = ?", [run_id, states.DONE])), None)
         return row and {**row, "fresh": row["version"] == _version(self.jobs.result(run_id))}
 
@@ -187,12 +195,14 @@ class Scoring:
 
     def _begin(self, row: Row, result: Path, asked: Mapping[str, int]) -> Row:
         """The row of a new evaluation; refused while another is under way."""
-        other = self.present()
+        self.present()
         with self.store.exclusive() as db:
-            busy = other or next(iter(db.query("SELECT * FROM scores WHERE state IN (?, ?)", LIVE)), None)
+            busy = next(iter(db.query("SELECT * FROM scores WHERE state IN (?, ?)", LIVE)), None)
             if busy is not None:
-                name = self.store.run(busy["run_id"])["name"]
-                raise StateError(f"The run {name!r} is being scored; one is scored at a time.", "Wait, or stop it.")
+                with visitors.everyone():
+                    run = self.store.run(busy["run_id"])
+                named = f"run {run['name']!r}" if visitors.mine(run["owner"]) else "run of another visitor"
+                raise StateError(f"The {named} is being scored; one is scored at a time.", "Wait, or stop it.")
             values = [row["id"], states.STARTING, json.dumps(asked), _version(result), time.time()]
             cursor = db.conn.execute(
                 "INSERT INTO scores (run_id, state, asked, version, created) VALUES (?, ?, ?, ?, ?)", values
@@ -203,8 +213,10 @@ class Scoring:
         """Wait for the process, so that it leaves no zombie, and keep what came of it though no page looks."""
         status = child.wait()
         try:
-            (row,) = self._rows("id = ?", [score["id"]])
-            self._settle(row, status)
+            with visitors.everyone():
+                # None where the run was swept away meanwhile.
+                for row in self._rows("id = ?", [score["id"]]):
+                    self._settle(row, status)
         except Exception:
             logger.exception("What came of an evaluation could not be kept.")
         finally:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 import gradio as gr
 
-from studio import api
+from studio import api, callbacks, demo
 from studio.context import Studio
 from studio.i18n import t
 from studio.languages import Pages, in_each_language, switch
@@ -23,10 +24,10 @@ def create_app(studio: Studio) -> Pages:
 
 def _page(studio: Studio) -> Pages:
     """The page in the language that is spoken now."""
-    # One day: a file that was uploaded but never used is no longer needed then. What is used is copied.
-    with Pages(title="Adapter Studio", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
+    with Pages(title="Adapter Studio", analytics_enabled=False, delete_cache=demo.cache_rule()) as blocks:
         saying = t("teach a model something small, and see what it changed")
         gr.HTML(f'<div class="brand"><b>Adapter Studio</b><span>{esc(saying)}</span>{switch()}</div>')
+        demo.banner()
         # First, so that no callback of the page takes one of their names.
         api.build(studio)
         run = gr.Textbox(visible="hidden", elem_id="run-id")
@@ -39,7 +40,10 @@ def _page(studio: Studio) -> Pages:
                     page.tab[module.ID] = tab
                     module.build(page)
         for module in TABS:
+            before = set(blocks.fns)
             module.wire(page)
+            if module.ID != START:
+                page.later += _loading(blocks, set(blocks.fns) - before)
             # Gradio selects the first tab when it draws the page; that must not take the place out of the address.
             when = "window.studioArrived && " if module.ID == START else ""
             page.tab[module.ID].select(
@@ -57,7 +61,14 @@ def _page(studio: Studio) -> Pages:
         arrival = blocks.load(arrive, None, [run, tabs], **HIDDEN)
         arrival.then(None, None, None, js="() => { window.studioArrived = true; }", **HIDDEN)
     _lighten(blocks, run)
-    return blocks
+    callbacks.tell_all(blocks)
+    blocks.later = page.later
+    return cast(Pages, blocks)
+
+
+def _loading(blocks: gr.Blocks, numbers: Iterable[int]) -> list[int]:
+    """Those of the callbacks that are called when the page has loaded."""
+    return sorted(number for number in numbers if any(event == "load" for _, event in blocks.fns[number].targets))
 
 
 def _lighten(blocks: gr.Blocks, place: gr.Component) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from studio import states
+from studio import states, visitors
 from studio.store import Row, Store
 
 logger = logging.getLogger("studio.storage")
@@ -69,6 +69,7 @@ class Storage:
         row = self.store.db.execute(
             "SELECT COALESCE(SUM(CASE WHEN deleted_at IS NULL THEN bytes END), 0),"
             " COALESCE(SUM(CASE WHEN deleted_at IS NOT NULL THEN bytes END), 0), SUM(measured IS NULL) FROM runs"
+            " WHERE mine(owner)"
         ).fetchone()
         return Room(int(row[0]), int(row[1]), int(row[2] or 0))
 
@@ -88,7 +89,8 @@ class Storage:
                         return
                     run_id = next(iter(self._asked))
                     del self._asked[run_id]
-                self._measure(run_id)
+                with visitors.everyone():
+                    self._measure(run_id)
         except Exception:
             logger.exception("The sizes of runs could not be measured.")
             with self._lock:

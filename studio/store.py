@@ -22,7 +22,7 @@ from sqlite_utils import Database
 from engine.errors import EngineError
 from engine.train.events import Event, stamp
 from engine.train.job import JobSpec
-from studio import states
+from studio import states, visitors
 from studio.migrations import migrations
 
 Row = dict[str, Any]
@@ -30,6 +30,9 @@ Row = dict[str, Any]
 RUN_ID = re.compile(r"run-[0-9a-f]{8}")
 DATASET_ID = re.compile(r"[0-9a-f]{16}")
 COMMANDS = ("stop", "pause", "checkpoint", "sample")
+
+_JSON = ("columns", "profile", "fixes")
+"""Columns of a data set that hold plain data."""
 
 _WAITING = f"FROM runs WHERE state = '{states.QUEUED}'"
 _FIRST_PLACE = f"(SELECT COALESCE(MIN(place), 1) - 1 {_WAITING})"
@@ -93,12 +96,21 @@ class Store:
             raise
         db.conn.commit()
 
+    def permit(self, run_id: str) -> None:
+        """Refuse a visitor what belongs to another visitor's run, as if there were no such run.
+
+        Raises:
+            UnknownError: it is another's.
+        """
+        if visitors.present() is not None:
+            self.run(run_id)
+
     def _rows(self, sql: str, values: Iterable[Any] = ()) -> list[Row]:
         return list(self.db.query(sql, tuple(values)))
 
     # Runs
 
-    def add_run(self, spec: JobSpec, dataset: str | None = None, run_id: str | None = None) -> str:
+    def add_run(self, spec: JobSpec, dataset: str | None = None, run_id: str | None = None, processes: int = 1) -> str:
         """A new queued run for `spec`, with a colour that the latest runs do not have; returns its id."""
         run_id, method = run_id or new_run_id(), "full" if spec.full else spec.adapter["method"]
         now = time.time()
@@ -106,8 +118,8 @@ class Store:
             used = [row["colour"] for row in db.query("SELECT colour FROM runs ORDER BY created DESC, rowid DESC")]
             colour = free_colour(used)
             db.execute(
-                "INSERT INTO runs (id, name, state, task, model, method, dataset, colour, spec, created, queued, place)"
-                f" VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, {_LAST_PLACE})",
+                "INSERT INTO runs (id, name, state, task, model, method, dataset, colour, spec, created, queued,"
+                f" processes, owner, place) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, {_LAST_PLACE})",
                 [
                     run_id,
                     spec.name or f"{method} {run_id[4:]}",
@@ -120,6 +132,8 @@ class Store:
                     json.dumps(spec.to_dict(), ensure_ascii=False),
                     now,
                     now,
+                    processes,
+                    visitors.owner(),
                 ],
             )
         return run_id
@@ -130,7 +144,7 @@ class Store:
         Raises:
             UnknownError: the id is malformed or names no run.
         """
-        found = self._rows("SELECT * FROM runs WHERE id = ?", [run_id]) if is_run_id(run_id) else []
+        found = self._rows("SELECT * FROM runs WHERE id = ? AND mine(owner)", [run_id]) if is_run_id(run_id) else []
         if not found:
             raise UnknownError(f"There is no run {str(run_id)[:40]!r}.", "Choose one on the Runs page.")
         return _plain_run(found[0])
@@ -138,14 +152,15 @@ class Store:
     def runs(self, deleted: bool = False) -> list[Row]:
         """Every run, newest first; those in the bin when `deleted`."""
         where = "NOT NULL" if deleted else "NULL"
-        sql = f"SELECT * FROM runs WHERE deleted_at IS {where} ORDER BY created DESC, rowid DESC"
+        sql = f"SELECT * FROM runs WHERE deleted_at IS {where} AND mine(owner) ORDER BY created DESC, rowid DESC"
         return [_plain_run(row) for row in self._rows(sql)]
 
     def in_states(self, wanted: Iterable[str]) -> list[Row]:
         """Runs in any of the states, in the order of the queue; the bin is left out."""
         wanted = tuple(wanted)
         marks = ", ".join("?" * len(wanted))
-        sql = f"SELECT * FROM runs WHERE deleted_at IS NULL AND state IN ({marks}) ORDER BY place, queued, rowid"
+        sql = f"SELECT * FROM runs WHERE deleted_at IS NULL AND mine(owner) AND state IN ({marks})"
+        sql += " ORDER BY place, queued, rowid"
         return [_plain_run(row) for row in self._rows(sql, wanted)]
 
     def update_run(self, run_id: str, **values: Any) -> None:
@@ -153,7 +168,7 @@ class Store:
         if isinstance(values.get("error"), Mapping):
             values["error"] = json.dumps(values["error"], ensure_ascii=False)
         assignments = ", ".join(f"{name} = ?" for name in values)
-        self.db.execute(f"UPDATE runs SET {assignments} WHERE id = ?", [*values.values(), run_id])
+        self.db.execute(f"UPDATE runs SET {assignments} WHERE id = ? AND mine(owner)", [*values.values(), run_id])
 
     def move(self, run_id: str, allowed: Iterable[str], to: str, **values: Any) -> bool:
         """Change the state only if it is one of `allowed` now and the run is not in the bin; True when it did.
@@ -165,7 +180,8 @@ class Store:
         marks = ", ".join("?" * len(allowed))
         with self.exclusive() as db:
             cursor = db.conn.execute(
-                f"UPDATE runs SET {assignments} WHERE id = ? AND deleted_at IS NULL AND state IN ({marks})",
+                f"UPDATE runs SET {assignments} WHERE id = ? AND deleted_at IS NULL AND mine(owner)"
+                f" AND state IN ({marks})",
                 [to, *values.values(), run_id, *allowed],
             )
         return bool(cursor.rowcount == 1)
@@ -182,7 +198,8 @@ class Store:
         with self.exclusive() as db:
             cursor = db.conn.execute(
                 f"UPDATE runs SET state = ?, resume = ?, queued = ?, place = {_LAST_PLACE}, ended = NULL, error = NULL,"
-                f" pid = NULL, pid_started = NULL WHERE id = ? AND deleted_at IS NULL AND state IN ({marks})",
+                " pid = NULL, pid_started = NULL WHERE id = ? AND deleted_at IS NULL AND mine(owner)"
+                f" AND state IN ({marks})",
                 [states.QUEUED, int(resume), now, run_id, *states.RESUMABLE],
             )
             if cursor.rowcount == 1:
@@ -208,7 +225,8 @@ class Store:
         marks = ", ".join("?" * len(states.FINISHED))
         with self.exclusive() as db:
             cursor = db.conn.execute(
-                f"UPDATE runs SET deleted_at = ? WHERE id = ? AND deleted_at IS NULL AND state IN ({marks})",
+                "UPDATE runs SET deleted_at = ? WHERE id = ? AND deleted_at IS NULL AND mine(owner)"
+                f" AND state IN ({marks})",
                 [time.time(), run_id if is_run_id(run_id) else None, *states.FINISHED],
             )
         if cursor.rowcount == 1:
@@ -261,11 +279,13 @@ class Store:
 
     def last_event_id(self, run_id: str) -> int:
         """The id of the run's newest event; 0 when there is none."""
+        self.permit(run_id)
         row = self.db.execute("SELECT MAX(id) FROM events WHERE run_id = ?", [run_id]).fetchone()
         return int(row[0] or 0)
 
     def since(self, run_id: str, last_id: int = 0, types: Iterable[str] = ()) -> list[Event]:
         """Events after `last_id`, oldest first, each with its `id`."""
+        self.permit(run_id)
         types = tuple(types)
         more = f" AND type IN ({', '.join('?' * len(types))})" if types else ""
         sql = f"SELECT * FROM events WHERE run_id = ? AND id > ?{more} ORDER BY id"
@@ -273,17 +293,20 @@ class Store:
 
     def events_after(self, run_id: str, last_id: int) -> list[tuple[int, str, int | None, float, str]]:
         """Events after `last_id` as (id, type, step, time, the rest as JSON), oldest first; for whoever reads many."""
+        self.permit(run_id)
         sql = "SELECT id, type, step, time, data FROM events WHERE run_id = ? AND id > ? ORDER BY id"
         rows: list[tuple[int, str, int | None, float, str]] = self.db.conn.execute(sql, [run_id, last_id]).fetchall()
         return rows
 
     def newest(self, run_id: str, kind: str) -> Event | None:
         """The run's newest event of one type."""
+        self.permit(run_id)
         rows = self._rows("SELECT * FROM events WHERE run_id = ? AND type = ? ORDER BY id DESC LIMIT 1", [run_id, kind])
         return _plain_event(rows[0]) if rows else None
 
     def by_step(self, run_id: str, kind: str) -> list[Event]:
         """One event a step in order of steps: after a resume, the newest row of a repeated step counts."""
+        self.permit(run_id)
         sql = (
             "SELECT * FROM events WHERE id IN (SELECT MAX(id) FROM events WHERE run_id = ? AND type = ?"
             " GROUP BY step) ORDER BY step"
@@ -294,6 +317,7 @@ class Store:
 
     def ask(self, run_id: str, command: str) -> None:
         """Leave a command for the worker, which looks once a step."""
+        self.permit(run_id)
         if command not in COMMANDS:
             raise StateError(f"There is no command {str(command)[:40]!r}.", f"Known: {', '.join(COMMANDS)}.")
         self.db.execute(
@@ -325,15 +349,16 @@ class Store:
     # Data sets
 
     def save_dataset(self, row: Row) -> None:
-        """Insert or replace a data set by its content hash."""
+        """Insert a data set, or change what `row` names of it."""
         plain = {
-            **row,
-            "columns": json.dumps(row["columns"]),
-            "profile": json.dumps(row["profile"], ensure_ascii=False),
+            name: json.dumps(value, ensure_ascii=False) if name in _JSON else value
+            for name, value in {"file": row["id"], **row, "owner": visitors.owner()}.items()
         }
-        names = ", ".join(plain)
+        names, changes = ", ".join(plain), ", ".join(f"{name} = excluded.{name}" for name in plain if name != "id")
         self.db.execute(
-            f"INSERT OR REPLACE INTO datasets ({names}) VALUES ({', '.join('?' * len(plain))})", list(plain.values())
+            f"INSERT INTO datasets ({names}) VALUES ({', '.join('?' * len(plain))})"
+            f" ON CONFLICT (id) DO UPDATE SET {changes}",
+            list(plain.values()),
         )
 
     def dataset(self, dataset_id: str) -> Row:
@@ -343,14 +368,16 @@ class Store:
             UnknownError: the id is malformed or names no data set.
         """
         known = isinstance(dataset_id, str) and DATASET_ID.fullmatch(dataset_id)
-        found = self._rows("SELECT * FROM datasets WHERE id = ?", [dataset_id]) if known else []
+        found = self._rows("SELECT * FROM datasets WHERE id = ? AND mine(owner)", [dataset_id]) if known else []
         if not found:
             raise UnknownError(f"There is no data set {str(dataset_id)[:40]!r}.", "Add one on the Data page.")
         return _plain_dataset(found[0])
 
     def datasets(self) -> list[Row]:
-        """Every data set, newest first."""
-        return [_plain_dataset(row) for row in self._rows("SELECT * FROM datasets ORDER BY created DESC, rowid DESC")]
+        """Every data set, newest first; not those in the bin, nor versions that another stands for."""
+        sql = "SELECT * FROM datasets WHERE deleted_at IS NULL AND replaced = 0 AND mine(owner)"
+        sql += " ORDER BY created DESC, rowid DESC"
+        return [_plain_dataset(row) for row in self._rows(sql)]
 
 
 def free_colour(used: Sequence[str]) -> str:
@@ -380,6 +407,7 @@ def _connect(path: Path) -> sqlite3.Connection:
                 raise
             time.sleep(0.05)
     connection.execute("PRAGMA synchronous=NORMAL")
+    connection.create_function("mine", 1, visitors.mine)
     return connection
 
 
@@ -392,4 +420,4 @@ def _plain_event(row: Row) -> Event:
 
 
 def _plain_dataset(row: Row) -> Row:
-    return {**row, "columns": json.loads(row["columns"] or "{}"), "profile": json.loads(row["profile"] or "{}")}
+    return {**row, **{name: json.loads(row[name] or "{}") for name in _JSON}}

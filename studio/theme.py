@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import gradio as gr
 from gradio.themes.utils import colors, sizes
 
@@ -37,6 +39,9 @@ def theme() -> gr.themes.Base:
         block_label_background_fill_dark="#1c2027",
         input_background_fill="#ffffff",
         input_background_fill_dark="#14171c",
+        color_accent=ACCENT,
+        input_placeholder_color="#66707f",
+        input_placeholder_color_dark="#8f99a8",
         input_border_width="1px",
         input_border_color="#b9c0ca",
         input_border_color_dark="#4a5361",
@@ -59,6 +64,7 @@ def theme() -> gr.themes.Base:
     )
 
 
+@functools.cache
 def css() -> str:
     """The studio's own style sheets (`assets/styles`), with a class for each colour that a slider may have."""
     sliders = "\n".join(f".mix-c{n} {{ --slider-color: {shade}; --c: {shade}; }}" for n, shade in enumerate(PALETTE))

@@ -1,94 +1,40 @@
-"""The Train form's widgets: laying them out, and filling them from a recipe. What they do is in `studio.tabs.train`."""
+"""The Train form: laying its widgets out, and filling them from a recipe. What they do is in `studio.tabs.train`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 from gradio.components import Component
 
-from studio import forms, live, presets, recipes
-from studio.i18n import t
+from studio import costs, forms, job_text, live, presets, recipes
+from studio.i18n import N_, t
 from studio.markup import esc
+from studio.own_presets import OwnPresets
 from studio.page import Page
+from studio.train_parts import HEAD_INFO, JobText, Keep, Parts
 
 TASK, METHOD = "causal_lm", recipes.METHOD
 START_PRESET = "quick-look"
 GROUPS = {
-    "adapter": "Adapter",
-    "optimisation": "Optimisation",
-    "memory": "Memory and speed",
-    "checks": "Checks and samples",
+    "adapter": N_("Adapter"),
+    "optimisation": N_("Optimisation"),
+    "memory": N_("Memory and speed"),
+    "checks": N_("Checks and samples"),
 }
 QUANTIZATIONS = (
-    ("as it is (none)", "none"),
-    ("4 bits (nf4)", "nf4"),
-    ("4 bits, older kind (fp4)", "fp4"),
-    ("8 bits (int8)", "int8"),
+    (N_("as it is (none)"), "none"),
+    (N_("4 bits (nf4)"), "nf4"),
+    (N_("4 bits, older kind (fp4)"), "fp4"),
+    (N_("8 bits (int8)"), "int8"),
 )
-
-
-@dataclass
-class Parts:
-    """The widgets of the form, and the live part.
-
-    Attributes:
-        widgets: key of a field (see `recipes.Owned`) -> its widget.
-        presets: task -> the choice among its presets, one of which is in view. Each has choices of its own that never
-            change: a widget refuses a value that was sent before its choices changed.
-        preset: the name of the one that is chosen.
-        rows: whose fields a row holds (a method's name, a task's name) and the row.
-        before: what training settings were before the method changed them.
-    """
-
-    form: gr.Column
-    dataset: gr.Dropdown
-    task: gr.Dropdown
-    base: gr.Dropdown
-    presets: dict[str, gr.Radio]
-    preset: gr.State
-    method: gr.Dropdown
-    about: gr.HTML
-    meaning: gr.HTML
-    eval_split: gr.Number
-    name: gr.Textbox
-    quantization: gr.Dropdown
-    widgets: dict[tuple[str, str, str], Component]
-    rows: list[tuple[str, str, gr.Row]]
-    before: gr.State
-    count: gr.HTML
-    same: gr.Code
-    fault: gr.HTML
-    start: gr.Button
-    to_data: gr.Button
-    live: live.Live
-
-    @property
-    def head(self) -> list[Component]:
-        """What `read_form` takes first."""
-        return [
-            self.dataset,
-            self.task,
-            self.base,
-            self.preset,
-            self.eval_split,
-            self.name,
-            self.quantization,
-            self.method,
-        ]
-
-    @property
-    def values(self) -> list[Component]:
-        """The fields' widgets in order."""
-        return [self.widgets[owned.key] for owned in recipes.fields()]
 
 
 def about(method: presets.Method) -> str:
     """What a method does and when to take it, with its paper."""
-    link = f'<a href="{esc(method.paper)}" target="_blank" rel="noopener">paper</a>' if method.paper else ""
-    return f'<p class="st-hint">{esc(method.meaning)} <b>When:</b> {esc(method.when)} {link}</p>'
+    link = f'<a href="{esc(method.paper)}" target="_blank" rel="noopener">{esc(t("paper"))}</a>' if method.paper else ""
+    return f'<p class="st-hint">{esc(t(method.meaning))} <b>{esc(t("When:"))}</b> {esc(t(method.when))} {link}</p>'
 
 
 def build(page: Page) -> Parts:
@@ -131,34 +77,34 @@ def build(page: Page) -> Parts:
                 place(owned)
 
     with gr.Column() as form:
-        gr.HTML('<h2 class="page-title">What should learn, and how?</h2>')
+        gr.HTML(f'<h2 class="page-title">{esc(t("What should learn, and how?"))}</h2>')
         with gr.Row():
             dataset = gr.Dropdown(
                 recipes.datasets(page.studio.store.datasets()),
-                label="Data set",
-                info="What it learns from.",
+                label=t("Data set"),
+                info=t("What it learns from."),
                 elem_id="train-dataset",
             )
             task_field = gr.Dropdown(
-                [(item.title, item.name) for item in recipes.tasks()],
+                [(t(item.title), item.name) for item in recipes.tasks()],
                 value=TASK,
-                label="Task",
-                info="What it learns to do.",
+                label=t("Task"),
+                info=t(HEAD_INFO["task"]),
                 elem_id="train-task",
             )
             base = gr.Dropdown(
                 recipes.bases(task),
                 value=task.base,
                 allow_custom_value=True,
-                label="Base model",
-                info="Choose one, or type a hub id (owner/name) or a local folder.",
+                label=t("Base model"),
+                info=t(HEAD_INFO["base"]),
                 elem_id="train-base",
             )
         radios = {
             item.name: gr.Radio(
-                [(preset.title, preset.name) for preset in item.presets.values()],
+                [(t(preset.title), preset.name) for preset in item.presets.values()],
                 value=START_PRESET if item is task else None,
-                label="Preset",
+                label=t("Preset"),
                 elem_id=f"train-preset-{item.name}",
                 visible=item is task,
             )
@@ -166,48 +112,59 @@ def build(page: Page) -> Parts:
         }
         meaning = gr.HTML(esc(t(preset.meaning)), elem_classes="st-hint")
         method = gr.Dropdown(
-            [(item.title, item.name) for item in recipes.methods()],
+            [(item.title if item is not recipes.FULL else t(item.title), item.name) for item in recipes.methods()],
             value=METHOD,
-            label="Method",
-            info="How the base learns.",
+            label=t("Method"),
+            info=t(HEAD_INFO["method"]),
             elem_id="train-method",
         )
         explained = gr.HTML(about(recipes.method_of(METHOD)), elem_id="train-about")
         add_options("main")
         with gr.Row(elem_id="main-fields"):
             add("main")
-        count = gr.HTML('<div class="st-count">&nbsp;</div>', elem_id="train-count")
-        with gr.Accordion("Advanced", open=False):
+        cost = gr.HTML(costs.card({}, t("measured after the first steps")), elem_id="train-count")
+        remedy = gr.Button("", visible=False, variant="primary", elem_id="train-remedy")
+        with gr.Accordion(t("What each method costs here"), open=False, elem_id="train-methods") as compared:
+            table = gr.HTML(costs.methods([], METHOD))
+        with gr.Accordion(t("Advanced"), open=False) as advanced:
             for group, title in GROUPS.items():
-                gr.HTML(f"<h3>{title}</h3>")
+                gr.HTML(f"<h3>{esc(t(title))}</h3>")
                 add_options(group)
                 with gr.Row(elem_classes="fields"):
                     add(group)
                     if group == "memory":
                         quantization = gr.Dropdown(
-                            list(QUANTIZATIONS),
+                            [(t(text), value) for text, value in QUANTIZATIONS],
                             value=recipe["quantization"],
-                            label="Memory of the base (quantization)",
-                            info="Fewer bits: a larger base fits, and answers a little worse.",
+                            label=t("Memory of the base (quantization)"),
+                            info=t(HEAD_INFO["quantization"]),
                             elem_id="field-quantization",
+                        )
+                        processes = gr.Number(
+                            1,
+                            precision=0,
+                            minimum=1,
+                            step=1,
+                            label=t("GPUs (processes)"),
+                            info=t("So many share every step; the curve is that of one, and comes sooner."),
+                            visible=False,
+                            elem_id="field-processes",
                         )
                     if group == "checks":
                         eval_split = gr.Number(
                             recipe["eval_split"],
                             step=0.01,
-                            label="Rows held back (eval_split)",
-                            info="Share of the rows that is only for checking, 0 to 0.5.",
+                            label=t("Rows held back (eval_split)"),
+                            info=t(HEAD_INFO["eval_split"]),
+                            elem_id="field-eval_split",
                         )
-        with gr.Accordion("The same as a command", open=False):
-            gr.HTML(
-                '<p class="st-hint">Save as job.yaml, then '
-                "<code>python -m engine train job.yaml --out my-run</code></p>"
-            )
-            same = gr.Code(language="yaml", show_label=False, interactive=False)
-        name = gr.Textbox(label="Name of the run", placeholder="From the data set and the preset", max_length=80)
-        fault = gr.HTML(visible=False)
-        start = gr.Button("Train", variant="primary", visible=False, elem_id="train-start")
-        to_data = gr.Button("Choose a data set first", variant="primary", elem_id="train-to-data")
+        own, keep = _keep(page)
+        text = _text()
+        name = gr.Textbox(label=t("Name of the run"), placeholder=t("From the data set and the preset"), max_length=80)
+        diff = gr.HTML(visible=False, elem_id="train-diff")
+        fault = gr.HTML(visible=False, elem_id="train-fault")
+        start = gr.Button(t("Train"), variant="primary", visible=False, elem_id="train-start")
+        to_data = gr.Button(t("Choose a data set first"), variant="primary", elem_id="train-to-data")
     return Parts(
         form=form,
         dataset=dataset,
@@ -224,13 +181,91 @@ def build(page: Page) -> Parts:
         widgets=widgets,
         rows=rows,
         before=gr.State(None),
-        count=count,
-        same=same,
+        own=own,
+        cost=cost,
+        remedy=remedy,
+        changes=gr.State(None),
+        costs=compared,
+        methods=table,
+        opened=gr.State(False),
+        advanced=advanced,
+        processes=processes,
+        text=text,
+        keep=keep,
+        origin=gr.State(None),
+        diff=diff,
+        marked=gr.State([]),
+        refused=gr.State([]),
         fault=fault,
         start=start,
         to_data=to_data,
         live=live.build(),
     )
+
+
+def _keep(page: Page) -> tuple[gr.Dropdown, Keep]:
+    """The presets of the person's own: the list, and keeping the form as another one."""
+    choices = own_choices(page)
+    with gr.Accordion(t("Presets of your own"), open=False, elem_id="train-own"):
+        own = gr.Dropdown(
+            choices,
+            value=None,
+            label=t("Your presets"),
+            info=t("Settings that you have kept. Using one fills the form; your rows stay chosen."),
+            elem_id="train-own-choice",
+            visible=bool(choices),
+        )
+        with gr.Row(elem_id="train-own-actions"):
+            use = gr.Button(t("Use it"), visible=bool(choices), elem_id="train-own-use")
+            delete = gr.Button(t("Delete it"), visible=bool(choices), elem_id="train-own-delete")
+            undo = gr.Button(t("Undo"), visible=False, elem_id="train-own-undo")
+        with gr.Row(equal_height=True):
+            name = gr.Textbox(
+                label=t("Keep this form as"),
+                placeholder=t("A name, for example: my support answers"),
+                max_length=80,
+                elem_id="train-own-name",
+                scale=3,
+            )
+            save = gr.Button(t("Keep"), elem_id="train-own-save", scale=1)
+        said = gr.HTML(visible=False, elem_id="train-own-said")
+    return own, Keep(name, save, use, delete, undo, said, gr.State(None))
+
+
+def own_choices(page: Page) -> list[tuple[str, int]]:
+    """The presets of the person's own as (what is shown, id)."""
+    titles = {task.name: t(task.title) for task in recipes.tasks()}
+    rows = OwnPresets(page.studio.store).rows()
+    return [(f"{row['name']} ({titles.get(row['task'], row['task'])})", row["id"]) for row in rows]
+
+
+def _text() -> JobText:
+    """The job as YAML and as a command; and a job's file into the form."""
+    with gr.Accordion(t("As a file and a command"), open=False, elem_id="train-text") as part:
+        gr.HTML(f'<p class="st-hint">{esc(t("The same job without the studio: save it as job.yaml, then run"))}</p>')
+        command = gr.Code(
+            job_text.command(), language="shell", show_label=False, interactive=False, elem_id="train-command"
+        )
+        same = gr.Code(
+            language="yaml", show_label=False, interactive=False, max_lines=24, elem_id="train-same",
+            buttons=["copy"],
+        )  # fmt: skip
+        with gr.Row():
+            save = gr.Button(t("Download job.yaml"), elem_id="train-save")
+            upload = gr.UploadButton(
+                t("Open a job.yaml"), file_types=[".yaml", ".yml", ".json"], elem_id="train-upload"
+            )
+        paste = gr.Textbox(
+            label=t("Or paste a job"),
+            info=t("It fills the form and starts nothing. Its data path is not opened: you choose the rows above."),
+            lines=3,
+            max_lines=12,
+            max_length=job_text.LONGEST + 1,
+            elem_id="train-paste",
+        )
+        take = gr.Button(t("Fill the form from it"), elem_id="train-take")
+        fault = gr.HTML(visible=False, elem_id="train-text-fault")
+    return JobText(part, same, command, save, upload, paste, take, fault)
 
 
 def filled(parts: Parts, recipe: Mapping[str, Any]) -> dict[Any, Any]:

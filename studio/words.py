@@ -6,18 +6,12 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engine import data
 from studio import states
-from studio.charts import histogram
-from studio.datasets import Checked
 from studio.i18n import N_, reported, t
-from studio.markup import badge, dot, error, esc, notice, number, seconds, table
+from studio.markup import badge, dot, esc, number, seconds, table
 from studio.pictures import thumbnail
 from studio.store import Row
 
-_SHOWN_ROWS = 5
-_SHOWN_PROBLEMS = 50
-_SHOWN_TEXT = 400
 _SHOWN_FRAMES = 24
 METRICS = {
     "accuracy": N_("Accuracy on rows held back (higher is better)"),
@@ -26,110 +20,11 @@ METRICS = {
     "reward_chosen": N_("Reward of the better answer"),
     "reward_rejected": N_("Reward of the worse answer"),
 }
-_UNITS = {"line": N_("line"), "row": N_("row"), "picture": N_("picture")}
-_DONE = {"skip": N_("skipped"), "fix": N_("mended, kept"), "note": N_("kept")}
 
 
 def metric(name: str) -> str:
     """What a chart of a metric is called."""
     return t(METRICS[name]) if name in METRICS else name.replace("_", " ").capitalize()
-
-
-def preview(prepared: data.Prepared) -> str:
-    """The first rows: grey is what the base reads, underlined what the adapter learns."""
-    rows = []
-    for example in prepared.examples[:_SHOWN_ROWS]:
-        rows.append([f'<span class="num">{example["line"]}</span>', _example(example)])
-    caption = t("First rows. Grey is read; underlined is learned.")
-    return table([_unit(prepared), t("text")], rows, caption)
-
-
-def _unit(prepared: data.Prepared) -> str:
-    """What a row is counted by."""
-    return t(_UNITS[prepared.unit]) if prepared.unit in _UNITS else prepared.unit
-
-
-def _example(example: Mapping[str, Any]) -> str:
-    if "messages" in example:
-        return "<br>".join(_turn(turn["role"], turn["content"]) for turn in example["messages"])
-    if "chosen" in example:
-        asked = "<br>".join(_turn(turn["role"], turn["content"]) for turn in example["prompt"])
-        better = _turn("assistant", t("better: {answer}", answer=example["chosen"]))
-        worse = _turn("", t("worse: {answer}", answer=example["rejected"]))
-        return f"{asked}<br>{better}<br>{worse}"
-    if "image" in example:
-        shown = thumbnail(example["image"], example["text"], 64)
-        return f'<span class="st-pictured">{shown} {_turn("assistant", example["text"])}</span>'
-    if "labels" in example:
-        classes = ", ".join(example["labels"]) or t("none")
-        return _turn("", example["text"]) + "<br>" + _turn("assistant", classes)
-    if "source" in example:
-        return _turn("", example["source"]) + "<br>" + _turn("assistant", example["target"])
-    if "prompt" in example:
-        return _turn("user", example["prompt"]) + "<br>" + _turn("assistant", example["completion"])
-    return _turn("assistant", example["text"])
-
-
-def _turn(role: str, text: str) -> str:
-    cut = text if len(text) <= _SHOWN_TEXT else text[:_SHOWN_TEXT] + " ..."
-    return f'<span class="{"learn" if role == "assistant" else "read"}">{esc(cut)}</span>'
-
-
-def problems(prepared: data.Prepared) -> str:
-    """What was skipped or mended, by line; kept and skipped add up to all rows."""
-    total = t(
-        "{kept} kept + {skipped} skipped = {total} rows",
-        kept=f"{prepared.kept:,}",
-        skipped=f"{prepared.skipped:,}",
-        total=f"{prepared.total:,}",
-    )
-    if not prepared.problems:
-        return notice("good", t("No problems found."), total)
-    shown = prepared.problems[:_SHOWN_PROBLEMS]
-    rows = [
-        [
-            f'<span class="num">{f"{item.line:,}" if item.line else ""}</span>',
-            esc(item.column),
-            esc(item.message),
-            t(_DONE[item.severity]) if item.severity in _DONE else "",
-        ]
-        for item in shown
-    ]
-    counts = ", ".join(f"{code} {count:,}" for code, count in prepared.counts.items())
-    more = sum(prepared.counts.values()) - len(shown)
-    tail = f'<p class="st-hint">{esc(t("and {count} more", count=f"{more:,}"))}</p>' if more > 0 else ""
-    return (
-        notice("warn", total, t("By cause: {counts}.", counts=counts), t("Training works with the rows that are kept."))
-        + '<div class="scroll" tabindex="0">'
-        + table([_unit(prepared), t("column"), t("problem"), t("what was done")], rows)
-        + "</div>"
-        + tail
-    )
-
-
-def lengths(prepared: data.Prepared) -> str:
-    """How long the rows are."""
-    shape = data.profile(prepared)["histogram"]
-    return histogram(shape["edges"], shape["counts"], t("Length of rows"), t("characters"))
-
-
-def recognised(found: Checked) -> str:
-    """What the file was recognised as, or what is missing."""
-    if found.fault is not None:
-        return error(found.fault, t("These rows cannot be used yet"))
-    if found.prepared is None or found.format is None:
-        return notice("warn", t("Which column is which?"), found.reason, t("Choose a format and its columns below."))
-    if found.guessed:
-        title = t("Is this right? {name} read as {format}", name=found.name, format=found.format)
-        return notice("warn", title, found.reason, t("If not, choose a format and its columns below."))
-    about = data.FORMATS[found.format].about
-    title = t(
-        "{name}: recognised as {format}, {kept} rows ready",
-        name=found.name,
-        format=found.format,
-        kept=f"{found.prepared.kept:,}",
-    )
-    return notice("good", title, found.reason or about)
 
 
 def run_head(row: Row, extra: Mapping[str, Any] | None = None, adapter: bool = False) -> str:

@@ -9,17 +9,19 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from engine.errors import EngineError
 from engine.paths import studio_home
 from engine.train.events import Event
 from engine.train.job import JobSpec
-from studio import process, states
+from studio import process, states, zero
 from studio.faults import is_memory, memory_event, unexpected_event
-from studio.store import Store
+from studio.store import Row, Store
 
 logger = logging.getLogger("studio.worker")
 
@@ -49,7 +51,9 @@ class StoreControl:
         self.store = store
         self.sink = sink
         self.terminated = False
-        signal.signal(signal.SIGTERM, self._terminate)
+        # ZeroGPU runs this in a thread of a process that it ends itself.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._terminate)
 
     def _terminate(self, number: int, frame: FrameType | None) -> None:
         if not self.sink.training:
@@ -67,14 +71,17 @@ def claim(store: Store, run_id: str) -> bool:
     started = process.started_at(pid)
     with store.exclusive() as db:
         cursor = db.conn.execute(
-            "UPDATE runs SET pid = ?, pid_started = ? WHERE id = ? AND state IN (?, ?) AND (pid IS NULL OR pid = ?)",
-            [pid, started, run_id, states.STARTING, states.STOPPING, pid],
+            "UPDATE runs SET pid = ?, pid_started = ?, machine = ?"
+            " WHERE id = ? AND state IN (?, ?) AND (pid IS NULL OR pid = ?)",
+            [pid, started, process.machine(), run_id, states.STARTING, states.STOPPING, pid],
         )
     return bool(cursor.rowcount == 1)
 
 
-def train(store: Store, run_id: str, folder: Path) -> int:
-    """Train the claimed run and set its final state; returns the exit status."""
+@zero.on_gpu
+def train(run_id: str, home: str) -> int:
+    """Train the claimed run and set its final state; returns the exit status. Plain arguments, for `zero.on_gpu`."""
+    store, folder = Store(Path(home)), Path(home) / "runs" / run_id
     row = store.run(run_id)
     sink = StoreSink(store, run_id)
     control = StoreControl(store, sink)
@@ -83,7 +90,18 @@ def train(store: Store, run_id: str, folder: Path) -> int:
         from engine.train import worker
 
         spec = JobSpec.from_file(folder / "spec.yaml")
-        final = worker.run(spec, folder, sink, control, resume=bool(row["resume"]))
+        others = _others(row, folder, _Failing(store, sink)) if row["processes"] > 1 else None
+        try:
+            final = worker.run(spec, folder, sink, control, resume=bool(row["resume"]))
+        except RuntimeError as error:
+            # A message between processes fails before it is known which of them has gone.
+            gone = others.failure(patience=5.0) if others else None
+            if gone is None:
+                raise
+            raise gone from error
+        finally:
+            if others:
+                others.finish()
         store.update_run(run_id, state=_AFTER[final], ended=time.time(), error=None)
         return 0
     except EngineError as error:
@@ -94,6 +112,29 @@ def train(store: Store, run_id: str, folder: Path) -> int:
         named = memory_event(error) if is_memory(error) else unexpected_event(error)
         _fail(store, sink, named)
     return 1
+
+
+class _Failing:
+    """Takes the error with which the run's other processes end this one, and keeps it as the run's."""
+
+    def __init__(self, store: Store, sink: StoreSink) -> None:
+        self.store = store
+        self.sink = sink
+
+    def emit(self, event: Event) -> None:
+        """Keep the error; this process ends at once after it."""
+        _fail(self.store, self.sink, event)
+
+
+def _others(row: Row, folder: Path, sink: _Failing) -> Any:
+    """Start the run's other processes: the engine's own command on the run's folder, in which only this one writes."""
+    from engine.train import parallel
+
+    job = folder / "spec.yaml"
+    command = [sys.executable, "-m", "engine", "train", str(job), "--out", str(folder), "--json"]
+    command += ["--threads", os.environ["OMP_NUM_THREADS"]] if "OMP_NUM_THREADS" in os.environ else []
+    command += ["--resume"] if row["resume"] else []
+    return parallel.start(row["processes"], "ddp", command, sink)
 
 
 def _fail(store: Store, sink: StoreSink, event: Event) -> None:
@@ -116,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     if not claim(store, run_id):
         logger.warning("Run %s is not waiting for a worker; nothing to do.", run_id)
         return 3
-    return train(store, run_id, home / "runs" / run_id)
+    return train(run_id, str(home))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ The truth is in the table `works`: the process writes its progress and its resul
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.paths import inside
-from studio import process, states
+from studio import process, states, visitors
 from studio.faults import is_memory, memory_event
 from studio.store import Row, StateError, Store, UnknownError
 
@@ -71,15 +72,18 @@ class Works:
         Raises:
             StateError: other work is under way.
         """
-        other = self.present()
+        self.present()
         work_id = work_id or self.reserve()
         with self.store.exclusive() as db:
-            busy = other or next(iter(db.query("SELECT * FROM works WHERE state IN (?, ?)", LIVE)), None)
+            busy = next(iter(db.query("SELECT * FROM works WHERE state IN (?, ?)", LIVE)), None)
+            if busy is not None and not visitors.mine(busy["owner"]):
+                raise StateError("Another visitor's work is under way; one thing is done at a time.", "Wait a moment.")
             if busy is not None:
                 raise StateError(f"{busy['title']!r} is under way; one thing is done at a time.", "Wait, or stop it.")
             values = [work_id, kind, title, json.dumps(dict(asked), ensure_ascii=False), states.STARTING, time.time()]
             db.conn.execute(
-                "INSERT INTO works (id, kind, title, asked, state, created) VALUES (?, ?, ?, ?, ?, ?)", values
+                "INSERT INTO works (id, kind, title, asked, state, created, owner) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                [*values, visitors.owner()],
             )
         try:
             with (self.folder(work_id) / "work.log").open("wb") as log:
@@ -113,13 +117,18 @@ class Works:
             UnknownError: the id is malformed or names none.
         """
         known = isinstance(work_id, str) and WORK_ID.fullmatch(work_id)
-        found = self._rows("id = ?", [work_id]) if known else []
+        found = self._rows("id = ? AND mine(owner)", [work_id]) if known else []
         if not found:
             raise UnknownError(f"There is no work {str(work_id)[:40]!r}.", "Start it on the Adapters page.")
         return found[0]
 
     def present(self) -> Row | None:
-        """The work under way; one whose process is gone is settled first."""
+        """The work under way, of this visitor; one whose process is gone is settled first, whosever it is."""
+        with visitors.everyone():
+            live = self._under_way()
+        return live if live is not None and visitors.mine(live["owner"]) else None
+
+    def _under_way(self) -> Row | None:
         for row in self._rows("state IN (?, ?)", LIVE):
             child = self._children.get(row["id"])
             if child is not None and child.poll() is None:
@@ -134,7 +143,7 @@ class Works:
     def newest(self) -> Row | None:
         """The newest work, whatever became of it; what is gone is settled."""
         self.present()
-        return next(iter(self._rows("1 = 1", [])), None)
+        return next(iter(self._rows("mine(owner)", [])), None)
 
     def log_tail(self, work_id: str) -> str:
         """The end of what the work's process wrote."""
@@ -167,7 +176,8 @@ class Works:
         """Wait for the process, so that it leaves no zombie."""
         status = child.wait()
         try:
-            self._settle(work_id, status)
+            with visitors.everyone(), contextlib.suppress(UnknownError):
+                self._settle(work_id, status)
         except Exception:
             logger.exception("What came of work on an adapter could not be kept.")
         finally:

@@ -45,7 +45,7 @@ def start(home: Path, *arguments: str, **environment: str) -> Running:
             stderr=stream,
         )
     address = f"http://127.0.0.1:{port}"
-    while time.monotonic() - began < 90:
+    while time.monotonic() - began < 240:
         assert process.poll() is None, log.read_text()
         try:
             if urllib.request.urlopen(address, timeout=2).status == 200:

@@ -34,6 +34,7 @@ NAMES = {
     "English",
     # Gradio's own, which it says in English only.
     "Click to upload or drop files",
+    "Reset to default value",
 }
 """What is called the same in every language."""
 

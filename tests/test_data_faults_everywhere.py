@@ -11,7 +11,7 @@ import pytest
 from engine.__main__ import main
 from engine.data import load
 from engine.errors import DataError
-from studio import words
+from studio import problem_words
 from studio.datasets import Datasets
 from studio.store import Store
 from tests.test_data_archives import million
@@ -114,7 +114,7 @@ def test_a_bad_row_is_listed_with_its_line_and_shown_in_the_studio(tmp_path: Pat
     sets = Datasets(Store(tmp_path / "home" / "studio.db"), tmp_path / "home")
     found = sets.bring_in(path).prepared
     assert found is not None and found.problems == prepared.problems
-    assert f'<span class="num">{line}</span>' in words.problems(found)
+    assert f'<span class="num">{line}</span>' in problem_words.problems(found)
 
 
 def test_labels_that_are_one_number_in_several_spellings(tmp_path: Path) -> None:
@@ -131,5 +131,5 @@ def test_files_that_are_not_looked_at_have_no_line_in_the_studio(tmp_path: Path)
     sets = Datasets(Store(tmp_path / "home" / "studio.db"), tmp_path / "home")
     found = sets.bring_in(zipped(tmp_path / "set.zip", {**BESIDE, "photo.heic": b"x"})).prepared
     assert found is not None and found.kept == found.total == 2
-    page = words.problems(found)
+    page = problem_words.problems(found)
     assert "photo.heic" in page and '<span class="num"></span>' in page

@@ -232,7 +232,7 @@ def test_metadata_that_names_what_is_not_there(tmp_path: Path) -> None:
     lines = "\n".join([*(json.dumps(row) for row in rows), "{broken"])
     prepared = load(zipped(tmp_path / "set.zip", {"a.png": png(), "b.png": png(), "metadata.jsonl": lines}))
     assert [example["text"] for example in prepared.examples] == ["one", "two"]
-    assert dict(prepared.counts) == {"no-picture": 4, "no-caption": 1}
+    assert dict(prepared.counts) == {"no-picture": 4, "no-caption": 1, "other-answer": 1}
 
 
 def test_a_reference_to_nothing(tmp_path: Path) -> None:

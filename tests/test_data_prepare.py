@@ -370,7 +370,7 @@ def test_profile_counts_every_row(tmp_path: Path) -> None:
     facts = profile(prepared)
     json.dumps(facts)
     assert (facts["rows"], facts["kept"], facts["skipped"]) == (403, 402, 1)
-    assert facts["problems"] == {"empty-conversation": 1, "duplicate": 1}
+    assert facts["problems"] == {"other-answer": 399, "empty-conversation": 1, "duplicate": 1}
     edges, counts = facts["histogram"]["edges"], facts["histogram"]["counts"]
     assert sum(counts) == 402 and len(edges) == len(counts) + 1 <= 31
     assert edges == sorted(set(edges)) and edges[0] == 2 and edges[-1] == 90_002

@@ -14,7 +14,7 @@ from engine.errors import DataError
 from engine.train.events import Recorder
 from engine.train.job import JobSpec
 from engine.train.worker import run
-from studio import datasets, words
+from studio import data_words, datasets
 
 CHAT_FORMATS = ("messages", "alpaca", "sharegpt", "oasst", "prompt_completion", "text")
 
@@ -254,7 +254,7 @@ def test_the_page_shows_each_format(tmp_path: Path) -> None:
     ]
     for given, first, shown in rows:
         prepared = prepare(table(tmp_path, given))
-        page = words.preview(prepared)
+        page = data_words.preview(prepared)
         assert all(word in page for word in shown)
         assert datasets.first_prompt({"profile": profile(prepared)}) == first
         assert profile(prepared)["characters"]["total"] > 0

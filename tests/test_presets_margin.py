@@ -70,6 +70,21 @@ CASES = {
     ("text_to_image", "dreambooth"): Case(
         0.01, {"max_steps": 30, "learning_rate": 0.002}, eval_split=0.1, options={"class_pictures": 2, "steps": 5}
     ),
+    ("preference", "conservative"): Case(0.1, {"max_steps": 8, "learning_rate": 0.005}),
+    ("preference", "aggressive"): Case(0.1, {"max_steps": 6, "learning_rate": 0.002}),
+    ("preference", "low-memory"): Case(0.3, {"max_steps": 6, "learning_rate": 0.005}),
+    ("seq2seq", "conservative"): Case(0.1, {"max_steps": 12, "learning_rate": 0.005}),
+    ("seq2seq", "aggressive"): Case(0.25, {"max_steps": 12, "learning_rate": 0.002}),
+    ("seq2seq", "low-memory"): Case(0.06, {"max_steps": 6, "learning_rate": 0.005}),
+    ("captioning", "conservative"): Case(1.0, {"max_steps": 12, "learning_rate": 0.005}),
+    ("captioning", "aggressive"): Case(2.0, {"max_steps": 12, "learning_rate": 0.002}),
+    ("captioning", "low-memory"): Case(1.0, {"max_steps": 6, "learning_rate": 0.005}),
+    ("text_to_image", "conservative"): Case(0.005, {"max_steps": 30, "learning_rate": 0.005}),
+    ("text_to_image", "aggressive"): Case(0.01, {"max_steps": 30, "learning_rate": 0.002}),
+    ("text_to_image", "low-memory"): Case(0.005, {"max_steps": 30, "learning_rate": 0.005}),
+    ("classification", "conservative"): Case(0.02, {"learning_rate": 0.002}),
+    ("classification", "aggressive"): Case(0.1),
+    ("classification", "low-memory"): Case(0.02, {"max_steps": 20, "learning_rate": 0.005}),
     ("classification", "quick-look"): Case(0.15),
     ("classification", "classify"): Case(0.1),
     ("classification", "every-layer"): Case(0.35),
@@ -115,8 +130,10 @@ def test_every_preset_has_a_case() -> None:
     assert set(CASES) == {(task, name) for task, form in presets.tasks().items() for name in form.presets}
 
 
-# Sixteen rows a step, one at a time, each recomputed.
-LONG = {("causal_lm", "low-memory")}
+# One row at a time, each recomputed; and the tasks' further recipes, whose every part another case has too.
+LONG = {(task, name) for task, name in CASES if name == "low-memory"} | {
+    (task, name) for task, name in CASES if task != "causal_lm" and name in ("conservative", "aggressive")
+}
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,8 @@ def left_behind(studio: Studio) -> str:
     assert live is not None
     os.kill(live["pid"], signal.SIGKILL)
     wait(lambda: state(studio, run) == states.FAILED)
+    # Whoever waits for the process has had his say too.
+    wait(lambda: not studio.scoring._children)
     studio.store.db.execute("UPDATE scores SET state = ?, error = NULL", [states.RUNNING])
     return run
 

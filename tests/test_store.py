@@ -209,7 +209,8 @@ def test_data_sets_and_comparisons_come_back_as_they_went_in(store: Store) -> No
     }
     store.save_dataset(row)
     store.save_dataset({**row, "rows": 4})
-    assert store.dataset("0123456789abcdef") == {**row, "rows": 4}
+    own = {"file": row["id"], "file_name": "", "fixes": {}, "replaced": 0, "deleted_at": None, "owner": ""}
+    assert store.dataset("0123456789abcdef") == {**row, **own, "rows": 4}
     assert len(store.datasets()) == 1
     comparisons = Comparisons(store, store.path.parent)
     comparisons.add(ANSWERS, "tiny-llama", "hello", {"seed": 1}, [{"who": None, "text": "hi"}])

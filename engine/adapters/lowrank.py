@@ -33,7 +33,7 @@ from engine.adapters.base import (
     master,
     target_faults,
 )
-from engine.adapters.starts import NAMES, is_start, start_of, takes_from_base
+from engine.adapters.starts import NAMES, check_start, is_start, start_of, takes_from_base
 from engine.errors import TargetError
 from engine.kernels import linear
 from engine.kernels.dropout import Dropout
@@ -236,6 +236,8 @@ class LowRankLinear(LowRankWeights):
     def _initialise(self, how: bool | str, weight: Tensor, module: str) -> None:
         a, b = self.lora_A.weight, self.lora_B.weight
         if a.is_meta:
+            if isinstance(how, str) and is_start(how):
+                check_start(how, weight, self.r, module)
             return
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         if how == "gaussian":

@@ -32,6 +32,27 @@ def takes_from_base(how: object) -> bool:
     return isinstance(how, str) and (how == "olora" or _PISSA.fullmatch(how) is not None)
 
 
+def check_start(how: str, weight: Tensor, r: int, module: str) -> None:
+    """What can be said against a start from the weight's type and shape alone, so on the meta device too.
+
+    Raises:
+        TargetError: W is quantised, or too small for r.
+    """
+    if how == "orthogonal":
+        return
+    if not weight.is_floating_point():
+        raise TargetError(
+            f"init_lora_weights={how!r} factors the base weight, and {module} is quantised.",
+            "Set init_lora_weights=True, or load the base in full or half precision.",
+        )
+    if r > min(weight.shape):
+        raise TargetError(
+            f"init_lora_weights={how!r} with r={r} needs a matrix with at least that many singular values; {module} is "
+            f"{tuple(weight.shape)}.",
+            "Lower r, or give this module a smaller one in rank_pattern.",
+        )
+
+
 def start_of(how: str, weight: Tensor, shape: tuple[int, int], r: int, scale: float, module: str) -> Pair:
     """(A, B) in float32.
 
@@ -45,17 +66,7 @@ def start_of(how: str, weight: Tensor, shape: tuple[int, int], r: int, scale: fl
     """
     if how == "orthogonal":
         return _orthogonal(*shape, r, module)
-    if not weight.is_floating_point():
-        raise TargetError(
-            f"init_lora_weights={how!r} factors the base weight, and {module} is quantised.",
-            "Set init_lora_weights=True, or load the base in full or half precision.",
-        )
-    if r > min(weight.shape):
-        raise TargetError(
-            f"init_lora_weights={how!r} with r={r} needs a matrix with at least that many singular values; {module} is "
-            f"{tuple(weight.shape)}.",
-            "Lower r, or give this module a smaller one in rank_pattern.",
-        )
+    check_start(how, weight, r, module)
     w = weight.detach().float()
     if not torch.isfinite(w).all():
         raise TargetError(f"{module} holds values that are not finite, so it cannot be factored.", "Load it again.")

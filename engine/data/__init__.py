@@ -16,6 +16,7 @@ from engine.data.errors import (
     EmptyError,
     EncodingError,
     FileError,
+    FixError,
     FormatError,
     JsonError,
     KindError,
@@ -25,17 +26,20 @@ from engine.data.errors import (
     PictureError,
     TooLargeError,
 )
+from engine.data.fixes import REMEDIES, version
+from engine.data.fixes import checked as checked_fixes
 from engine.data.formats import FORMATS, Format, FormatInfo, recognise
 from engine.data.images import open_picture
 from engine.data.ingest import KINDS, fingerprint, read
 from engine.data.prepare import Prepared, load, prepare
-from engine.data.split import split
+from engine.data.split import Leaks, leaks, split
 from engine.data.summary import profile
 from engine.data.table import Limits, Problem, Row, Table
 
 __all__ = [
     "FORMATS",
     "KINDS",
+    "REMEDIES",
     "ArchiveError",
     "ClassesError",
     "ColumnError",
@@ -43,11 +47,13 @@ __all__ = [
     "EmptyError",
     "EncodingError",
     "FileError",
+    "FixError",
     "Format",
     "FormatError",
     "FormatInfo",
     "JsonError",
     "KindError",
+    "Leaks",
     "Limits",
     "NotTakenError",
     "NothingLeftError",
@@ -58,7 +64,9 @@ __all__ = [
     "Row",
     "Table",
     "TooLargeError",
+    "checked_fixes",
     "fingerprint",
+    "leaks",
     "load",
     "open_picture",
     "prepare",
@@ -66,4 +74,5 @@ __all__ = [
     "read",
     "recognise",
     "split",
+    "version",
 ]

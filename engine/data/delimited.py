@@ -20,8 +20,12 @@ _SAMPLE_LINES = 200
 _RECOVERIES = 20
 
 
-def read_csv(name: str, text: str, limits: Limits, tab_named: bool = False) -> Table:
-    """Raises: DelimiterError, EmptyError, TooLargeError."""
+def read_csv(name: str, text: str, limits: Limits, tab_named: bool = False, level: bool = False) -> Table:
+    """A csv as a table; `level` cuts and fills rows to the header's width instead of leaving them out.
+
+    Raises:
+        DelimiterError, EmptyError, TooLargeError: see `engine.data.errors`.
+    """
     # The module-wide limit of the csv module (131,072) would cut off documents that ours allows; it only ever grows.
     csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))
     delimiter = _sniff(name, text)
@@ -43,7 +47,7 @@ def read_csv(name: str, text: str, limits: Limits, tab_named: bool = False) -> T
     if len(columns) > limits.max_columns:
         raise TooLargeError(f"{name} has {len(columns):,} columns; at most {limits.max_columns:,} are read.")
     table = Table("csv", columns, held_rows(), log, delimiter="" if delimiter == _ONE_COLUMN else delimiter)
-    _fill(name, table, body, limits)
+    _fill(name, table, body, limits, level)
     return table
 
 
@@ -95,7 +99,7 @@ def _records(name: str, text: str, delimiter: str, log: ProblemLog) -> Iterator[
         offset = start
 
 
-def _fill(name: str, table: Table, body: Iterator[tuple[int, list[str]]], limits: Limits) -> None:
+def _fill(name: str, table: Table, body: Iterator[tuple[int, list[str]]], limits: Limits, level: bool) -> None:
     scrub = Scrubber(limits, table.log)
     columns, width = table.columns, len(table.columns)
     ragged: list[int] = []
@@ -105,8 +109,13 @@ def _fill(name: str, table: Table, body: Iterator[tuple[int, list[str]]], limits
         if len(cells) != width:
             ragged.append(line)
             what = f"{len(cells)} cells, and the header has {width}."
+        if len(cells) != width and not level:
             table.log.skip(line, "", "ragged", f"{what} Is a {_label(table.delimiter)} in a text without quotes?")
         else:
+            if len(cells) != width:
+                done = "those beyond it were cut" if len(cells) > width else "the missing ones are empty"
+                table.log.fix(line, "", "ragged", f"{what[:-1]}; {done}.")
+                cells = (cells + [""] * width)[:width]
             clean = scrub.row(line, dict(zip(columns, cells, strict=True)))
             if clean is not None:
                 table.rows.append(Row(line, clean))

@@ -88,6 +88,12 @@ class NothingLeftError(DataError):
     code = "data-nothing-left"
 
 
+class FixError(DataError):
+    """A fix that does not exist, or not for this cause."""
+
+    code = "data-fix"
+
+
 class NotTakenError(FormatError):
     """The data's format is clear, and nothing that the run can learn from.
 

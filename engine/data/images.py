@@ -8,6 +8,7 @@ so no name in it can lead anywhere. A picture is known by a reference, `FOLDER/c
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import warnings
@@ -19,6 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from engine.data.encoding import decode
 from engine.data.errors import ArchiveError, EmptyError, FileError, PictureError, TooLargeError
+from engine.data.fixes import words
 from engine.data.sources import FolderSource, Source, ZipSource, read_member
 from engine.data.table import Limits, ProblemLog, Row, Table, safe_text
 
@@ -39,11 +41,12 @@ def is_pictures(path: Path) -> bool:
     return path.is_dir() or path.suffix.lower() == ".zip"
 
 
-def read_pictures(path: str | Path, limits: Limits | None = None) -> Table:
+def read_pictures(path: str | Path, limits: Limits | None = None, fixes: Mapping[str, str] | None = None) -> Table:
     """The pictures of a folder or a zip and what is said of them; each picture is opened once to see that it can be.
 
     A row's `line` counts the pictures, or the lines of the metadata. A picture that cannot be used, or of which nothing
-    is said while something is said of others, is skipped and reported; one that is converted is reported and kept.
+    is said while something is said of others, is skipped and reported; one that is converted is reported and kept. A
+    row's cells also have the `digest` of the picture's file, by which equal ones are known.
 
     Raises:
         ArchiveError: no zip, encrypted, or a name in it leads out of it.
@@ -73,11 +76,14 @@ def read_pictures(path: str | Path, limits: Limits | None = None) -> Table:
     log = ProblemLog("picture")
     said, used = _captions(source, shown, pictures, log)
     captioned = any(text for _, _, text in said)
-    rows = [
-        Row(line, {"image": source.reference(name), **({"text": text} if captioned else {})})
-        for line, name, text in said
-        if _usable(source, name, text, line, captioned, log, limits)
-    ]
+    if captioned and (instead := words(fixes or {}, "no-caption")):
+        said = [(line, name, text or _filled(line, name, instead, log)) for line, name, text in said]
+    rows = []
+    for line, name, text in said:
+        digest = _usable(source, name, text, line, captioned, log, limits)
+        if digest:
+            caption = {"text": text} if captioned else {}
+            rows.append(Row(line, {"image": source.reference(name), **caption, "digest": digest}))
     _tell_the_rest(left_out, [name for name in shown if name not in used and not _is_picture(name)], said, log)
     columns = ["image", "text"] if captioned else ["image"]
     return Table("pictures", columns, rows, log, name=path.name)
@@ -245,26 +251,33 @@ def _metadata(source: Source, name: str) -> Iterable[tuple[int, Mapping[str, Any
         yield number, cells if isinstance(cells, dict) else {}
 
 
-def _usable(source: Source, name: str, text: str, line: int, captioned: bool, log: ProblemLog, limits: Limits) -> bool:
+def _filled(line: int, name: str, instead: str, log: ProblemLog) -> str:
+    log.fix(line, "", "no-caption", f"Nothing is said of {PurePosixPath(name).name}; it gets {instead[:60]!r}.")
+    return instead
+
+
+def _usable(source: Source, name: str, text: str, line: int, captioned: bool, log: ProblemLog, limits: Limits) -> str:
+    """The digest of a picture that can be used, "" of one that cannot; the log knows why."""
     short = PurePosixPath(name).name
     if captioned and not text:
         log.skip(line, "", "no-caption", f"Nothing is said of {short}: there is no .txt beside it and no metadata row.")
-        return False
+        return ""
     if source.size(name) > limits.max_picture_bytes:
         most = f"at most {limits.max_picture_bytes / 2**20:,.0f} are opened"
         log.skip(line, "", "picture-too-large", f"{short} has {source.size(name) / 2**20:,.0f} MiB; {most}.")
-        return False
+        return ""
     try:
-        _, changed = _decoded(short, source.read(name), limits.max_pixels)
+        raw = source.read(name)
+        _, changed = _decoded(short, raw, limits.max_pixels)
     except PictureError as error:
         log.skip(line, "", error.code, error.message)
-        return False
+        return ""
     except OSError as error:
         log.skip(line, "", PictureError.code, f"{short} cannot be read: {error}.")
-        return False
+        return ""
     for code, message in changed:
         log.fix(line, "", code, f"{short}: {message}")
-    return True
+    return hashlib.sha256(raw).hexdigest()[:16]
 
 
 def _is_picture(name: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from engine.data.columnar import read_parquet
 from engine.data.delimited import read_csv
 from engine.data.encoding import decode
 from engine.data.errors import EmptyError, FileError, JsonError, KindError, TooLargeError
+from engine.data.fixes import checked, way
 from engine.data.images import read_pictures
 from engine.data.table import Limits, ProblemLog, Row, Scrubber, Table, held_rows
 
@@ -56,27 +57,32 @@ _MAGIC: tuple[tuple[bytes, str], ...] = (
 )
 
 
-def read(path: str | Path, *, limits: Limits | None = None) -> Table:
+def read(path: str | Path, *, limits: Limits | None = None, fixes: Mapping[str, str] | None = None) -> Table:
     """Read a csv, tsv, json, jsonl, parquet or txt file, or a folder or zip of pictures (`engine.data.images`).
 
     The name's ending decides the kind; the content is checked against it. Rows that cannot be read are skipped
     and reported with their place; a file that cannot be used at all raises.
 
+    Args:
+        path: the file or folder.
+        limits: what is refused.
+        fixes: of `engine.data.fixes`; those that are for `prepare` are left to it.
+
     Raises:
         DataError: with a code of its own for each cause (`engine.data.errors`).
     """
-    limits = limits or Limits()
+    limits, fixes = limits or Limits(), checked(fixes)
     path = Path(path)
     if path.is_dir():
-        return read_pictures(path, limits)
+        return read_pictures(path, limits, fixes)
     kind = _check_file(path, limits)
     if kind == "pictures":
-        return read_pictures(path, limits)
+        return read_pictures(path, limits, fixes)
     # The bytes are held by nobody here, so that they can go when they have become text.
     if kind == "parquet":
         table = read_parquet(path, _bytes_of(path, limits), limits)
     else:
-        table = _read_text(path, kind, _bytes_of(path, limits), limits)
+        table = _read_text(path, kind, _bytes_of(path, limits), limits, fixes)
     if len(table.columns) > limits.max_columns:
         raise TooLargeError(
             f"{path.name} has {len(table.columns):,} different columns; at most {limits.max_columns:,} are read.",
@@ -155,14 +161,15 @@ def _check_magic(name: str, raw: bytes) -> None:
         )
 
 
-def _read_text(path: Path, kind: str, raw: bytes, limits: Limits) -> Table:
+def _read_text(path: Path, kind: str, raw: bytes, limits: Limits, fixes: Mapping[str, str]) -> Table:
     _check_magic(path.name, raw)
     text, encoding = decode(path.name, raw)
     del raw
     if not text or text.isspace():
         raise EmptyError(f"{path.name} holds only white space.", "Give a file with at least one row.")
     if kind == "csv":
-        table = read_csv(path.name, text, limits, tab_named=path.suffix.lower() in (".tsv", ".tab"))
+        level = way(fixes, "ragged") == "trim"
+        table = read_csv(path.name, text, limits, path.suffix.lower() in (".tsv", ".tab"), level)
     elif kind == "txt":
         table = _read_txt(path.name, text, limits)
     else:

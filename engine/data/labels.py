@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 from engine.data.conversations import Fixes, RowFault, as_text, text_of
 from engine.data.errors import ClassesError
-from engine.data.table import Cells, ProblemLog
+from engine.data.fixes import way
+from engine.data.table import Cells, ProblemLog, Table
 
 _WHOLE = re.compile(r"([+-]?\d+)\.0+")
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
@@ -50,6 +51,55 @@ def labels_of(cells: Cells, columns: Mapping[str, str]) -> tuple[dict[str, Any],
     return {"text": text_of(cells, columns["text"]), "labels": labels}, fixes
 
 
+def _alike(labels: Iterable[str]) -> dict[str | float, list[str]]:
+    """The spellings of each class: those that differ in case only, or are one number."""
+    alike: dict[str | float, list[str]] = defaultdict(list)
+    for label in labels:
+        alike[float(label) if _NUMBER.fullmatch(label) else label.casefold()].append(label)
+    return alike
+
+
+def joined(table: Table, columns: Mapping[str, str], fixes: Mapping[str, str]) -> dict[str, str]:
+    """Label -> the spelling that it is joined with, the most frequent one; empty unless the fixes say so."""
+    if way(fixes, "similar-labels") != "join":
+        return {}
+    counts: Counter[str] = Counter()
+    for row in table.rows:
+        with suppress(RowFault):
+            counts.update(labels_of(row.cells, columns)[0]["labels"])
+    found = {}
+    for names in _alike(counts).values():
+        best = max(names, key=lambda name: counts[name])
+        found.update({name: best for name in names if name != best})
+    return found
+
+
+def rare(
+    examples: Sequence[dict[str, Any]], column: str, fixes: Mapping[str, str], log: ProblemLog, gone: Container[int]
+) -> set[int]:
+    """The places of rows whose class has no other row, where the fixes leave them out; they are told.
+
+    Args:
+        examples: all rows.
+        column: of the labels.
+        fixes: that of `rare-label` counts.
+        log: where it is told.
+        gone: places that are left out already.
+    """
+    if way(fixes, "rare-label") != "skip":
+        return set()
+    left = [place for place in range(len(examples)) if place not in gone]
+    counts = Counter(label for place in left for label in examples[place]["labels"])
+    found = set()
+    for place in left:
+        example = examples[place]
+        only = next((label for label in example["labels"] if counts[label] == 1), None)
+        if only is not None:
+            found.add(place)
+            log.skip(example["line"], column, "rare-label", f"The class {only!r} has this one row.")
+    return found
+
+
 def check_classes(examples: Sequence[dict[str, Any]], column: str, log: ProblemLog) -> None:
     """Whether there is something to tell apart; what is doubtful becomes a note.
 
@@ -75,10 +125,7 @@ def check_classes(examples: Sequence[dict[str, Any]], column: str, log: ProblemL
             "Classes have to come again, or nothing can be learned about them: choose the column of the class.",
         )
     numbers = [label for label in counts if _NUMBER.fullmatch(label)]
-    alike: dict[str | float, list[str]] = defaultdict(list)
-    for label in counts:
-        alike[float(label) if _NUMBER.fullmatch(label) else label.casefold()].append(label)
-    for value, names in alike.items():
+    for value, names in _alike(counts).items():
         if len(names) > 1:
             both, how = " and ".join(map(repr, names)), "in case only" if isinstance(value, str) else "in spelling only"
             log.note(first[names[1]], column, "similar-labels", f"{both} differ {how}, and are {len(names)} classes.")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import ConfigError
@@ -74,4 +75,74 @@ def _question(example: Example) -> str:
         words = "\0".join(message["content"] for message in example["prompt"])
     else:
         words = next(str(example[role]) for role in ("prompt", "source", "text") if role in example)
+    return _plain(words)
+
+
+def _plain(words: str) -> str:
     return " ".join(words.casefold().split())
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """Rows held back that training has seen in some way, so that an evaluation on them says less.
+
+    Attributes:
+        rows: the same words, all of them.
+        questions: the same question.
+        answers: the same answer, of `LONG` characters or more; classes do not count.
+        lines: where the first rows of any of these kinds stand.
+    """
+
+    rows: int = 0
+    questions: int = 0
+    answers: int = 0
+    lines: tuple[int, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.rows or self.questions or self.answers)
+
+
+LONG = 20
+"""Characters from which equal answers are no chance."""
+_LISTED = 5
+
+
+def leaks(train: Sequence[Example], held: Sequence[Example]) -> Leaks:
+    """What stands on both sides, whatever has parted them; texts count without regard to case and spaces."""
+    seen: dict[str, set[int]] = {"rows": set(), "questions": set(), "answers": set()}
+    for example in train:
+        for kind, mark in _marks(example):
+            seen[kind].add(mark)
+    counts = dict.fromkeys(seen, 0)
+    lines: list[int] = []
+    for example in held:
+        met = [kind for kind, mark in _marks(example) if mark in seen[kind]]
+        for kind in met:
+            counts[kind] += 1
+        if met and len(lines) < _LISTED:
+            lines.append(example["line"])
+    return Leaks(**counts, lines=tuple(lines))
+
+
+def _marks(example: Example) -> Iterator[tuple[str, int]]:
+    yield "rows", hash(tuple(_words([value for name, value in example.items() if name != "line"])))
+    yield "questions", hash(_question(example))
+    if "labels" in example or "image" in example:
+        return
+    if "messages" in example:
+        answer = next((turn["content"] for turn in reversed(example["messages"]) if turn["role"] == "assistant"), "")
+    else:
+        answer = next((str(example[role]) for role in ("completion", "target", "chosen") if role in example), "")
+    if len(_plain(answer)) >= LONG:
+        yield "answers", hash(_plain(answer))
+
+
+def _words(value: Any) -> Iterator[str]:
+    """Every text in a row, plain, in its order."""
+    if isinstance(value, list):
+        for one in value:
+            yield from _words(one)
+    elif isinstance(value, dict):
+        yield from _words(list(value.values()))
+    else:
+        yield _plain(str(value))

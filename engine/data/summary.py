@@ -20,9 +20,16 @@ def profile(prepared: Prepared) -> dict[str, Any]:
     `counts`; characters per example), `turns` (number of turns, as text -> examples; empty unless conversations),
     `examples` (the first three), `labels` (class -> examples, the most frequent first; empty unless labels).
     """
-    lengths = sorted(_length(example) for example in prepared.examples)
-    turns = Counter(len(example["messages"]) for example in prepared.examples if "messages" in example)
-    classes = Counter(label for example in prepared.examples for label in example.get("labels", ()))
+    lengths: list[int] = []
+    turns: Counter[int] = Counter()
+    classes: Counter[str] = Counter()
+    # Once through: many rows are read from a file.
+    for example in prepared.examples:
+        lengths.append(_length(example))
+        if "messages" in example:
+            turns[len(example["messages"])] += 1
+        classes.update(example.get("labels", ()))
+    lengths.sort()
     return {
         "format": prepared.format,
         "columns": dict(prepared.columns),

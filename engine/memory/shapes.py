@@ -123,7 +123,7 @@ def shaped(spec: JobSpec, task: Task, device: str) -> Shaped:
     for parameter in base.parameters():
         parameter.data = parameter.data.to(kept)
     if spec.quantization != "none":
-        _quantise(base, spec, kept)
+        quantise(base, spec, kept)
     if spec.task == "classification":
         _head_in_float32(base)
     if spec.training.gradient_checkpointing:
@@ -152,12 +152,17 @@ def _base(spec: JobSpec, task: Any) -> nn.Module:
     return base
 
 
-def _quantise(base: nn.Module, spec: JobSpec, compute: torch.dtype) -> None:
+def quantise(base: nn.Module, spec: JobSpec, compute: torch.dtype) -> None:
     """Stand-ins for the layers that transformers would make bitsandbytes' own."""
+    from engine import bnb
     from engine.models.loading import kept_whole
 
-    theirs, ours = kept_whole(base, spec.quantization, torch.device("cpu"))
-    left = [*theirs, *ours]
+    if spec.task == "text_to_image":
+        # Not transformers': `bnb.quantize_model` replaces a UNet's layers.
+        left = bnb.unfit(base, spec.quantization, torch.device("cpu")) if spec.quantization != "int8" else []
+    else:
+        theirs, ours = kept_whole(base, spec.quantization, torch.device("cpu"))
+        left = [*theirs, *ours]
     if spec.task == "classification":
         left += [*HEADS[TaskType.SEQ_CLS], *(spec.adapter.get("modules_to_save") or ())]
     for name, module in list(base.named_modules()):

@@ -101,12 +101,12 @@ def resolve(name: str, on_progress: Progress | None = None) -> Path:
         ModelError: nothing usable is found under the name; the message says which of the cases it is.
     """
     name = canonical(name)
-    place = _local(name)
+    place = local_folder(name)
     if place is not None:
         return folders.check_folder(place)
     if name in BUILTIN:
         return ensure(name, on_progress)
-    return folders.check_folder(hub.snapshot(_hub_id(name), on_progress or silent))
+    return folders.check_folder(hub.snapshot(hub_id(name), on_progress or silent))
 
 
 def resolve_config(name: str, on_progress: Progress | None = None) -> Path:
@@ -116,11 +116,11 @@ def resolve_config(name: str, on_progress: Progress | None = None) -> Path:
         UnsafeFileError, ModelError: as `resolve`.
     """
     name = canonical(name)
-    place = _local(name)
+    place = local_folder(name)
     if place is None:
         known = name in BUILTIN
         place = BUILTIN[name].config_folder if known else hub.snapshot(
-            _hub_id(name), on_progress or silent, config_only=True
+            hub_id(name), on_progress or silent, config_only=True
         )  # fmt: skip
     if not place.is_dir():
         raise ModelError(f"The model folder {place} does not exist.", "Check the path.")
@@ -133,8 +133,13 @@ def command(name: str) -> list[str]:
     return module("engine.models.fetch", describe(name).name)
 
 
-def _local(name: str) -> Path | None:
-    """The local folder that a name means; None for a built-in name or a hub id. Refuses names that try to escape."""
+def local_folder(name: str) -> Path | None:
+    """The local folder that a name means; None for a built-in name or a hub id.
+
+    Raises:
+        UnsafeFileError: the name holds `..` or control characters.
+        ModelError: it is empty or too long.
+    """
     if not isinstance(name, str) or not name.strip() or len(name) > 1024:
         shown = str(name)[:80]
         raise ModelError(f"The model name {shown!r} is empty or too long.", "Name a model, a folder or a hub id.")
@@ -151,7 +156,12 @@ def _local(name: str) -> Path | None:
     return None
 
 
-def _hub_id(name: str) -> str:
+def hub_id(name: str) -> str:
+    """A name that is no local folder, if it is a built-in model's or has the form of a hub id.
+
+    Raises:
+        ModelError: it is neither; the nearest names or the form are given.
+    """
     if "/" in name:
         return hub.check_id(name)
     describe(name)

@@ -201,6 +201,30 @@ def unet_of(config: Mapping[str, Any]) -> nn.Module:
         return made
 
 
+def tokenizers_of(name: str) -> tuple[Any, ...]:
+    """The tokenizers of a pipeline's text encoders, without a weight.
+
+    Raises:
+        ModelError, UnsafeFileError: as `load_pipeline`; or a tokenizer is missing or damaged.
+    """
+    from transformers import CLIPTokenizer
+
+    folder = resolve(name)
+    index = folders.read_json(folder / folders.PIPELINE)
+    folders.check_pipeline_index(index, str(name))
+    xl = index["_class_name"] == "StableDiffusionXLPipeline"
+    found = []
+    for part in ("tokenizer", "tokenizer_2") if xl else ("tokenizer",):
+        try:
+            with quiet():
+                found.append(CLIPTokenizer.from_pretrained(folder / part, local_files_only=True))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(
+                f"The {part} of {name} cannot be loaded: {first_line(error)}.", "Fetch it again, or choose another."
+            ) from error
+    return tuple(found)
+
+
 def meta_pipeline(name: str, unet: nn.Module, on_progress: Progress | None = None) -> Pipeline:
     """A UNet with its text encoders on torch's meta device, for counting; the other parts are missing.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
@@ -50,6 +50,41 @@ class LossSum:
     total: Tensor
     count: int
     outcome: Any = None
+
+
+@dataclass(frozen=True)
+class Sequenced:
+    """One sequence of tokens that a row is to the model, before anything of it is cut.
+
+    Attributes:
+        ids: token ids.
+        learned: for each, whether the loss counts it where it is kept.
+        lost: the tokens that are cut, from the first to before the last; (n, n) where none is.
+        limit: the most tokens that are kept.
+        part: which of the row's sequences it is (`source`, `chosen`, ...), "" of an only one.
+        tokenizer: what the ids are of.
+    """
+
+    ids: tuple[int, ...]
+    learned: tuple[bool, ...]
+    lost: tuple[int, int]
+    limit: int
+    part: str
+    tokenizer: Any
+
+    @property
+    def targets(self) -> int:
+        """How many tokens the loss counts, after the cut."""
+        start, stop = self.lost
+        return sum(self.learned[:start]) + sum(self.learned[stop:])
+
+
+def sequenced(
+    ids: Sequence[int], learned: Sequence[bool], kept: Sequence[int], limit: int, tokenizer: Any, part: str = ""
+) -> Sequenced:
+    """A sequence and what is cut of it; `kept` are the ids of the row that is trained on, at most `limit`."""
+    start = next((n for n, (one, other) in enumerate(zip(ids, kept, strict=False)) if one != other), len(kept))
+    return Sequenced(tuple(ids), tuple(learned), (start, len(ids) - (len(kept) - start)), limit, part, tokenizer)
 
 
 class Task(Protocol):
@@ -110,6 +145,22 @@ class Keeping(Protocol):
     """A task that writes files of its own beside an adapter."""
 
     def save(self, folder: Path) -> None: ...
+
+
+@runtime_checkable
+class Showing(Protocol):
+    """A task that shows rows as the tokens that `encode` makes of them."""
+
+    def shown(
+        self, examples: Sequence[Mapping[str, Any]], loaded: Loaded, training: TrainingSpec
+    ) -> Iterator[list[Sequenced]]:
+        """The sequences of each example, in their order.
+
+        Args:
+            examples: rows of `engine.data`.
+            loaded: its processor, and a model of which only `config` is asked.
+            training: its `max_length` and `loss_on` count.
+        """
 
 
 @runtime_checkable

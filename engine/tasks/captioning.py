@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ from engine.adapters.base import TaskType
 from engine.checkpoint import write_text
 from engine.data.images import open_picture
 from engine.errors import CheckpointError, ConfigError, DataError
-from engine.tasks.base import Batch, Encoded, Loaded, LossSum, Progress
+from engine.tasks.base import Batch, Encoded, Loaded, LossSum, Progress, Sequenced, sequenced
 from engine.train.job import JobSpec, TrainingSpec
 
 IGNORED = -100
@@ -101,7 +101,7 @@ class Captioning:
         config: Any = _base(loaded.model).config
         limit = min(training.max_length, config.text_config.max_position_embeddings)
         tokenizer = loaded.processor.tokenizer
-        given = len(tokenizer(self.prefix)["input_ids"]) - 1
+        given = self._given(tokenizer)
         rows: list[Shown] = []
         seen: dict[str, Tensor] = {}
         cut = empty = 0
@@ -115,12 +115,9 @@ class Captioning:
             where = str(example["image"])
             if where not in seen:
                 seen[where] = pixels_of(loaded.processor, where)
-            ids = tokenizer(f"{self.prefix} {words}" if self.prefix else words)["input_ids"]
+            ids = self._whole(words, tokenizer, config)
             cut += len(ids) > limit
-            body = ids[1:-1][: limit - 2]
-            rows.append(
-                Shown(seen[where], (config.text_config.bos_token_id, *body, config.text_config.sep_token_id), given)
-            )
+            rows.append(Shown(seen[where], _shortened(ids, limit), given))
         if not rows:
             raise DataError(
                 f"None of the {len(examples)} pictures has a caption.",
@@ -132,6 +129,28 @@ class Captioning:
         if empty:
             notes.append(f"{empty} pictures were left out: nothing is said of them.")
         return Encoded(rows, tuple(notes))
+
+    def _given(self, tokenizer: Any) -> int:
+        """Tokens that the decoder is given: the start, and the style's words."""
+        return len(tokenizer(self.prefix)["input_ids"]) - 1
+
+    def _whole(self, words: str, tokenizer: Any, config: Any) -> tuple[int, ...]:
+        """A caption's ids, uncut, with the model's own start and end."""
+        body = tokenizer(f"{self.prefix} {words}" if self.prefix else words)["input_ids"][1:-1]
+        return (config.text_config.bos_token_id, *body, config.text_config.sep_token_id)
+
+    def shown(
+        self, examples: Sequence[Mapping[str, Any]], loaded: Loaded, training: TrainingSpec
+    ) -> Iterator[list[Sequenced]]:
+        """The captions; the picture before them is read too, and has no tokens of words."""
+        config: Any = _base(loaded.model).config
+        limit = min(training.max_length, config.text_config.max_position_embeddings)
+        tokenizer = loaded.processor.tokenizer
+        given = self._given(tokenizer)
+        for example in examples:
+            ids = self._whole(str(example["text"]).strip(), tokenizer, config)
+            learned = [number >= max(1, given) for number in range(len(ids))]
+            yield [sequenced(ids, learned, _shortened(ids, limit), limit, tokenizer, "caption")]
 
     def length(self, row: Shown) -> int:
         """What a row costs, so that captions of like length can stand in one batch."""
@@ -212,6 +231,10 @@ def pixels_of(processor: Any, where: str) -> Tensor:
     raw = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
     made: Tensor = processor.image_processor(open_picture(where), **raw)["pixel_values"][0]
     return made.round().clamp(0, 255).to(torch.uint8)
+
+
+def _shortened(ids: tuple[int, ...], limit: int) -> tuple[int, ...]:
+    return ids if len(ids) <= limit else (*ids[: limit - 1], ids[-1])
 
 
 def _base(model: nn.Module) -> Any:

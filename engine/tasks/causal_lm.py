@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from engine.adapters.base import TaskType
 from engine.errors import ConfigError, DataError
-from engine.tasks.base import Batch, Encoded, Loaded, LossSum, Progress
+from engine.tasks.base import Batch, Encoded, Loaded, LossSum, Progress, Sequenced, sequenced
 from engine.tasks.sequences import (
     TOKENS,
     Spans,
@@ -81,8 +82,7 @@ class CausalLM:
         tokenizer, loss_on = loaded.processor, training.loss_on
 
         def encode(part: Sequence[Mapping[str, Any]], counts: Counter[str]) -> Iterator[Tokens]:
-            texts = [text for example in part for text in texts_of(example, tokenizer)]
-            for tokens in tokens_of(texts, tokenizer, loss_on):
+            for tokens in chain.from_iterable(_whole(part, tokenizer, loss_on)):
                 counts["cut"] += len(tokens.ids) > limit
                 short = tokens.cut(limit)
                 counts["empty"] += not short.targets
@@ -103,6 +103,13 @@ class CausalLM:
         if empty:
             notes.append(f"{empty} rows were left out: no answer within {limit} tokens.")
         return Encoded(rows, tuple(notes))
+
+    def shown(
+        self, examples: Sequence[Mapping[str, Any]], loaded: Loaded, training: TrainingSpec
+    ) -> Iterator[list[Sequenced]]:
+        limit, tokenizer = room(loaded, training), loaded.processor
+        for rows in _whole(examples, tokenizer, training.loss_on):
+            yield [sequenced(row.ids, (False, *row.learned[1:]), row.ids[:limit], limit, tokenizer) for row in rows]
 
     def collator(self, loaded: Loaded) -> Callable[[list[Tokens]], Batch]:
         return batcher(loaded)
@@ -133,6 +140,13 @@ class CausalLM:
 
 
 TASK = CausalLM()
+
+
+def _whole(part: Sequence[Mapping[str, Any]], tokenizer: Any, loss_on: str) -> list[list[Tokens]]:
+    """The sequences of each example, uncut."""
+    texts = [list(texts_of(example, tokenizer)) for example in part]
+    every = iter(tokens_of(list(chain.from_iterable(texts)), tokenizer, loss_on))
+    return [list(islice(every, len(own))) for own in texts]
 
 
 def encode_example(example: Mapping[str, Any], tokenizer: Any, loss_on: str) -> Iterator[Tokens]:

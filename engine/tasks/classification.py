@@ -23,7 +23,7 @@ from engine.errors import CheckpointError, ConfigError, DataError
 from engine.inject import HEADS
 from engine.metrics import accuracy, macro_f1
 from engine.records import numbers
-from engine.tasks.base import Batch, Encoded, Loaded, LossSum, Progress
+from engine.tasks.base import Batch, Encoded, Loaded, LossSum, Progress, Sequenced, sequenced
 from engine.tasks.tokenising import ids_of, tokenised
 from engine.train.job import JobSpec, TrainingSpec
 
@@ -104,6 +104,13 @@ class Classification:
             most_frequent=max(sorted(sets), key=lambda labels: sets[labels]),
         )
 
+    def shown(self, examples: Sequence[Example], loaded: Loaded, training: TrainingSpec) -> Iterator[list[Sequenced]]:
+        """The texts, of which no token is learned: what is learned is the class."""
+        limit, tokenizer = _room(loaded.model, training.max_length), loaded.processor
+        texts = [example["text"] for example in examples]
+        for text, ids in zip(texts, ids_of(tokenizer, texts), strict=True):
+            yield [sequenced(ids, (False,) * len(ids), _shortened(text, ids, limit, tokenizer), limit, tokenizer)]
+
     def restored(self, folder: Path) -> Classifier:
         """The task for the labels that an adapter was trained on.
 
@@ -177,10 +184,9 @@ class Classifier(Classification):
                     known.append(example)
             every = ids_of(tokenizer, [example["text"] for example in known])
             for example, ids in zip(known, every, strict=True):
-                if len(ids) > limit:
-                    counts["cut"] += 1
-                    ids = tokenizer(example["text"], truncation=True, max_length=limit)["input_ids"]
-                yield Labelled(tuple(ids), tuple(sorted({places[label] for label in example["labels"]})))
+                counts["cut"] += len(ids) > limit
+                short = _shortened(example["text"], ids, limit, tokenizer)
+                yield Labelled(short, tuple(sorted({places[label] for label in example["labels"]})))
 
         settings = {"task": self.name, "limit": limit, "labels": self.labels}
         rows, counts = tokenised(examples, loaded, LABELLED, encode, settings, on_progress)
@@ -289,6 +295,13 @@ class Classifier(Classification):
 
 
 TASK = Classification()
+
+
+def _shortened(text: str, ids: Sequence[int], limit: int, tokenizer: Any) -> tuple[int, ...]:
+    """The ids within the limit, as the tokenizer cuts: what it puts at the end stays there."""
+    if len(ids) <= limit:
+        return tuple(ids)
+    return tuple(tokenizer(text, truncation=True, max_length=limit)["input_ids"])
 
 
 def _room(model: nn.Module, wanted: int) -> int:

@@ -33,7 +33,7 @@ from engine.adapters.base import TaskType
 from engine.checkpoint import write_safetensors
 from engine.errors import ConfigError, DataError
 from engine.records import Rows, numbers
-from engine.tasks.base import Batch, Encoded, Loaded, LossSum, Progress
+from engine.tasks.base import Batch, Encoded, Loaded, LossSum, Progress, Sequenced, sequenced
 from engine.tasks.sequences import (
     Tokens,
     answer_text,
@@ -135,9 +135,7 @@ class Preference:
         tokenizer = loaded.processor
 
         def encode(part: Sequence[Mapping[str, Any]], counts: Counter[str]) -> Iterator[Pair]:
-            texts = [answer_text(example["prompt"], example[role], tokenizer) for example in part for role in _ROLES]
-            every = tokens_of(texts, tokenizer, training.loss_on)
-            for whole in zip(every[0::2], every[1::2], strict=True):
+            for whole in _whole(part, tokenizer):
                 counts["cut"] += any(len(tokens.ids) > limit for tokens in whole)
                 chosen, rejected = (tokens.cut(limit) for tokens in whole)
                 if not (chosen.targets and rejected.targets):
@@ -165,6 +163,16 @@ class Preference:
         if self.loss_kind != "orpo":
             pairs = self._with_reference(pairs, loaded, training.batch_size, on_progress)
         return Encoded(pairs, tuple(notes))
+
+    def shown(
+        self, examples: Sequence[Mapping[str, Any]], loaded: Loaded, training: TrainingSpec
+    ) -> Iterator[list[Sequenced]]:
+        limit, tokenizer = room(loaded, training), loaded.processor
+        for pair in _whole(examples, tokenizer):
+            yield [
+                sequenced(row.ids, (False, *row.learned[1:]), row.ids[:limit], limit, tokenizer, role)
+                for row, role in zip(pair, _ROLES, strict=True)
+            ]
 
     def collator(self, loaded: Loaded) -> Callable[[list[Pair]], Batch]:
         together = batcher(loaded)
@@ -264,6 +272,13 @@ class Preference:
 _ROLES = ("chosen", "rejected")
 _SAMPLED = 64
 _OF_ADAPTERS = re.compile(r"(^|\.)(adapters|copies|biases)\.|^(shared|prompts)\.")
+
+
+def _whole(part: Sequence[Mapping[str, Any]], tokenizer: Any) -> Iterator[tuple[Tokens, Tokens]]:
+    """Both answers of each example after its prompt, uncut."""
+    texts = [answer_text(example["prompt"], example[role], tokenizer) for example in part for role in _ROLES]
+    every = tokens_of(texts, tokenizer, "answers")
+    return zip(every[0::2], every[1::2], strict=True)
 
 
 def _number(value: Any) -> bool:

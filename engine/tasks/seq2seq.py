@@ -18,7 +18,7 @@ from engine.checkpoint import write_text
 from engine.errors import CheckpointError, ConfigError, DataError
 from engine.kernels.loss import token_losses
 from engine.records import numbers
-from engine.tasks.base import Batch, Encoded, Loaded, LossSum, Progress
+from engine.tasks.base import Batch, Encoded, Loaded, LossSum, Progress, Sequenced, sequenced
 from engine.tasks.tokenising import ids_of, tokenised
 from engine.train.job import JobSpec, TrainingSpec
 
@@ -128,10 +128,7 @@ class Seq2Seq:
             both = [(str(example["source"]), str(example["target"])) for example in part]
             full = [(source, target) for source, target in both if source.strip() and target.strip()]
             counts["empty"] += len(both) - len(full)
-            sources = ids_of(tokenizer, [self.asked(source) for source, _ in full])
-            options = {"text_target": [target for _, target in full]}
-            targets = tokenizer(**options)["input_ids"] if full else []
-            for ids, labels in zip(sources, targets, strict=True):
+            for ids, labels in self._whole(full, tokenizer):
                 counts["cut"] += max(len(ids), len(labels)) > limit
                 yield Pair(_shortened(ids, limit, end), _shortened(labels, limit, end))
 
@@ -150,6 +147,23 @@ class Seq2Seq:
         if empty:
             notes.append(f"{empty} rows were left out: their source or target is empty.")
         return Encoded(rows, tuple(notes))
+
+    def _whole(self, full: Sequence[tuple[str, str]], tokenizer: Any) -> Iterator[tuple[list[int], list[int]]]:
+        """The ids of both sides of each pair, uncut."""
+        sources = ids_of(tokenizer, [self.asked(source) for source, _ in full])
+        options = {"text_target": [target for _, target in full]}
+        return zip(sources, tokenizer(**options)["input_ids"] if full else [], strict=True)
+
+    def shown(
+        self, examples: Sequence[Mapping[str, Any]], loaded: Loaded, training: TrainingSpec
+    ) -> Iterator[list[Sequenced]]:
+        limit = _limit(loaded.model, training.max_length)
+        tokenizer, end = loaded.processor, loaded.processor.eos_token_id
+        for both in self._whole([(str(one["source"]), str(one["target"])) for one in examples], tokenizer):
+            yield [
+                sequenced(ids, (side == "target",) * len(ids), _shortened(ids, limit, end), limit, tokenizer, side)
+                for ids, side in zip(both, ("source", "target"), strict=True)
+            ]
 
     def length(self, row: Pair) -> int:
         """What a row costs, so that rows of like cost can stand in one batch."""

@@ -10,7 +10,7 @@ are read anew in every step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from engine.adapters.base import TaskType
 from engine.data.images import open_picture
 from engine.errors import ConfigError, DataError
-from engine.tasks.base import Batch, Encoded, Loaded, LossSum, Progress
+from engine.tasks.base import Batch, Encoded, Loaded, LossSum, Progress, Sequenced, sequenced
 from engine.train.job import JobSpec, TrainingSpec
 
 if TYPE_CHECKING:
@@ -172,6 +172,17 @@ class TextToImage:
             )
         notes = [f"{left} pictures were left out: nothing is said of them."] if left else []
         return Encoded(self._rows(pipeline, wanted, on_progress), tuple(notes))
+
+    def shown(
+        self, examples: Sequence[Mapping[str, Any]], loaded: Loaded, training: TrainingSpec
+    ) -> Iterator[list[Sequenced]]:
+        """The words of each picture as its text encoders read them; what is learned is the picture."""
+        (first, *_), limit = loaded.processor.tokenizers, min(t.model_max_length for t in loaded.processor.tokenizers)
+        for example in examples:
+            words = str(example.get("text", "")).strip() or self.instance_prompt.strip()
+            ids = first(words, verbose=False)["input_ids"]
+            kept = ids if len(ids) <= limit else first(words, truncation=True, max_length=limit)["input_ids"]
+            yield [sequenced(ids, (False,) * len(ids), kept, limit, first, "words")]
 
     def extra(self, loaded: Loaded, on_progress: Progress) -> list[Painted]:
         """DreamBooth's pictures of the class, as the base draws them."""

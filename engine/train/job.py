@@ -35,12 +35,14 @@ class DataSpec:
         format: a key of `engine.data.FORMATS`, one that the task takes; recognised when left out.
         columns: role -> column name, where the columns carry other names (`{"instruction": "question"}`).
         eval_split: share of the rows (0 to 0.5) held back for evaluation; 0 turns evaluation off.
+        fixes: what is done about problem rows, cause -> action (`{"duplicate": "skip"}`, see `engine.data.fixes`).
     """
 
     path: str
     format: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     eval_split: float = 0.1
+    fixes: Mapping[str, str] = field(default_factory=dict)
 
     def faults(self) -> list[str]:
         found = []
@@ -48,6 +50,13 @@ class DataSpec:
             found.append("data.path is empty; name a csv, json, jsonl, parquet or txt file, or a zip of pictures")
         if not 0 <= self.eval_split <= 0.5:
             found.append(f"data.eval_split is {self.eval_split}; needed: 0 to 0.5")
+        from engine.data.errors import FixError
+        from engine.data.fixes import checked
+
+        try:
+            checked(self.fixes)
+        except FixError as error:
+            found.append(f"data.fixes: {error}")
         return found
 
 
@@ -256,6 +265,7 @@ class JobSpec:
         plain["adapter"] = dict(self.adapter)
         plain["options"] = dict(self.options)
         plain["data"]["columns"] = dict(self.data.columns)
+        plain["data"]["fixes"] = dict(self.data.fixes)
         return plain
 
     def save(self, path: str | Path) -> None:

@@ -375,7 +375,8 @@ def _rows_of(spec: JobSpec) -> dict[str, Any]:
     """The rows by their content: the order of rows and the rows held back follow from them."""
     from engine.data import fingerprint
 
-    return {"fingerprint": fingerprint(spec.data.path), "eval_split": spec.data.eval_split}
+    fixes = {"fixes": dict(spec.data.fixes)} if spec.data.fixes else {}
+    return {"fingerprint": fingerprint(spec.data.path), "eval_split": spec.data.eval_split, **fixes}
 
 
 def _resume(run: Run) -> None:

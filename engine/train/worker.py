@@ -184,7 +184,8 @@ def examples_of(
 
     sink.emit({"type": "status", "phase": "reading", "message": f"Reading {Path(spec.data.path).name}"})
     try:
-        prepared = load(spec.data.path, spec.data.format, spec.data.columns or None, formats=task.formats)
+        columns, fixes = spec.data.columns or None, spec.data.fixes
+        prepared = load(spec.data.path, spec.data.format, columns, formats=task.formats, fixes=fixes)
     except NotTakenError as error:
         others = ", ".join(tasks_for(error.found))
         instead = f"The format {error.found} is for: {others}. Choose that task, or give other data." if others else ""

@@ -197,9 +197,8 @@ class Form:
         """Other columns are chosen; what was typed and is nobody's name is taken out again."""
         known = {key for _, key in choices(self.studio, base)}
         there = [key for key in keys or [] if key in known]
-        found = self.asking(base, there)
-        narrowed = {} if there == (keys or []) else {self.parts.columns: gr.Dropdown(value=there, multiselect=True)}
-        return {**found, **narrowed}
+        same = {} if there == (keys or []) else {self.parts.columns: gr.Dropdown(value=there, multiselect=True)}
+        return {**self.asking(base, there), **same}
 
     def task(self, base: str, keys: Sequence[str]) -> str:
         """What is asked of these columns."""

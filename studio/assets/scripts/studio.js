@@ -38,7 +38,7 @@ window.studioAddress = (name, value) => {
 // A file over the limit is named here, before a byte of it is sent; the server refuses it all the same.
 const studioLimit = 100 * 2 ** 20;
 const studioRefuse = (event, files) => {
-  const box = document.getElementById("data-limit");
+  const box = document.getElementById(event.target.closest("#guide-file") ? "guide-limit" : "data-limit");
   if (!box) return;
   box.hidden = true;
   const large = [...(files || [])].find((file) => file.size > studioLimit);
@@ -55,12 +55,12 @@ const studioRefuse = (event, files) => {
   box.hidden = false;
 };
 document.addEventListener("change", (event) => {
-  if (!event.target.matches("#data-file input[type=file]")) return;
+  if (!event.target.matches("#data-file input[type=file], #guide-file input[type=file]")) return;
   studioRefuse(event, event.target.files);
   if (event.defaultPrevented) event.target.value = "";
 }, true);
 document.addEventListener("drop", (event) => {
-  if (event.target.closest && event.target.closest("#data-file")) studioRefuse(event, event.dataTransfer.files);
+  if (event.target.closest && event.target.closest("#data-file, #guide-file")) studioRefuse(event, event.dataTransfer.files);
 }, true);
 
 // A slider of the mixer that is moved by the keyboard is let go with its key, as with a pointer.
