@@ -75,7 +75,7 @@ def test_states_in_groups_and_the_bin(studio: Studio, history: History) -> None:
 def test_each_column_orders_both_ways_and_nothing_comes_last(studio: Studio, history: History) -> None:
     add(studio, "b", eval_loss=1.0, loss=9.0, step=5, ended=9.0, bytes=10, created=1.0)
     add(studio, "A", loss=2.0, step=7, ended=3.0, bytes=20, created=2.0)
-    add(studio, "c", step=0, started=None, ended=None, created=3.0, method="vera", model="z")
+    add(studio, "c", step=0, started=None, ended=None, created=3.0, method="vera", model="tiny-t5")
     assert names(history) == ["c", "A", "b"] and names(history, sort="created-up") == ["b", "A", "c"]
     assert names(history, sort="name-up") == ["A", "b", "c"]
     assert names(history, sort="loss-up") == ["b", "A", "c"] and names(history, sort="loss-down") == ["A", "b", "c"]
