@@ -142,8 +142,7 @@ def test_the_queue_is_moved_by_buttons_keys_and_dragging_and_stays_so(
     sync_api.expect(waiting(page)).to_have_text(["beta", "gamma", "alpha"])
     press(page, "Take gamma out of the queue")
     sync_api.expect(waiting(page)).to_have_text(["beta", "alpha"])
-    page.reload()
-    lines(page).first.wait_for()
+    opened(page, server)
     assert waiting(page).all_inner_texts() == ["beta", "alpha"]
     press(page, "Take alpha out of the queue")
     page.click("#runs-undo")
@@ -171,8 +170,7 @@ def test_runs_are_tagged_renamed_found_and_ordered(page: Any, server: str) -> No
     page.click("#runs-rename")
     page.locator("#runs-head >> text=the old parrot").wait_for()
 
-    page.reload()
-    lines(page).first.wait_for()
+    opened(page, server)
     line(page, "the old parrot").get_by_role("button", name="for the paper").click()
     sync_api.expect(page.locator("#runs-search textarea, #runs-search input").first).to_have_value("for the paper")
     sync_api.expect(lines(page)).to_have_count(1)
