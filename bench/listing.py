@@ -34,6 +34,8 @@ from studio import states
 from studio.context import Studio
 
 COLOUR = "#0072B2"
+ROWS = {"runs": "data-line=", "adapters": "ad-card"}
+"""What an answer that lists something has in it."""
 
 
 def fill(home: Path, runs: int, adapters: int, steps: int) -> None:
@@ -137,7 +139,7 @@ def ask_page(address: str, config: dict[str, Any], tab: str) -> Callable[[], Any
             for line in stream:
                 told = json.loads(line[6:]) if line.startswith(b"data: ") else {}
                 if told.get("msg") == "process_completed":
-                    if not told["success"]:
+                    if not told["success"] or ROWS[tab] not in line.decode():
                         raise SystemExit(f"The tab {tab} answered {told}.")
                     return
 

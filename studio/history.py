@@ -117,7 +117,14 @@ def sort_keys() -> list[str]:
 
 def sorts() -> list[tuple[str, str]]:
     """Every order as (words, key)."""
-    return [(t(getattr(COLUMNS[key.rpartition("-")[0]], key.rpartition("-")[2])), key) for key in sort_keys()]
+    return [(told(key), key) for key in sort_keys()]
+
+
+def told(key: str) -> str:
+    """What an order is called."""
+    column, _, way = key.rpartition("-")
+    words = COLUMNS[column].up if way == "up" else COLUMNS[column].down
+    return t(words)
 
 
 class History:

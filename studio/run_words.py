@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from studio import charts, states
-from studio.history import COLUMNS, Wanted
+from studio.history import Wanted, told
 from studio.i18n import N_, t
 from studio.markup import ago, badge, dot, esc, notice, number, seconds, size
 from studio.overlay import MOST
@@ -25,7 +25,7 @@ HEADS = (
     ("time", N_("time")),
     ("steps", N_("steps")),
     ("size", N_("size")),
-    ("created", N_("from")),
+    ("created", N_("started")),
 )
 """The columns of the list: name in `COLUMNS`, words."""
 MOVES = (
@@ -36,19 +36,19 @@ MOVES = (
 """How a waiting run can be moved: what `Jobs.reorder` takes, the button's sign, its words."""
 
 
-def queue(rows: Sequence[Row], told: Mapping[str, Mapping[str, Any]]) -> str:
+def queue(rows: Sequence[Row], newest: Mapping[str, Mapping[str, Any]]) -> str:
     """The run that trains, and those that wait, in their order; "" where there is neither.
 
     Args:
         rows: runs in a live state, in the order of the queue.
-        told: run -> what its newest event says (`eta_s`, `message`).
+        newest: run -> what its newest event says (`eta_s`, `message`).
     """
     active = [row for row in rows if row["state"] in states.ACTIVE]
     waiting = [row for row in rows if row["state"] == states.QUEUED]
     if not rows:
         return ""
     head = f'<h3 class="rq-head">{esc(t("Queue"))}</h3>'
-    top = "".join(_training(row, told.get(row["id"], {})) for row in active)
+    top = "".join(_training(row, newest.get(row["id"], {})) for row in active)
     if not waiting:
         none = t("Nothing waits: a run that you start now begins when this one has ended.")
         rest = f'<p class="st-hint">{esc(none)}</p>'
@@ -108,7 +108,7 @@ def listing(rows: Sequence[Row], wanted: Wanted, picked: Collection[str], chosen
     for name, words in HEADS:
         sense = f' aria-sort="{"ascending" if way == "up" else "descending"}"' if name == ordered else ""
         mark = {"up": " ▲", "down": " ▼"}[way] if name == ordered else ""
-        title = esc(t(getattr(COLUMNS[name], wanted.turned(name).rpartition("-")[2])))
+        title = esc(told(wanted.turned(name)))
         heads += (
             f'<th scope="col"{sense}><button type="button" class="rl-head" data-sort="{name}" title="{title}">'
             f"{esc(t(words))}<span aria-hidden='true'>{mark}</span></button></th>"
