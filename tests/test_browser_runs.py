@@ -188,8 +188,8 @@ def test_runs_are_tagged_renamed_found_and_ordered(page: Any, server: str) -> No
     assert len(losses) > 10 and losses == sorted(losses)
     page.locator("#runs-state input").click()
     page.get_by_role("option", name="Paused or stopped").click()
-    sync_api.expect(lines(page)).to_have_count(1)
-    sync_api.expect(lines(page)).to_contain_text("captain")
+    sync_api.expect(lines(page).filter(has=page.locator(".st-badge.good"))).to_have_count(0)
+    assert line(page, "captain").count() == 1 and line(page, "on its way").count() == 0
 
 
 def test_curves_and_settings_of_chosen_runs_and_their_settings_again(page: Any, server: str) -> None:  # noqa: F811
