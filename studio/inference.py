@@ -269,8 +269,11 @@ class Inference:
             self._end()
 
     def _ask(self, request: Message, base: str | None) -> Generator[Message, None, None]:
-        bases.checked(self.home, request["base"])
-        bases.check_adapter(self.home, request["adapter"] if request["op"] == "count" else {})
+        job = request.get("spec", {})
+        bases.checked(self.home, job.get("model") if "spec" in request else request["base"])
+        described = [request["adapter"]] if request["op"] == "count" else [job.get("adapter") or {}]
+        for adapter in [*described, *(request["adapters"] if request["op"] == "methods" else [])]:
+            bases.check_adapter(self.home, adapter)
         demo.check_question(request.get("sampling", {}))
         request = {"id": secrets.token_hex(8), **request}
         box: queue.Queue[Message | None] = queue.Queue()
