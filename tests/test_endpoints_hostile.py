@@ -186,14 +186,16 @@ def calls_of(attacker: Attacker, number: int, target: Target) -> list[Call]:
     count = len(usual)
     made: list[Call] = [(number, usual)]
     # Each function meets a share of them, with few parameters a larger one; functions of one shape meet different ones.
-    step = 2 if count <= 2 else 6
+    # A form's functions take seconds for what they work out; the public ones bear the brunt.
+    form = count > 20
+    step = 2 if count <= 2 else 12 if form else 6
     for turn in range(number % step, len(odd), step):
         made.append((number, [odd[(turn + place * 5) % len(odd)] for place in range(count)]))
     kinds = [attacker.components[key]["type"] for key in attacker.functions[number]["inputs"]]
     # A form of a hundred widgets checks them alike; each kind of widget and every place up to the eighth is enough.
     chosen = [place for place in range(count) if place < 8 or kinds[place] not in kinds[8:place]]
     for place in chosen:
-        for turn in range(2):
+        for turn in range(1 if form else 2):
             value = odd[(number * 7 + place * 11 + turn * 9) % len(odd)]
             made.append((number, [value if at == place else it for at, it in enumerate(usual)]))
     return made if count else made[:1]
