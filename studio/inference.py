@@ -232,7 +232,7 @@ class Inference:
     def estimate(self, spec: Mapping[str, Any]) -> Generator[Message, None, None]:
         """What `engine.memory.preview.stages` says of a job, given as plain data. Closing the iterator ends the work.
 
-        It ends early, without an error, when somebody else asks the process for an answer.
+        While somebody asks the process for an answer it waits, and then begins anew: a stage may come twice.
 
         Raises:
             RefusedError: the job cannot run; it says which setting is to blame, where that is known.

@@ -14,7 +14,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,6 +26,9 @@ from studio.faults import is_memory, memory_event, unexpected_event
 logger = logging.getLogger("studio.inference_worker")
 
 Message = dict[str, Any]
+
+FORETELLING = ("estimate", "methods")
+"""Requests that take long and nobody is kept waiting by: they give way to all others, and begin anew after them."""
 
 
 @dataclass
@@ -234,28 +237,52 @@ class Server:
         from engine.memory.preview import culprit, stages
         from engine.train.job import JobSpec
 
-        spec = JobSpec.from_dict(message["spec"])
+        spec, going = JobSpec.from_dict(message["spec"]), self._going(request)
         try:
-            self._send_stages(request, stages(spec, lambda: self._wanted(request)))
+            self._send_stages(message, stages(spec, going), going)
         except EngineError as error:
             value = {**error.to_event(), "stage": "refused", "field": culprit(spec, error)}
-            self._send_stages(request, [value])
+            self._send_stages(message, [value], going)
 
     def _methods(self, request: str, message: Message) -> None:
         from engine.memory.preview import methods
         from engine.train.job import JobSpec
 
         spec = JobSpec.from_dict(message["spec"])
-        self._send_stages(request, methods(spec, message["adapters"], lambda: self._wanted(request)))
+        going = self._going(message["id"])
+        self._send_stages(message, methods(spec, message["adapters"], going), going)
 
-    def _wanted(self, request: str) -> bool:
-        """Whether somebody still waits for this request, and nobody else for an answer: foretelling can wait."""
-        return request not in self.cancelled and self.requests.empty()
+    def _going(self, request: str) -> _Going:
+        """Whether foretelling goes on: somebody still waits for it, and nobody for an answer."""
+        return _Going(
+            lambda: request not in self.cancelled,
+            lambda: any(one["op"] not in FORETELLING for one in list(self.requests.queue)),
+        )
 
-    def _send_stages(self, request: str, found: Iterable[Message]) -> None:
+    def _send_stages(self, message: Message, found: Iterable[Message], going: _Going) -> None:
+        """What is foretold, stage by stage; where an answer went before, all of it once more after that."""
         for value in found:
-            self.send({"id": request, "type": "stage", "value": value})
-        self.send({"id": request, "type": "done"})
+            self.send({"id": message["id"], "type": "stage", "value": value})
+        if going.gave_way:
+            self.requests.put(message)
+        else:
+            self.send({"id": message["id"], "type": "done"})
+
+
+class _Going:
+    """Asked all the time by what foretells; False ends it."""
+
+    def __init__(self, waited_for: Callable[[], bool], others: Callable[[], bool]) -> None:
+        self.waited_for = waited_for
+        self.others = others
+        self.gave_way = False
+
+    def __call__(self) -> bool:
+        """Whether to go on."""
+        if not self.waited_for():
+            return False
+        self.gave_way = self.others()
+        return not self.gave_way
 
 
 def main() -> int:

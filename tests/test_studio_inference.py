@@ -102,6 +102,22 @@ def test_leaving_early_cancels_the_answer_and_keeps_the_process(inference: Infer
     assert time.monotonic() - began < 10
 
 
+def test_foretelling_gives_way_to_an_answer_and_is_whole_in_the_end(inference: Inference) -> None:
+    job = {"model": "tiny-llama", "data": {"path": "rows.jsonl"}, "training": {"max_length": 64}}
+    adapter = {"method": "lora", "r": 4}
+    stages = inference.estimate({**job, "adapter": adapter})
+    assert next(stages)["stage"] == "machine"
+    counted = inference.count("tiny-llama", adapter)
+    assert counted["trainable"] > 0
+    seen = [stage["stage"] for stage in stages]
+    assert seen.count("machine") == 1 and seen[-1] == "largest"
+    rows = inference.method_costs({**job, "adapter": adapter}, [adapter, {"method": "ia3"}])
+    others = inference.method_costs({**job, "adapter": adapter}, [adapter])
+    assert next(rows)["method"] == "lora" and next(others)["method"] == "lora"
+    # Two who foretell wait for each other; neither begins anew.
+    assert [row["method"] for row in rows] == ["ia3"] and list(others) == []
+
+
 def test_the_process_ends_with_its_idle_time_and_comes_back(
     inference: Inference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
