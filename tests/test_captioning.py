@@ -268,5 +268,6 @@ def test_the_studio_takes_no_paths_to_pictures_from_a_request(tmp_path: Path) ->
         }
     )
     jobs = Jobs.__new__(Jobs)
+    jobs.home = tmp_path
     with pytest.raises(ConfigError, match="takes no sample_prompts"):
         jobs.submit(spec)

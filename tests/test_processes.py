@@ -21,7 +21,8 @@ pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture
-def jobs(tmp_path: Path) -> Iterator[Jobs]:
+def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
+    monkeypatch.setenv("STUDIO_MODELS", str(tmp_path))
     store = Store(tmp_path / "home")
     jobs = Jobs(store, tmp_path / "home")
     yield jobs

@@ -61,7 +61,10 @@ def test_counting_needs_no_base_in_memory_and_names_wrong_fields(inference: Infe
     assert fault.value.code == "config"
 
 
-def test_a_prompt_longer_than_the_context_and_a_missing_base_are_named(inference: Inference, tmp_path: Path) -> None:
+def test_a_prompt_longer_than_the_context_and_a_missing_base_are_named(
+    inference: Inference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STUDIO_MODELS", str(tmp_path))
     with pytest.raises(InferenceError) as fault:
         list(inference.generate("tiny-llama", {}, [{"role": "user", "content": "word " * 4000}], [None], SAMPLING))
     assert fault.value.code == "prompt"
@@ -84,7 +87,10 @@ def test_a_killed_process_is_an_error_in_words_and_the_next_question_is_answered
     assert ask(inference)
 
 
-def test_another_base_ends_the_process_that_holds_the_first(inference: Inference, tmp_path: Path) -> None:
+def test_another_base_ends_the_process_that_holds_the_first(
+    inference: Inference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STUDIO_MODELS", str(tmp_path))
     ask(inference)
     before = pid(inference)
     with pytest.raises(InferenceError):

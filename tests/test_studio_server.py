@@ -23,7 +23,7 @@ from studio_server import Running, serving, start
 import app
 from engine.paths import REPOSITORY
 from engine.train.job import DataSpec, JobSpec
-from studio import adapter_api, compare_api, run_api, shelf_api
+from studio import adapter_api, compare_api, data_api, run_api, shelf_api
 from studio.api import Endpoints, _guarded
 from studio.context import Studio
 from studio.store import Store
@@ -112,7 +112,7 @@ def test_no_endpoint_name_is_left_to_chance(client: Client) -> None:
     expected = {"/upload_data", "/submit_run", "/run_status", "/control_run", "/list_runs", "/compare"}
     expected |= {"/score_run", "/run_scores", "/leaderboard", "/import_adapter", "/download_export"}
     served = (*adapter_api.ENDPOINTS, *compare_api.ENDPOINTS, *run_api.ENDPOINTS, "share_comparison")
-    expected |= {f"/{name}" for name in (*served, *shelf_api.ENDPOINTS)}
+    expected |= {f"/{name}" for name in (*served, *shelf_api.ENDPOINTS, *data_api.ENDPOINTS)}
     assert set(named) == expected
     assert all(named[name].get("description") for name in expected)
 
