@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 PORT ?= 7860
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help run test check lint types pytest test-slow bench chromium format clean
+.PHONY: help run test check lint types pytest test-slow test-pages bench chromium format clean
 
 help:
 	@echo "make run      make a virtual environment, install, open the studio (PORT=$(PORT))"
 	@echo "make test     install what the tests need, then lint, types and tests"
 	@echo "make check    lint, types and tests, nothing installed"
 	@echo "make test-slow  also the long tests (fetches the 135M model)"
+	@echo "make test-pages  each page of the studio in a browser, in all its states"
 	@echo "make bench    speed and memory against PEFT and TRL; writes docs/benchmarks.md (half an hour or so)"
 	@echo "make format   let ruff format the code"
 
@@ -47,11 +48,14 @@ types:
 
 # Two at a time where nobody looks at a page: a browser and its studio want the machine for themselves.
 pytest:
-	$(BIN)/python -m pytest -m "not slow and not browser" -n logical --maxprocesses 4 --dist loadfile
-	$(BIN)/python -m pytest -m "browser and not slow"
+	$(BIN)/python -m pytest -m "not slow and not pages and not browser" -n logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -m "browser and not slow and not pages"
 
 test-slow: $(VENV)/.dev-stamp
 	$(BIN)/python -m pytest -m slow
+
+test-pages: $(VENV)/.dev-stamp chromium
+	$(BIN)/python -m pytest -m pages
 
 bench: $(VENV)/.dev-stamp
 	$(BIN)/python -m bench $(ARGS)

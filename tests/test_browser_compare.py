@@ -16,6 +16,8 @@ from test_browser import browser, page, pytestmark, shoot, sync_api  # noqa: F40
 from studio.context import Studio
 from studio.library import IMPORTED
 
+pytestmark = [*pytestmark, pytest.mark.pages]
+
 QUESTION = "What colour is grass?"
 
 

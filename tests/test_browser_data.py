@@ -17,6 +17,8 @@ from test_browser import browser, page, pytestmark, shoot, sync_api  # noqa: F40
 from studio.context import Studio
 from studio.datasets import Datasets
 
+pytestmark = [*pytestmark, pytest.mark.pages]
+
 MANY = 100_000
 # A folder that is dropped: entries as a browser gives them, of files made here.
 DROP = """() => {

@@ -14,6 +14,8 @@ from test_browser import browser, head, page, pytestmark, shoot, sync_api  # noq
 from engine.models.catalogue import BUILTIN
 from studio.guide import GOALS, TASTE
 
+pytestmark = [*pytestmark, pytest.mark.pages]
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:

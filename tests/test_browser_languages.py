@@ -21,6 +21,8 @@ from studio import presets, scores
 from studio.context import Studio
 from studio.page import TAB_IDS
 
+pytestmark = [*pytestmark, pytest.mark.pages]
+
 HANGUL = re.compile("[가-힣]")
 ENGLISH = re.compile(r"[A-Za-z]{3,}")
 NAMES = {

@@ -18,6 +18,8 @@ from engine.train.job import DataSpec, JobSpec, TrainingSpec
 from studio import states
 from studio.context import Studio
 
+pytestmark = [*pytestmark, pytest.mark.pages]
+
 RUNS: dict[str, str] = {}
 TRACEBACK = "Traceback (most recent call last):\n  File ...\nengine.errors.DivergedError: the run diverged"
 

@@ -21,6 +21,8 @@ from studio.context import Studio
 from studio.datasets import Datasets
 from studio.page import TAB_IDS
 
+pytestmark = [*pytestmark, pytest.mark.pages]
+
 LONG = "a run whose name goes on and on, as names do that people make of file names and settings 0123456789"
 # Text that stands there only when its tab has been filled.
 READY = {

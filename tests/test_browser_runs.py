@@ -23,6 +23,8 @@ from studio.history import PAGE
 from studio.jobs import Jobs
 from studio.store import Store
 
+pytestmark = [*pytestmark, pytest.mark.pages]
+
 STEPS = 60
 DATASET = "0123456789abcdef"
 

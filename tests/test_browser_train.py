@@ -20,6 +20,8 @@ from studio import states
 from studio.context import Studio
 from studio.datasets import Datasets
 
+pytestmark = [*pytestmark, pytest.mark.pages]
+
 WAIT = 240_000
 
 
