@@ -48,6 +48,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A studio of its own, with an empty home."""
+    sync_api.expect.set_options(timeout=30_000)
     with serving(tmp_path_factory.mktemp("home")) as running:
         yield running.address
 
@@ -387,10 +388,10 @@ def test_a_zip_of_pictures_is_seen_with_what_cannot_be_used(page: Any, server: s
     page.set_input_files("#data-file input[type=file]", str(path))
     page.locator("#data-use", has_text="Use these 2 rows").wait_for()
     assert page.locator("img.st-thumb").count() == 2
-    problems = page.locator("#data-problems")
-    sync_api.expect(problems).to_contain_text("2 kept + 2 skipped = 4 rows")
-    sync_api.expect(problems).to_contain_text("Nothing is said of silent.png")
     shoot(page, "data-pictures")
+    page.click("#data-view-problems-button")
+    sync_api.expect(page.locator("#data-problems")).to_contain_text("2 kept + 2 skipped = 4 rows")
+    sync_api.expect(page.locator("#data-problem-rows")).to_contain_text("Nothing is said of silent.png")
 
 
 def test_runs_are_scored_and_compared_by_quality_and_size(page: Any, server: str) -> None:
