@@ -59,11 +59,22 @@ def _guarded(function: Callable[..., Answer]) -> Callable[..., Answer]:
     @functools.wraps(function)
     def guarded(*arguments: Any) -> Answer:
         try:
+            if _too_large(arguments):
+                raise ConfigError("A number is too large.", "Numbers of up to 63 bits are taken.")
             return function(*arguments)
         except Exception as fault:
             return refusal(fault)
 
     return guarded
+
+
+def _too_large(value: Any) -> bool:
+    """Whether a whole number that no column of the database can hold stands in it."""
+    if isinstance(value, dict):
+        return any(map(_too_large, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_too_large, value))
+    return isinstance(value, int) and abs(value) >= 2**63
 
 
 class Endpoints:
