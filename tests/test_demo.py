@@ -129,6 +129,8 @@ def test_another_visitor_finds_nothing_by_list_or_by_id(server: Running, first: 
     assert mine.predict(first["work"], api_name="/download_export")[1] is None
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_no_function_of_the_page_shows_anything_of_another_visitor(server: Running, first: dict[str, Any]) -> None:
     """All of them, private ones too, asked for the first visitor's things by whatever name each calls them."""
     stranger = Attacker(server.address)

@@ -201,7 +201,8 @@ def calls_of(attacker: Attacker, number: int, target: Target) -> list[Call]:
     return made if count else made[:1]
 
 
-@pytest.mark.timeout(1500)
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_no_function_of_the_page_can_be_turned_against_the_machine(target: Target) -> None:
     attacker = Attacker(target.running.address)
     assert len(attacker.functions) > 100 and len(attacker.parameters) > 20
