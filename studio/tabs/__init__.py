@@ -1,4 +1,4 @@
-"""The pages, in order. Each module has `TITLE`, `build(page)` and `wire(page)`; they never import each other."""
+"""The pages, in order. Each module has `ID`, `build(page)` and `wire(page)`; they never import each other."""
 
 from __future__ import annotations
 

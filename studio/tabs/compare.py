@@ -14,7 +14,7 @@ from engine.models.catalogue import BUILTIN, DEFAULT
 from studio import blind_panel, grid_panel, kept_panel, prompt_form, sampling_form, side_panel
 from studio.comparing import fitting
 from studio.comparisons import GRID, Comparisons
-from studio.i18n import N_, t
+from studio.i18n import t
 from studio.markup import notice
 from studio.page import COMPARE, HIDDEN, Page
 from studio.sampling_form import Sampling
@@ -22,7 +22,6 @@ from studio.store import Row
 from studio.voices import MOST, choices, keys_of, task_of, voices
 
 ID = COMPARE
-TITLE = N_("Compare")
 ABLE = {"causal_lm", "seq2seq", "captioning", "text_to_image"}
 """The tasks whose bases answer by themselves."""
 

@@ -20,7 +20,6 @@ from studio.problem_words import decided
 from studio.samples import SAMPLES
 
 ID = DATA
-TITLE = N_("Data")
 ROLES = max(len(info.roles) for info in data.FORMATS.values())
 NONE = ""
 RECENT = 6

@@ -11,14 +11,13 @@ import gradio as gr
 from engine.errors import ConfigError, EngineError
 from studio import overlay, run_list, run_panel, run_together, run_words, states
 from studio.history import COLUMNS, MOST_ROWS, PAGE, History
-from studio.i18n import N_, t
+from studio.i18n import t
 from studio.markup import error, notice
 from studio.page import COMPARE, HIDDEN, RUNS, START, TRAIN, Page, go, message
 from studio.run_list import View, Whole
 from studio.store import Row
 
 ID = RUNS
-TITLE = N_("Runs")
 
 Updates = dict[Any, Any]
 

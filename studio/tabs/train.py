@@ -10,7 +10,7 @@ import gradio as gr
 
 from engine.errors import EngineError
 from studio import doctor, forms, live, presets, recipes, train_cost, train_form, train_text
-from studio.i18n import N_, t
+from studio.i18n import t
 from studio.markup import error, esc
 from studio.page import DATA, HIDDEN, TRAIN, Page, go
 from studio.train_form import filled, preset_shown, shown
@@ -18,7 +18,6 @@ from studio.train_marks import read_form
 from studio.train_parts import Parts
 
 ID = TRAIN
-TITLE = N_("Train")
 
 
 def build(page: Page) -> None:
