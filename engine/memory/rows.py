@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from engine.errors import DataError
+from engine.memory.shapes import Unfetched
 from engine.tasks.base import Batch, Fitting, Loaded, Task
 from engine.train.events import Recorder
 from engine.train.job import JobSpec
@@ -68,8 +69,8 @@ def _with_two_labels(task: Any) -> Task:
 
 
 def encoded(rows: Rows, loaded: Loaded, spec: JobSpec) -> Sequence[Any]:
-    """The rows as the model takes them; empty where there are none."""
-    if not rows.examples:
+    """The rows as the model takes them; empty where there are none, or no tokenizer to read them with."""
+    if not rows.examples or isinstance(loaded.processor, Unfetched):
         return []
     task: Any = rows.task
     if spec.task == "preference":

@@ -86,6 +86,18 @@ class Linear8bitLt(nn.Linear):
 
 
 @dataclass(frozen=True)
+class Unfetched:
+    """In place of the tokenizer of a base that is not on this machine yet: asking what it costs must not fetch it."""
+
+    vocabulary: int
+    pad_token_id: int = 0
+    eos_token_id: int = 0
+
+    def __len__(self) -> int:
+        return self.vocabulary
+
+
+@dataclass(frozen=True)
 class Shaped:
     """A job's model as the loop has it, without data.
 
@@ -112,6 +124,7 @@ def shaped(spec: JobSpec, task: Task, device: str) -> Shaped:
     """
     from engine.inspection import adapter_config
     from engine.model import get_peft_model
+    from engine.models.fetch import is_here
     from engine.models.loading import dtype_of, load_tokenizer
     from engine.train.worker import checkpoint_activations
 
@@ -133,7 +146,8 @@ def shaped(spec: JobSpec, task: Task, device: str) -> Shaped:
     if not spec.full:
         model = get_peft_model(model, adapter_config(spec.adapter, task.task_type, spec.model))
     of_base = tuple(_to_fakes(model, own))
-    loaded = Loaded(model, load_tokenizer(spec.model))
+    here = is_here(spec.model)
+    loaded = Loaded(model, load_tokenizer(spec.model) if here else Unfetched(int(model.config.vocab_size)))
     trainee: Trainee = FullTrainee(loaded, task) if spec.full else AdapterTrainee(model)
     compute = wanted if spec.full and wanted is not torch.float32 else None
     return Shaped(loaded, trainee, of_base, compute, file_bytes, converted)
