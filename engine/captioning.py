@@ -107,17 +107,21 @@ class _Decoder:
         """What the image encoder says of the picture, (rows, patches, width)."""
         from engine.model import PeftModel
 
-        look, model = self.base.vision_model, self.model
+        look, model = self._look, self.model
         if who is None or not isinstance(model, PeftModel):
-            return look(pixel_values=self.pixels)[0].expand(rows, -1, -1)
+            return look(1).expand(rows, -1, -1)
         names = {name for row in who for name, _ in mix_of(row)}
         seeing = [layer for place, layer in model.wrappers() if f"{place}.".startswith("vision_model.")]
         if any(layer.holds(name) for layer in seeing for name in names):
-            return look(pixel_values=self.pixels.expand(rows, -1, -1, -1))[0]
+            return look(rows)
         if self._plain is None:
             with model.disable_adapter():
-                self._plain = look(pixel_values=self.pixels)[0]
+                self._plain = look(1)
         return self._plain.expand(rows, -1, -1)
+
+    def _look(self, rows: int) -> Tensor:
+        found: Tensor = self.base.vision_model(pixel_values=self.pixels.expand(rows, -1, -1, -1))[0]
+        return found
 
 
 class Captioner:

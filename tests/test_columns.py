@@ -15,7 +15,7 @@ from transformers import BartConfig, BartForConditionalGeneration
 
 from engine import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model, painting
 from engine.adapters.base import AdapterConfig
-from engine.blending import attach_blend
+from engine.blending import Blender, attach_blend
 from engine.captioning import Captioner
 from engine.checkpoint import save_adapter
 from engine.columns import batches
@@ -26,7 +26,7 @@ from engine.generation import Answerer, Sampling
 from engine.layers import AdapterLayer
 from engine.painting import Painter
 from engine.paths import REPOSITORY
-from engine.rows import Row
+from engine.rows import Row, mix_of
 from engine.seq2seq import answers, write
 from engine.tasks.captioning import Captioning
 from engine.tasks.seq2seq import Seq2Seq
@@ -70,6 +70,14 @@ def asked(answerer: Any, message: dict[str, str], who: list[Row], sampling: Samp
 
 def alone(answerer: Any, message: dict[str, str], who: list[Row], sampling: Sampling) -> list[Any]:
     return [asked(answerer, message, [row], sampling)[0] for row in who]
+
+
+def switched(answerer: Any, message: dict[str, str], row: Row, sampling: Sampling) -> Any:
+    """What the model answers without rows, and so without stacks, when the switchboard holds the row's adapters."""
+    weights = dict(mix_of(row))
+    with Blender().applied(answerer.parts, Blend(weights)):
+        (piece,) = answerer.as_switched([message], list(weights), sampling)
+    return (piece.text, piece.reason) if piece.picture is None else pixels(piece.picture)
 
 
 def pixels(picture: Any) -> Any:
@@ -133,6 +141,7 @@ def test_translations_are_those_that_columns_give_alone(translator: Answerer, sa
         together = asked(translator, THOU, who, sampling)
     assert encoded == [len(who)]
     assert together == alone(translator, THOU, who, sampling)
+    assert together[1:4] == [switched(translator, THOU, row, sampling) for row in who[1:4]]
     assert len({text for text, _ in together}) >= 6
 
 
@@ -238,6 +247,7 @@ def test_captions_are_those_that_columns_give_alone(
     beams = 1 if sampling.temperature else sampling.beams
     assert looked == [1] and set(said) == {4 * beams, 2 * beams} and stacked(model)
     assert together == alone(captioner, picture, who, sampling)
+    assert together[1:4] == [switched(captioner, picture, row, sampling) for row in who[1:4]]
     assert len({text for text, _ in together}) >= 5
 
 
@@ -308,6 +318,8 @@ def test_pictures_are_those_that_columns_give_alone(painter: Painter, guidance: 
     assert stacked(painter.model) and stacked(painter.models["text_encoder"])
     for row, one, other in zip(who, together, alone(painter, APPLE, who, sampling), strict=True):
         assert np.abs(one - other).max() <= 1, row
+    for row, one in list(zip(who, together, strict=True))[1:]:
+        assert np.abs(one - switched(painter, APPLE, row, sampling)).max() <= 1, row
     for number, one in enumerate(together):
         assert all(np.abs(one - other).max() > 2 for other in together[:number]), who[number]
     # Nothing of a batch stays.
