@@ -84,6 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     from starlette.middleware import Middleware
 
     from studio import theme, tools
+    from studio.comparisons import Comparisons
     from studio.context import Studio
     from studio.first_page import FirstPage
     from studio.shell import create_app
@@ -91,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     studio = Studio.open()
     # Before the page is laid out: nothing of earlier visitors may stand in it.
     entrance = demo.Entrance.open(studio)
+    Comparisons(studio.store, studio.home).forget_pairs()
     studio.jobs.start_queue()
     app = create_app(studio)
     if with_tools:

@@ -9,11 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sqlite_utils import Database
+
 from studio import visitors
 from studio.store import Row, Store, UnknownError
 
 ANSWERS, GRID = "answers", "grid"
 SHOWN = 20
+UNVOTED = 86_400.0
+"""Seconds after which nobody is expected to vote on a blind pair any more."""
 
 
 class Comparisons:
@@ -106,20 +110,39 @@ class Comparisons:
         with self.store.exclusive() as db:
             gone = list(db.query("SELECT * FROM comparisons WHERE deleted_at IS NOT NULL AND mine(owner)"))
             db.conn.execute("DELETE FROM comparisons WHERE deleted_at IS NOT NULL AND mine(owner)")
-            kept = [*db.query("SELECT picture, results FROM comparisons")]
-            kept += [*db.query("SELECT picture, sides AS results FROM votes")]
+            kept = _showing(db)
+        self._remove(gone, kept)
+        for row in gone:
+            shutil.rmtree(self.shared(row["id"]), ignore_errors=True)
+        return len(gone)
+
+    def forget_pairs(self, age: float = UNVOTED) -> int:
+        """Remove everybody's blind pairs that have waited for a vote for so many seconds; returns how many."""
+        with self.store.exclusive() as db:
+            old, before = "choice IS NULL AND created < ?", [time.time() - age]
+            gone = list(db.query(f"SELECT picture, sides AS results FROM votes WHERE {old}", before))
+            db.conn.execute(f"DELETE FROM votes WHERE {old}", before)
+            kept = _showing(db)
+        self._remove(gone, kept)
+        return len(gone)
+
+    def _remove(self, gone: Sequence[Row], kept: Sequence[Row]) -> None:
+        """Remove the pictures of what is gone, but those that others show."""
         used = {path for row in kept for path in _pictures(row)}
         folder = (self.home / "pictures").resolve()
         for path in {path for row in gone for path in _pictures(row)} - used:
             if Path(path).resolve().parent == folder:
                 Path(path).unlink(missing_ok=True)
-        for row in gone:
-            shutil.rmtree(self.shared(row["id"]), ignore_errors=True)
-        return len(gone)
 
     def shared(self, comparison: int) -> Path:
         """The folder of the file that is given away of one."""
         return self.home / "shared" / str(int(comparison))
+
+
+def _showing(db: Database) -> list[Row]:
+    """Whatever shows pictures."""
+    sql = "SELECT picture, results FROM comparisons UNION ALL SELECT picture, sides FROM votes"
+    return list(db.query(sql))
 
 
 def _pictures(row: Mapping[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from engine import data
 from studio import dataset_files
 from studio.datasets import Checked
-from studio.i18n import N_, t
+from studio.i18n import N_, reported, t
 from studio.markup import ago, badge, dot, error, esc, notice, size, table
 from studio.pictures import thumbnail
 from studio.problem_words import button_of, cause_of, severities, total, unit
@@ -42,14 +42,16 @@ def recognised(found: Checked) -> str:
     if found.fault is not None:
         return error(found.fault, t("These rows cannot be used yet"))
     if found.prepared is None or found.format is None:
-        return notice("warn", t("Which column is which?"), found.reason, t("Choose a format and its columns below."))
+        return notice(
+            "warn", t("Which column is which?"), reported(found.reason), t("Choose a format and its columns below.")
+        )
     if found.guessed:
         title = t("Is this right? {name} read as {format}", name=found.name, format=found.format)
-        return notice("warn", title, found.reason, t("If not, choose a format and its columns below."))
+        return notice("warn", title, reported(found.reason), t("If not, choose a format and its columns below."))
     prepared = found.prepared
     title = t("{name}: recognised as {format}, {rows} rows ready", name=found.name, format=found.format,
               rows=f"{prepared.kept:,}")  # fmt: skip
-    about = found.reason or data.FORMATS[found.format].about
+    about = reported(found.reason) or t(data.FORMATS[found.format].about)
     return notice("good", title, about, total(prepared) if prepared.skipped else "")
 
 
@@ -64,7 +66,7 @@ def brought(found: dataset_files.Brought) -> str:
         parts.append(t("{count} data sets were brought in: {names}. The first is shown.", count=len(found.sets),
                        names=names))  # fmt: skip
     for name, fault in found.refused:
-        parts.append(t("{name} cannot be used: {why}", name=name, why=str(fault)))
+        parts.append(t("{name} cannot be used: {why}", name=name, why=reported(str(fault))))
     if found.left_alone:
         parts.append(t("Left alone, nothing to learn from: {names}.", names=", ".join(found.left_alone[:8])))
     if not parts:

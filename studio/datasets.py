@@ -105,7 +105,7 @@ class Datasets:
         guess = found.suggestions[0] if found.name is None and found.suggestions else None
         reason = found.reason
         if guess:
-            reason = f"{found.reason.split(' Say which')[0]} This is a guess: {guess.reason}"
+            reason = " ".join((found.reason.split(" Say which")[0], f"This is a guess: {guess.reason}"))
         row: Row = {"id": file, "file": file, "file_name": path.name, "path": str(kept), "fixes": {}, "created": 0.0}
         row |= {"name": known["name"] if known else name}
         best = guess or found

@@ -14,7 +14,7 @@ from typing import Any
 from engine.models.catalogue import BUILTIN, BaseModel
 from engine.models.fetch import is_ready
 from engine.train.job import JobSpec
-from studio import forms, presets, recipes
+from studio import demo, forms, presets, recipes
 from studio.datasets import usable
 from studio.i18n import N_, t
 from studio.samples import SAMPLES, Sample
@@ -221,12 +221,9 @@ def data_options(path: Path, rows: Iterable[Row]) -> list[Option]:
 
 
 def model_options(path: Path) -> list[Option]:
-    """The built-in bases of the goal's task."""
-    return [
-        Option(model.name, model.title, t(model.meaning), _marks(model))
-        for model in BUILTIN.values()
-        if path.about.task in model.tasks
-    ]
+    """The built-in bases of the goal's task that may be used here."""
+    offered = [BUILTIN[name] for _, name in recipes.bases(path.about.form)]
+    return [Option(model.name, model.title, t(model.meaning), _marks(model)) for model in offered]
 
 
 def _marks(model: BaseModel) -> tuple[str, ...]:
@@ -237,9 +234,9 @@ def _marks(model: BaseModel) -> tuple[str, ...]:
 
 
 def first_model(path: Path) -> str:
-    """The task's usual base where it is on this machine; else the toy, which always is."""
+    """The task's usual base where it is on this machine and may be used; else the toy, which always is."""
     usual = path.about.form.base
-    if is_ready(usual):
+    if demo.offers(usual) and is_ready(usual):
         return usual
     return next(m.name for m in BUILTIN.values() if m.bundled and path.about.task in m.tasks)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from engine.train.job import JobSpec
+from studio import demo
 from studio.guide import GOALS, STEPS, Goal, Option, Path
 from studio.i18n import N_, t
 from studio.markup import esc
@@ -79,7 +80,7 @@ def goals(ids: bool = True) -> str:
         f"<span>{esc(t('Every task, base and setting, on one form.'))}</span></button>"
     )
     named = ""
-    for sample in SAMPLES.values():
+    for sample in (sample for sample in SAMPLES.values() if demo.offers(sample.spec().model)):
         own = f' id="start-{esc(sample.name)}"' if ids else ""
         toy = f'<small class="st-badge">{esc(t("toy"))}</small>' if sample.toy else ""
         named += (

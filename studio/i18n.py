@@ -27,6 +27,8 @@ COOKIE = f"studio-{NAME}"
 REPORTS = "reports.json"
 """The file of a language that has what processes say, see `reported`."""
 
+_JOINTS = ((re.compile(r"(?<=[.?!]) (?=[A-Z'\"])"), " "), (re.compile("; (?=(?:[^']*'[^']*')*[^']*$)"), "; "))
+"""What stands between sentences, and between their parts but not within a quoted name."""
 _FOLDER = REPOSITORY / "studio" / "locales"
 _log = logging.getLogger(__name__)
 _spoken: ContextVar[str] = ContextVar("studio-language", default=ENGLISH)
@@ -53,7 +55,8 @@ def reported(text: str) -> str:
     """What a process said in English (progress, an error, its hint), in the language of whoever reads it.
 
     Such texts hold names and numbers already. `reports.json` of a language has them with a number in braces for each
-    (`"There is no adapter {0}."`); one that it does not have stays as it was said.
+    (`"There is no adapter {0}."`); one that it does not have stays as it was said. Where a text is none of them, and
+    its lines, sentences or parts between semicolons are, these are translated.
     """
     asked = language()
     if asked == ENGLISH or not text:
@@ -63,16 +66,35 @@ def reported(text: str) -> str:
         return "\n".join(map(reported, text.split("\n")))
     if text.startswith("- "):
         return "- " + reported(text.removeprefix("- "))
+    return _translated(text, asked) or text
+
+
+def _translated(text: str, asked: str) -> str:
+    """A report in a language, "" where it is not known."""
     known, patterns = _reports(asked)
     if text in known:
         return known[text]
+    # Before the patterns: a gap would take what stands between two sentences for its own.
+    for between, joint in _JOINTS:
+        some = between.split(text)
+        told = [_translated(part, asked) for part in some] if len(some) > 1 else [""]
+        if all(told):
+            return joint.join(told)
     for pattern, words in patterns:
         found = pattern.fullmatch(text)
         if found:
-            # What fills a gap may be a report itself, as the cause in "cannot be read: {0}".
-            parts = (found[f"v{number}"] for number in range(pattern.groups))
-            return words.format(*(reported(part) if " " in part else part for part in parts))
-    return text
+            gaps = (found[f"v{number}"] for number in range(pattern.groups))
+            return words.format(*(_filling(gap, asked) for gap in gaps))
+    return ""
+
+
+def _filling(part: str, asked: str) -> str:
+    """What fills a gap: it may be a report itself, as the cause in "cannot be read: {0}", or the name of a unit."""
+    plain = part.strip()
+    if " " not in plain:
+        return _reports(asked)[0].get(plain.lower(), part)
+    # A registry's line is in the catalogue, since pages show it by itself too.
+    return part.replace(plain, _translated(plain, asked) or catalogue(asked).get(plain, plain))
 
 
 def N_(text: str) -> str:  # noqa: N802 - gettext's name for it
@@ -147,6 +169,9 @@ def _reports(chosen: str) -> tuple[Mapping[str, str], list[tuple[re.Pattern[str]
             parts = gap.split(key)
             # Even parts are words, odd ones the numbers of the gaps.
             shape = "".join(f"(?P<v{part}>.*?)" if at % 2 else re.escape(part) for at, part in enumerate(parts))
+            if re.search(r"\w $", parts[-3]) and not parts[-1]:
+                # A part of a sentence, as "The cell {0}", is not the whole of one.
+                shape += "(?<![.?!])"
             found.append((re.compile(shape), texts[key]))
     return texts, found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from engine import data
 from engine.data.fixes import way, words
 from studio.datasets import Checked
-from studio.i18n import N_, t
+from studio.i18n import N_, reported, t
 from studio.markup import esc, notice, table
 
 _SHOWN_PROBLEMS = 50
@@ -183,7 +183,7 @@ def problem_rows(prepared: data.Prepared, code: str, page: int, size: int) -> tu
         [
             f'<span class="num">{f"{item.line:,}" if item.line else ""}</span>',
             esc(item.column),
-            esc(item.message),
+            esc(reported(item.message)),
             esc(t(DONE[item.severity])) if item.severity in DONE else "",
         ]
         for item in items[page * size : (page + 1) * size]

@@ -10,9 +10,9 @@ from typing import Any
 from engine.errors import ConfigError, EngineError, TargetError
 from engine.models.catalogue import BUILTIN
 from engine.train.job import TASKS, DataSpec, JobSpec
-from studio import forms, presets
+from studio import demo, forms, presets
 from studio.datasets import usable
-from studio.i18n import N_
+from studio.i18n import N_, t
 from studio.store import Row
 
 METHOD = "lora"
@@ -76,8 +76,10 @@ def tasks_for(format: str | None) -> list[presets.Task]:
 
 
 def bases(task: presets.Task) -> list[tuple[str, str]]:
-    """The built-in bases of a task as (what is shown, name)."""
-    return [(model.title, model.name) for model in BUILTIN.values() if task.name in model.tasks]
+    """The built-in bases of a task as (what is shown, name); in demo mode those that it offers."""
+    return [
+        (model.title, model.name) for model in BUILTIN.values() if task.name in model.tasks and demo.offers(model.name)
+    ]
 
 
 def methods() -> list[presets.Method]:
@@ -102,7 +104,9 @@ def method_of(name: str | None) -> presets.Method:
 def datasets(rows: Iterable[Row]) -> list[tuple[str, str]]:
     """The data sets that some task can learn from, newest first, as (what is shown, id)."""
     return [
-        (f"{row['name']} ({row['rows']:,} rows)", row["id"]) for row in rows if usable(row) and tasks_for(row["format"])
+        (t("{name} ({count} rows)", name=row["name"], count=f"{row['rows']:,}"), row["id"])
+        for row in rows
+        if usable(row) and tasks_for(row["format"])
     ]
 
 

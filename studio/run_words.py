@@ -87,7 +87,8 @@ def _waiting(row: Row, place: int, count: int) -> str:
         )
     cancel = esc(t("Take {name} out of the queue", name=row["name"]))
     return (
-        f'<li class="rq-item" draggable="true" data-place="{key}"><span class="rq-number">{place}</span>{_name(row)}'
+        f'<li class="rq-item" draggable="true" data-place="{key}"><span class="rq-grip" aria-hidden="true"></span>'
+        f'<span class="rq-number">{place}</span>{_name(row)}'
         f'<span class="rq-facts">{esc(row["model"])} · {esc(row["method"])}</span><span class="rq-buttons">{buttons}'
         f'<button type="button" class="rq-button" data-cancel="{key}" aria-label="{cancel}" title="{cancel}">'
         f"{esc(t('Cancel'))}</button></span></li>"

@@ -205,9 +205,9 @@ def measured_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The project's own leaderboard, where it has been measured."""
     lines = [
         [
-            esc(row["contender"]),
-            f'<span class="num">{number(row["accuracy"])}</span>',
-            f'<span class="num">{number(row["macro_f1"])}</span>',
+            esc(t(row["title"])),
+            f'<span class="num">{row["accuracy"]:.3f}</span>',
+            f'<span class="num">{row["macro_f1"]:.3f}</span>',
             f'<span class="num">{row["trainable"]:,}</span>',
             f'<span class="num">{size(row["bytes"])}</span>',
             f'<span class="num">{size(row["peak_bytes"])}</span>',
@@ -227,4 +227,4 @@ def measured_table(rows: Sequence[Mapping[str, Any]]) -> str:
         t("seeds"),
     ]
     caption = t("Measured by python -m bench.leaderboard; not with your runs. Means over seeds.")
-    return table(heads, lines, caption)
+    return f'<div class="own-board" tabindex="0">{table(heads, lines, caption)}</div>'

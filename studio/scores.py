@@ -11,10 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from engine.paths import REPOSITORY
+from studio import presets
 from studio.i18n import N_, t
 from studio.markup import BASE_COLOUR
 
 Row = dict[str, Any]
+CONTENDERS = {
+    "full": N_("Full fine-tuning"),
+    "lora": N_("LoRA, query and value"),
+    "lora-all": N_("LoRA, every linear layer"),
+    "lora-pooler": N_("LoRA, every linear layer and the pooler"),
+}
+"""Contender of the project's own leaderboard -> its title, in English; the others are methods by their names."""
 MEASURED = REPOSITORY / "bench" / "results" / "leaderboard.json"
 
 
@@ -271,15 +279,16 @@ def cautions(entries: Sequence[Entry]) -> list[str]:
 
 def measured(path: Path = MEASURED) -> list[Row]:
     """The project's own leaderboard as `python -m bench.leaderboard` measured it: a row a contender, means over seeds,
-    the best accuracy first; nothing where it has no runs."""
+    the best accuracy first; nothing where it has no runs. `title` is in English."""
     try:
         runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
-        grouped: dict[str, list[Row]] = {}
+        known, grouped = presets.methods(), dict[str, list[Row]]()
         for run in runs:
             grouped.setdefault(run["contender"], []).append(run)
         rows = [
             {
                 "contender": name,
+                "title": CONTENDERS.get(name) or (known[name].title if name in known else name),
                 "seeds": len(group),
                 "trainable": group[0]["trainable"],
                 "bytes": group[0]["bytes"],

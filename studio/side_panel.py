@@ -123,13 +123,12 @@ def _wiped(state: Answers, left: Any, right: Any) -> str:
     return wipe_html(first, second)
 
 
-def wire(studio: Studio, parts: Parts, prompt: gr.Textbox, inputs: Sequence[Any], after: Mapping[str, Any]) -> None:
+def wire(studio: Studio, parts: Parts, inputs: Sequence[Any], after: Mapping[str, Any]) -> None:
     """Connect the panel.
 
     Args:
         studio: who answers.
         parts: its widgets.
-        prompt: asks too, by Enter.
         inputs: base, columns, prompt, picture, and the sampling form's.
         after: the event that follows when something was kept.
     """
@@ -162,8 +161,7 @@ def wire(studio: Studio, parts: Parts, prompt: gr.Textbox, inputs: Sequence[Any]
     def stopped(shown: str) -> dict[Any, Any]:
         return {**_rested(parts), parts.answers: halted(shown)}
 
-    asked = gr.on(
-        [parts.ask.click, prompt.submit],
+    asked = parts.ask.click(
         generate,
         list(inputs),
         parts.widgets,

@@ -92,7 +92,7 @@ def ready(base: str) -> bool:
 
 def first_base(task: presets.Task) -> str:
     """The task's own base where it is on this machine, else another that is."""
-    names = [task.base, *(name for _, name in recipes.bases(task))]
+    names = sorted((name for _, name in recipes.bases(task)), key=lambda name: name != task.base)
     return next((name for name in names if ready(name)), task.base)
 
 

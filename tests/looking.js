@@ -103,13 +103,14 @@ looking.controls = () => {
     return true;
   });
   window.reached = new Set();
+  window.visited = new Set();
   return {count: window.controls.length, nameless: window.controls.filter((one) => !window.nameOf(one)).map(window.wordsOf)};
 };
 
 // After a press of Tab: whether the focus can be seen, by what changes when it is taken away.
 looking.focused = () => {
   const element = document.activeElement;
-  if (!element || element === document.body) return {end: true};
+  if (!element || element === document.body) return {end: true, lost: true};
   const drawn = () => {
     const parts = [];
     for (let one = element, n = 0; one && n < 5; one = one.parentElement, n++) {
@@ -119,7 +120,8 @@ looking.focused = () => {
     }
     return parts.join(';');
   };
-  const again = window.reached.has(element);
+  const again = window.visited.has(element);
+  window.visited.add(element);
   window.reached.add(element);
   if (element.type === 'radio') for (const other of element.closest('fieldset')?.querySelectorAll('[type=radio]') || []) window.reached.add(other);
   const on = drawn();

@@ -25,12 +25,16 @@ def keyboard(page: Any, most: int = 250) -> dict[str, list[str]]:
     page.evaluate("document.activeElement?.blur(); window.scrollTo(0, 0);")
     controls = page.evaluate("looking.controls()")
     assert controls["count"] > 5, "there is hardly anything to press on the page"
-    unseen = []
+    unseen, lost = [], False
     for _ in range(most):
         page.keyboard.press("Tab")
         focus = page.evaluate("looking.focused()")
-        if focus["end"]:
+        if focus["end"] and not (focus.get("lost") and not lost):
             break
+        # The list of a dropdown that is left takes the focus with it as it closes; the next press goes on behind it.
+        lost = focus["end"]
+        if lost:
+            continue
         if not focus["seen"]:
             unseen.append(focus["words"])
     return {"nameless": controls["nameless"], "unseen": unseen, "missed": page.evaluate("looking.missed()")}

@@ -15,6 +15,7 @@ from small_adapters import finished_run, lora
 from engine.errors import ConfigError
 from studio import blind
 from studio.blind import LEFT, RIGHT, TIE, wilson
+from studio.comparisons import Comparisons
 from studio.context import Studio
 from studio.store import StateError, UnknownError
 from studio.voices import voices
@@ -132,3 +133,25 @@ def test_rates_count_wins_losses_and_half_of_the_ties_by_side_and_base(fresh: St
     against = {(one.version, other.version): one for one, other in blind.pairs(fresh, "tiny-llama")}
     one = against["a", "b"]
     assert (one.wins, one.ties, one.losses) == (2, 1, 1) and rates["a"].title == "A"
+
+
+def test_a_pair_that_nobody_votes_on_is_forgotten_after_a_day_with_its_pictures(fresh: Studio) -> None:
+    folder = fresh.home / "pictures"
+    folder.mkdir()
+    names = ("old", "shared", "new", "voted")
+    for name in names:
+        (folder / f"{name}.png").write_bytes(b"x")
+    day, now = 86_400.0, time.time()
+    for number, (picture, choice, age) in enumerate(
+        [("old", None, day + 60), ("shared", None, day + 60), ("new", None, day - 60), ("voted", LEFT, 9 * day)]
+    ):
+        row = {"id": f"{number:016x}", "base": "tiny-blip", "prompt": "", "picture": "", "settings": "{}", "owner": "x"}
+        sides = json.dumps([{"picture": str(folder / f"{picture}.png")}, {}])
+        more = {"left_version": "base", "right_version": "ad", "sides": sides, "created": now - age, "choice": choice}
+        fresh.store.db["votes"].insert({**row, **more})
+    kept = Comparisons(fresh.store, fresh.home)
+    kept.add("answers", "tiny-blip", "", {}, [{"picture": str(folder / "shared.png")}])
+    assert kept.forget_pairs() == 2
+    assert [row["id"][-1] for row in fresh.store.db.query("SELECT id FROM votes ORDER BY id")] == ["2", "3"]
+    assert {path.stem for path in folder.iterdir()} == {*names} - {"old"}
+    assert kept.forget_pairs() == 0

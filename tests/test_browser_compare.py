@@ -227,3 +227,20 @@ def test_two_visitors_vote_blindly_and_the_rates_follow(browser: Any, page: Any,
     assert total == 2
     sync_api.expect(other.locator("#blind-ask")).to_have_text("Next pair")
     other.close()
+
+
+def test_shift_and_enter_ask_as_the_open_view_asks(page: Any, server: str) -> None:  # noqa: F811
+    arrive(page, server, "tiny-llama")
+    choose(page, "#compare-adapters", "captain")
+    page.get_by_role("tab", name="Blind test", exact=True).click()
+    prompt = page.locator("#compare-prompt textarea")
+    prompt.fill("What colour is the sea?")
+    prompt.press("Shift+Enter")
+    page.locator("#blind-voting").wait_for(timeout=180_000)
+    # The answers are to what was typed last, and the other view has not been asked.
+    assert "What colour is the sea?" in page.locator("#blind-answers").inner_text()
+    page.get_by_role("tab", name="Side by side", exact=True).click()
+    assert page.locator("#compare-answers .st-column").count() == 0
+    prompt.fill(QUESTION)
+    prompt.press("Shift+Enter")
+    page.locator("#compare-answers >> text=Answered in").wait_for(timeout=180_000)

@@ -30,7 +30,6 @@ NAMES = {
     *(base.name for base in BUILTIN.values()),
     *(method.title for method in presets.methods().values()),
     *ADAPTERS,
-    *(row["contender"] for row in scores.measured()),
     "full",
     "Adapter Studio",
     "English",

@@ -17,6 +17,7 @@ from test_browser import IMAGES, browser, page, pytestmark, sync_api  # noqa: F4
 
 from engine.paths import REPOSITORY
 from studio import scores, states
+from studio.comparisons import ANSWERS, Comparisons
 from studio.context import Studio
 from studio.datasets import Datasets
 from studio.page import TAB_IDS
@@ -69,18 +70,46 @@ def server(tmp_path_factory: pytest.TempPathFactory, runs: dict[str, str]) -> It
             for run, colour in runs.items()
         ]
         base = {"run": None, "title": "base", "colour": "#8A8F98", "text": "Yes."}
-        studio.store.add_comparison("tiny-llama", "Is it so?", {}, [base, *columns[:2]])
+        Comparisons(studio.store, home).add(ANSWERS, "tiny-llama", "Is it so?", {}, [base, *columns[:2]])
     with serving(home) as running:
         yield running.address
 
 
+WATCH = """() => {
+  window.moved = [];
+  const all = {childList: true, subtree: true, characterData: true, attributes: true};
+  new MutationObserver(() => window.moved.push(1)).observe(document.body, all);
+}"""
+
+
 def visit(page: Any, address: str, tab: str) -> None:  # noqa: F811
-    """Open a tab and wait until it is filled."""
+    """Open a tab and wait until it is filled and stands still: answers that come late take the focus away."""
+    asked: set[Any] = set()
+
+    def begin(request: Any) -> None:
+        # Two streams stay open.
+        if not any(part in request.url for part in ("/heartbeat/", "/queue/data")):
+            asked.add(request)
+
+    def end(request: Any) -> None:
+        asked.discard(request)
+
+    listening = {"request": begin, "requestfinished": end, "requestfailed": end}
+    for event, listener in listening.items():
+        page.on(event, listener)
     page.goto(f"{address}/?{tab if '=' in tab else f'tab={tab}'}")
     page.locator("#start-board").wait_for(state="attached")
     page.locator(READY[tab.split("=")[0] if tab.split("=")[0] in READY else "start"]).first.wait_for()
     page.add_style_tag(content=STILL)
-    page.wait_for_timeout(800)  # for what answers still change; nothing on the page says that the last one has come
+    page.evaluate(WATCH)
+    quiet = 0
+    for _ in range(120):
+        page.wait_for_timeout(250)
+        quiet = 0 if asked or page.evaluate("window.moved.splice(0).length") else quiet + 1
+        if quiet == 6:
+            break
+    for event, listener in listening.items():
+        page.remove_listener(event, listener)
 
 
 PLACES = [*TAB_IDS, "guide=chat.data.sample.tiny-llama.sample", "guide=style.check.sample.tiny-sd.sample"]
@@ -130,6 +159,7 @@ COLOURS = """(names) => {
   const found = {};
   const add = (name, colour) => { if (colour) (found[name] ??= []).push(hex(colour)); };
   for (const dot of document.querySelectorAll('.st-dot')) {
+    if (!dot.checkVisibility()) continue;
     const said = dot.parentElement.textContent.trim();
     const name = names.find((one) => said.startsWith(one));
     if (!name) continue;
@@ -138,6 +168,7 @@ COLOURS = """(names) => {
     if (around) add(name, around.style.getPropertyValue('--c').trim());
   }
   for (const line of document.querySelectorAll('#start-last polyline')) {
+    if (!line.checkVisibility()) continue;
     const name = names.find((one) => line.closest('.last-run').textContent.includes(one));
     if (name) add(name, line.getAttribute('stroke') || line.style.stroke);
   }
@@ -158,7 +189,7 @@ def test_a_run_has_one_colour_on_every_tab(page: Any, server: str, runs: dict[st
             page.locator("#scores-table .st-dot").first.wait_for()
         if tab == "compare":
             page.get_by_role("button", name="Earlier comparisons").click()
-            page.locator("summary").first.click()
+            page.locator("#compare-earlier .cmp-open").first.click()
             page.locator(".st-column .st-dot").first.wait_for()
         for name, colours in page.evaluate(COLOURS, names).items():
             assert set(colours) == {own[name]}, (tab, name, colours)

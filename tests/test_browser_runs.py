@@ -153,6 +153,46 @@ def test_the_queue_is_moved_by_buttons_keys_and_dragging_and_stays_so(
     page.locator("#live-head .run-head >> text=on its way").wait_for()
 
 
+def test_the_queue_is_moved_by_a_finger(browser: Any, server: str) -> None:  # noqa: F811
+    context = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    view = context.new_page()
+    view.set_default_timeout(60_000)
+    opened(view, server)
+    names = waiting(view).all_inner_texts()
+    assert len(names) == 2
+    touch = context.new_cdp_session(view)
+
+    def finger(kind: str, *places: tuple[float, float]) -> None:
+        points = [{"x": x, "y": y} for x, y in places]
+        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    def box(part: str, number: int) -> dict[str, float]:
+        found = view.locator(f"#runs-queue .rq-item {part}".strip()).nth(number).bounding_box()
+        assert found is not None
+        return dict(found)
+
+    grip, first = box(".rq-grip", 1), box("", 0)
+    start = (grip["x"] + grip["width"] / 2, grip["y"] + grip["height"] / 2)
+    finger("touchStart", start)
+    finger("touchMove", (start[0], first["y"] + first["height"] / 2))
+    finger("touchMove", (start[0], first["y"] + 4))
+    view.locator("#runs-queue .rq-item.above").wait_for()
+    assert view.locator("#runs-queue .rq-item.moving").count() == 1
+    finger("touchEnd")
+    sync_api.expect(waiting(view)).to_have_text(names[::-1])
+    assert view.locator("#runs-queue :is(.above, .below, .moving)").count() == 0
+    # Anywhere else a finger scrolls, and the queue stays as it is.
+    named = box(".rq-facts", 1)
+    view.evaluate("window.scrollTo(0, 0)")
+    finger("touchStart", (named["x"] + 60, named["y"] + 5))
+    for step in range(1, 9):
+        finger("touchMove", (named["x"] + 60, named["y"] + 5 - 20 * step))
+    finger("touchEnd")
+    view.wait_for_function("window.scrollY > 20")
+    assert waiting(view).all_inner_texts() == names[::-1]
+    context.close()
+
+
 def test_runs_are_tagged_renamed_found_and_ordered(page: Any, server: str) -> None:  # noqa: F811
     opened(page, server)
     assert lines(page).count() == PAGE

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from engine.models.catalogue import BUILTIN
-from studio import guide, guide_words
+from studio import demo, guide, guide_words
 from studio.context import Studio
 from studio.datasets import Datasets
 from studio.guide import GOALS, SAMPLE, STEPS, TASTE
+from studio.samples import SAMPLES
 from studio.tabs.start import misfit
 
 NOTHING: list[Any] = []
@@ -109,3 +110,18 @@ def test_names_from_outside_never_become_markup() -> None:
     hostile = "<img src=x onerror=alert(1)>"
     drawn = guide_words.options([guide.Option(hostile, hostile, hostile, (hostile,))], hostile)
     assert "<img" not in drawn
+
+
+def test_in_the_demo_only_bases_that_it_opens_are_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STUDIO_DEMO", "1")
+    monkeypatch.setenv("STUDIO_DEMO_MODELS", "")
+    larger = SAMPLES["captain"]
+    assert f'data-sample="{larger.name}"' not in guide_words.goals()
+    for goal in GOALS:
+        path = guide.begin(goal, [])
+        offered = [option.value for option in guide.model_options(path)]
+        assert offered and path.model in offered
+        assert all(demo.offers(name) for name in offered), offered
+    monkeypatch.delenv("STUDIO_DEMO_MODELS")
+    assert larger.spec().model in [option.value for option in guide.model_options(guide.begin("chat", []))]
+    assert f'data-sample="{larger.name}"' in guide_words.goals()

@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import english
 import pytest
 import texts
 from gradio_client import Client
 from studio_server import serving
 
+from engine import data
 from engine.paths import REPOSITORY
 from studio import i18n
 from studio.i18n import KOREAN, LANGUAGES, catalogue, language, preferred, reported, speaking, t, wanted
@@ -97,8 +99,18 @@ def test_no_text_is_put_together_before_it_is_looked_up() -> None:
     assert not faults, "t takes a literal, or a name of texts marked by N_:\n" + "\n".join(faults)
 
 
+def test_scripts_say_nothing_that_cannot_be_translated() -> None:
+    assert texts.untold("x.textContent = `${large.name} is too large`;  // words of a comment") == ["` is too large`"]
+    assert texts.untold('say(\'Split the file\'); find("#data-file input"); studioText("so it is")') == [
+        "'Split the file'"
+    ]
+    scripts = sorted((REPOSITORY / "studio" / "assets").rglob("*.js"))
+    found = {path.name: texts.untold(path.read_text(encoding="utf-8")) for path in scripts}
+    assert scripts and not any(found.values()), found
+
+
 def test_translations_are_said_once_name_the_same_things_and_belong_to_a_text() -> None:
-    known = {*texts.wanted(), *texts.registries()}
+    known = texts.wanted()
     faults = []
     for code in LANGUAGES.keys() - {"en"}:
         for key, found in texts.translated(code).items():
@@ -125,6 +137,38 @@ def test_what_the_studios_own_errors_say_is_there_in_every_other_language() -> N
         assert not stale, "no process says\n" + "\n".join(stale)
         uneven = [key for key, text in told.items() if sorted(set(texts.names(text))) != texts.names(key)]
         assert not uneven, "other gaps than the English text has:\n" + "\n".join(uneven)
+
+
+def test_what_the_engine_says_to_whoever_sits_before_a_page_is_there_in_every_other_language() -> None:
+    # What is nothing but gaps says what fills them.
+    said = {text: where for text, where in texts.faults("engine").items() if re.search(r"\w", example(text, ""))}
+    for code in LANGUAGES.keys() - {"en"}:
+        with speaking(code):
+            unknown = {text: where for text, where in said.items() if reported(example(text)) == example(text)}
+        left = {
+            text for text, where in unknown.items() if where.split(":")[0] in english.MODULES or text in english.TEXTS
+        }
+        missing = [f"  {where}: {text!r}" for text, where in unknown.items() if text not in left]
+        assert not missing, f"{len(missing)} texts are missing in {code}/reports.json:\n" + "\n".join(missing)
+        modules = {where.split(":")[0] for where in unknown.values()}
+        assert modules >= english.MODULES, f"all of these is translated by now: {english.MODULES - modules}"
+        assert unknown.keys() >= english.TEXTS, f"translated or gone: {english.TEXTS - unknown.keys()}"
+
+
+def example(text: str, filling: str = r"X\1x") -> str:
+    """A report as a process may say it, its gaps filled in."""
+    return re.sub(r"\{(\d+)\}", filling, text)
+
+
+def test_a_report_of_several_parts_is_translated_part_by_part() -> None:
+    with speaking(KOREAN):
+        both = reported("5 cells, and the header has 3. Those beyond it were cut.")
+        assert both == "칸이 5개인데, 머리글은 3개입니다. 넘치는 칸은 잘랐습니다."
+        assert reported("The cell 'a; b' is empty.") == "'a; b' 칸: 비어 있습니다."
+        assert reported("Line 3 asks the same with another answer; both are kept.").startswith("줄 3이(가) 같은")
+        # One part that nobody knows: nothing is translated, rather than half of it.
+        assert reported("Those beyond it were cut. But who knows?") == "Those beyond it were cut. But who knows?"
+        assert reported(f"By their names, {data.FORMATS['text'].about}: a.") == "이름으로 알아봤습니다(이어 쓸 글): a."
 
 
 def test_a_report_is_known_by_its_shape_and_its_causes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from bench.leaderboard import CONTENDERS
 from studio import charts, score_words, scores
+from studio.i18n import KOREAN, speaking
 
 RUN: dict[str, Any] = {
     "id": "run-00000001",
@@ -201,3 +203,15 @@ def test_the_measured_leaderboard_is_shown_only_with_runs(tmp_path: Path) -> Non
     assert "python -m bench.leaderboard" in score_words.measured_table(found)
     path.write_text('{"runs": [{"contender": "lora"}]}')
     assert scores.measured(path) == []
+
+
+def test_the_measured_contenders_have_titles_in_both_languages() -> None:
+    rows = scores.measured()
+    assert rows and {row["contender"] for row in rows} <= CONTENDERS.keys()
+    assert not {row["title"] for row in rows} & CONTENDERS.keys()
+    for name, title in scores.CONTENDERS.items():
+        assert title == CONTENDERS[name].title
+    with speaking(KOREAN):
+        shown = score_words.measured_table(rows)
+    assert "전체 미세 조정" in shown and "LoRA, 쿼리와 값" in shown and "Full fine-tuning" not in shown
+    assert "0.770" in shown

@@ -103,12 +103,15 @@ def presets() -> dict[str, str]:
     return found
 
 
-def registries() -> set[str]:
-    """Texts of the engine's registries, which a page may show."""
+def registries() -> dict[str, str]:
+    """Texts of the engine's registries that a page shows; where they stand."""
     from engine import data
     from engine.models.catalogue import BUILTIN
 
-    return {base.meaning for base in BUILTIN.values()} | {kind.about for kind in data.FORMATS.values()}
+    return {
+        **{base.meaning: "engine/models/catalogue.py" for base in BUILTIN.values()},
+        **{kind.about: "engine/data/formats.py" for kind in data.FORMATS.values()},
+    }
 
 
 def findings() -> dict[str, str]:
@@ -121,8 +124,21 @@ def findings() -> dict[str, str]:
 def wanted() -> dict[str, str]:
     """Every text that needs a translation; where it stands."""
     scripts = dict.fromkeys(script_texts(), "studio/assets/scripts")
-    found = {**scripts, **presets(), **findings(), **sources().keys}
+    found = {**scripts, **presets(), **findings(), **registries(), **sources().keys}
     return {key: where for key, where in found.items() if key.strip()}
+
+
+def untold(source: str) -> list[str]:
+    """The words of a script that `studioText` does not say: two of them in one literal, which is no selector."""
+    plain = re.sub(r"^\s*//.*$|\s//\s.*$", "", source, flags=re.MULTILINE)
+    plain = re.sub(r'studioText\(\s*"(?:[^"\\]|\\.)*"', "", plain)
+    literals = re.findall(r'"(?:[^"\\\n]|\\.)*"|\'(?:[^\'\\\n]|\\.)*\'|`(?:[^`\\]|\\.)*`', plain)
+    words = (re.sub(r"\$\{(?:[^{}]|\{[^{}]*\})*\}", "", literal) for literal in literals)
+    return [
+        text
+        for text in words
+        if re.search(r"[A-Za-z]{2,} [a-z]{2,}", text) and not re.search(r"[#\[\]>=<:]\w|\)\s*$", text)
+    ]
 
 
 def template(node: ast.AST) -> str | None:
@@ -142,27 +158,40 @@ def spoken() -> set[str]:
         for path in (REPOSITORY / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if (text := template(node)) is not None:
-                    found.add(text)
+                    # A text that goes on after it, on the next line or behind a space, is told apart from it.
+                    found |= {text, text.strip()}
     return found
 
 
-def faults() -> dict[str, str]:
-    """What the studio's own errors say, message and hint; where they are raised."""
+def faults(folder: str = "studio") -> dict[str, str]:
+    """What the errors of a folder say, message and hint, and what it says of rows; where that is said."""
     found = {}
-    for path in sorted((REPOSITORY / "studio").rglob("*.py")):
+    for path in sorted((REPOSITORY / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            name = getattr(node.func, "id", "") if isinstance(node, ast.Call) else ""
-            if isinstance(node, ast.Call) and (name.endswith("Error") or name == "_error"):
-                for text in (text for argument in node.args for text in choices(argument)):
-                    if " " in (text or ""):
-                        found[str(text)] = f"{path.relative_to(REPOSITORY)}:{node.lineno}"
+            if isinstance(node, ast.Call) and says(node):
+                values = [*node.args, *(keyword.value for keyword in node.keywords if keyword.arg == "reason")]
+                for text in (text for argument in values for text in choices(argument)):
+                    if " " in (text or "").strip():
+                        found[str(text).strip()] = f"{path.relative_to(REPOSITORY)}:{node.lineno}"
     return found
+
+
+def says(call: ast.Call) -> bool:
+    """Whether a call makes an error, a fault or a reading of rows, or writes a problem of a row down."""
+    name = getattr(call.func, "id", "")
+    written = getattr(call.func, "attr", "") in ("skip", "fix", "note") and len(call.args) >= 4
+    return name.endswith(("Error", "Fault")) or name in ("_error", "Format") or written
 
 
 def choices(node: ast.AST) -> Iterator[str | None]:
     """The templates that an expression may give."""
-    parts = [node.body, node.orelse] if isinstance(node, ast.IfExp) else [node]
-    yield from map(template, parts)
+    if isinstance(node, ast.IfExp):
+        yield from choices(node.body)
+        yield from choices(node.orelse)
+    elif isinstance(node, ast.BinOp):
+        yield from choices(node.left)
+    else:
+        yield template(node)
 
 
 def reports(language: str) -> dict[str, str]:

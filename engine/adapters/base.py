@@ -11,7 +11,7 @@ import difflib
 import enum
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -116,8 +116,7 @@ class AdapterConfig:
         found = [f"{value!r} has no name; needed: {known[-1]}=... or another of its fields" for value in args]
         for name in kwargs:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                found.append(f"{name} is not one of its fields" + (f" (did you mean {near[0]}?)" if near else ""))
+                found.append(f"{name} is not one of its fields{_nearest(name, known)}")
         if found:
             fields = ", ".join(sorted(known))
             raise ConfigError(
@@ -229,10 +228,7 @@ class AdapterConfig:
             if key in known or key in ("peft_type", "peft_version", "auto_mapping"):
                 continue
             if key not in cls.UNUSED:
-                near = difflib.get_close_matches(key, known, n=1)
-                found.append(
-                    f"{key} is not a field of {cls.__name__}" + (f" (did you mean {near[0]}?)" if near else "")
-                )
+                found.append(f"{key} is not a field of {cls.__name__}{_nearest(key, known)}")
             elif value and value != cls.UNUSED[key]:
                 found.append(f"{key} is {value!r}, which this version does not do; needed: {cls.UNUSED[key]!r}")
         if found:
@@ -268,6 +264,12 @@ def target_faults(config: Any, *more: str) -> list[str]:
             names = sorted(set(value)) if isinstance(value, set | frozenset) else list(value)
             object.__setattr__(config, label, names)
     return found
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about a name that is not known."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:

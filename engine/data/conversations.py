@@ -23,7 +23,7 @@ class RowFault(Exception):
 
 def text_of(cells: Cells, column: str, required: bool = True) -> str:
     """A cell as text; numbers become text. A cell that is null or blank is a fault, or "" if it may be left out."""
-    return as_text(cells.get(column), f"The cell {column!r} is", column, required)
+    return as_text(cells.get(column), f"The cell {column!r}", column, required)
 
 
 def as_text(value: Any, subject: str, column: str, required: bool = True) -> str:
@@ -36,10 +36,11 @@ def as_text(value: Any, subject: str, column: str, required: bool = True) -> str
     if value is None or (isinstance(value, str) and not value.strip()):
         if not required:
             return ""
-        code, what = ("null-field", "null") if value is None else ("empty-field", "empty")
-        raise RowFault(code, f"{subject} {what}.", column)
+        if value is None:
+            raise RowFault("null-field", f"{subject} is null.", column)
+        raise RowFault("empty-field", f"{subject} is empty.", column)
     if not isinstance(value, str):
-        raise RowFault("not-text", f"{subject} a {type(value).__name__}, and text is needed.", column)
+        raise RowFault("not-text", f"{subject} is a {type(value).__name__}, and text is needed.", column)
     return value
 
 
@@ -109,7 +110,7 @@ def _turn(turn: Any, number: int, column: str) -> tuple[str, str]:
         and all(isinstance(part, dict) and part.get("type") == "text" for part in words)
     ):
         words = "".join(part["text"] for part in words if isinstance(part.get("text"), str))
-    return role, as_text(words, f"Turn {number} ({role}) is", column)
+    return role, as_text(words, f"Turn {number} ({role})", column)
 
 
 # --- trees of replies ----------------------------------------------------------------------------------------------

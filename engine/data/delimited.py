@@ -113,8 +113,8 @@ def _fill(name: str, table: Table, body: Iterator[tuple[int, list[str]]], limits
             table.log.skip(line, "", "ragged", f"{what} Is a {_label(table.delimiter)} in a text without quotes?")
         else:
             if len(cells) != width:
-                done = "those beyond it were cut" if len(cells) > width else "the missing ones are empty"
-                table.log.fix(line, "", "ragged", f"{what[:-1]}; {done}.")
+                done = "Those beyond it were cut." if len(cells) > width else "The missing ones are empty."
+                table.log.fix(line, "", "ragged", f"{what} {done}")
                 cells = (cells + [""] * width)[:width]
             clean = scrub.row(line, dict(zip(columns, cells, strict=True)))
             if clean is not None:

@@ -115,11 +115,8 @@ def recognise(table: Table, formats: Sequence[str] | None = None) -> Format:
     unnamed = ("oasst", *OF_PICTURES)
     wanted = [info for info in FORMATS.values() if info.name not in unnamed and (not formats or info.name in formats)]
     known = "; ".join(f"{', '.join(info.required)} ({info.about})" for info in wanted)
-    return Format(
-        None,
-        reason=f"No known format fits the columns {names}. Say which column is which: {known}.",
-        suggestions=guesses,
-    )
+    said = (f"No known format fits the columns {names}.", f"Say which column is which: {known}.")
+    return Format(None, reason=" ".join(said), suggestions=guesses)
 
 
 def columns_for(
@@ -360,7 +357,7 @@ def _candidates(table: Table) -> Iterable[Format | None]:
             continue
         by = "their names" if confidence == 1 else "usual names for them"
         named = ", ".join(f"{role} = {column!r}" for role, column in mapping.items())
-        yield Format(name, mapping, f"{FORMATS[name].about.capitalize()}, by {by}: {named}.", confidence)
+        yield Format(name, mapping, f"By {by}, {FORMATS[name].about}: {named}.", confidence)
     if len(table.columns) == 1 and normal(table.columns[0]) not in COLUMN_NAMES["text"] + ("text",):
         column = table.columns[0]
         if _is_text(table, column) and not _speech(table, column):

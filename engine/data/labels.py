@@ -39,7 +39,7 @@ def labels_of(cells: Cells, columns: Mapping[str, str]) -> tuple[dict[str, Any],
     for one in found:
         if isinstance(one, list | dict):
             raise RowFault("not-a-label", f"A label is a {type(one).__name__}; needed: text or a number.", column)
-        plain = as_text(one, f"The label in {column!r} is", column).strip()
+        plain = as_text(one, f"The label in {column!r}", column).strip()
         whole = _WHOLE.fullmatch(plain)
         name = whole[1] if whole else plain
         if name != str(one) and not isinstance(one, bool):

@@ -88,7 +88,7 @@ def _answer(value: Any, column: str) -> tuple[Messages, Fixes]:
     said = _dialogue(value, column)
     if said:
         return said, []
-    return [{"role": "assistant", "content": as_text(value, f"The cell {column!r} is", column)}], []
+    return [{"role": "assistant", "content": as_text(value, f"The cell {column!r}", column)}], []
 
 
 def _dialogue(value: Any, column: str) -> Messages:

@@ -176,7 +176,7 @@ def _row(name: str, row: Row, columns: Mapping[str, str], fixes: Mapping[str, st
             if not filled or name not in _FILLED or str(cells.get(fault.column) or "").strip():
                 log.skip(row.line, fault.column, fault.code, fault.message)
                 return None
-            log.fix(row.line, fault.column, fault.code, f"{fault.message[:-1]}; it gets {filled[:60]!r}.")
+            log.fix(row.line, fault.column, fault.code, f"{fault.message} It gets {filled[:60]!r}.")
             cells = {**cells, fault.column: filled}
             continue
         left_out = next((change for change in changes if way(fixes, change[0]) == "skip"), None)

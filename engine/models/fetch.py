@@ -194,7 +194,7 @@ def _from_any_source(name: str, draft: Path, tell: Progress, lock: int) -> str:
             for leftover in draft.iterdir():
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     raise ModelError(
-        f"{describe(name).title} could not be fetched. " + " ".join(f"[{reason}]" for reason in reasons),
+        f"{describe(name).title} could not be fetched. {' '.join(f'[{reason}]' for reason in reasons)}",
         f"Connect this machine to the internet once and try again, or use {TOY}, which is already here.",
     )
 

@@ -324,11 +324,12 @@ def _check_labels(counts: Mapping[str, int], train: Sequence[Example]) -> None:
         )
     if len(counts) > _MORE_CLASSES_THAN and len(counts) > rows / 2:
         numbers = all(_number(label) is not None for label in counts)
+        said = f"The {rows} training rows have {len(counts)} different labels, nearly one for each row."
         raise DataError(
-            f"The {rows} training rows have {len(counts)} different labels, nearly one for each row"
-            + (", and all are numbers: this looks like a quantity, not a label." if numbers else "."),
-            "Check which column holds the labels"
-            + (", or replace the numbers by a few ranges with names." if numbers else "; a label needs several rows."),
+            f"{said} All are numbers: this looks like a quantity, not a label." if numbers else said,
+            "Check which column holds the labels, or replace the numbers by a few ranges with names."
+            if numbers
+            else "Check which column holds the labels; a label needs several rows.",
         )
     written: dict[float, str] = {}
     for label in sorted(counts):

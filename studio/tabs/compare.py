@@ -11,7 +11,7 @@ import gradio as gr
 from engine.data import open_picture
 from engine.errors import EngineError
 from engine.models.catalogue import BUILTIN, DEFAULT
-from studio import blind_panel, grid_panel, kept_panel, prompt_form, sampling_form, side_panel
+from studio import blind_panel, demo, grid_panel, kept_panel, prompt_form, sampling_form, side_panel
 from studio.comparing import fitting
 from studio.comparisons import GRID, Comparisons
 from studio.i18n import t
@@ -122,7 +122,7 @@ class Form:
     def bases(self) -> list[str]:
         """Every base that can be asked, those with adapters first."""
         # The others cannot answer before they are trained, or are known by their adapters.
-        able = [model.name for model in BUILTIN.values() if ABLE & {*model.tasks}]
+        able = [model.name for model in BUILTIN.values() if ABLE & {*model.tasks} and demo.offers(model.name)]
         return list(dict.fromkeys([*self.studio.library.bases(), *able]))
 
     def enter(
@@ -270,7 +270,8 @@ def wire(page: Page) -> None:
     parts.base.input(form.rebase, parts.base, views, **HIDDEN)
     parts.columns.input(form.chosen, [parts.base, parts.columns], views, **HIDDEN)
     inputs = [parts.base, parts.columns, parts.prompt, parts.picture, *parts.how.inputs]
-    side_panel.wire(studio, side, parts.prompt, inputs, refreshed)
+    parts.prompt.submit(None, None, None, js="() => window.studioAsk()", **HIDDEN)
+    side_panel.wire(studio, side, inputs, refreshed)
     grid_panel.wire(studio, grid, inputs, refreshed)
     blind_panel.wire(studio, parts.blind, parts.prompt, inputs)
     kept_panel.wire(studio, kept, opened, [*side.widgets, *grid.widgets, parts.views, parts.grid_tab])

@@ -63,7 +63,7 @@ def build(page: Page) -> None:
             file = gr.File(
                 label=t("Or rows of your own: a table, a text, or a zip of pictures"),
                 file_types=[*data.KINDS],
-                height=120,
+                height=160,
                 elem_id="guide-file",
             )
             gr.HTML('<div id="guide-limit" class="notice error" role="alert" data-code="data-too-large" hidden></div>')
@@ -164,7 +164,7 @@ def misfit(path: Path, found: Checked) -> str:
         f"{esc(t(goal.title))}</button>"
         for goal in able
     )
-    about = data.FORMATS[str(found.format)].about
+    about = t(data.FORMATS[str(found.format)].about)
     title = t("These rows teach something else")
     return notice("warn", title, f"{found.name}: {about}", t("Teach that instead:")) + f"<p>{buttons}</p>"
 

@@ -46,13 +46,25 @@ window.studioRuns = (element, trigger, watch) => {
   });
 
   // Dropped on a waiting run's upper half, the dragged one goes before it, else behind it.
-  let dragged = null;
-  const clear = () => element.querySelectorAll(".above, .below").forEach((item) => item.classList.remove("above", "below"));
+  let dragged = null, finger = null;
+  const marks = ["above", "below", "moving"];
+  const clear = () => element.querySelectorAll(".rq-item").forEach((item) => item.classList.remove(...marks));
   const over = (event) => (dragged ? event.target.closest("[data-place]") : null);
   const upper = (event, item) => event.clientY < item.getBoundingClientRect().top + item.offsetHeight / 2;
+  const mark = (event, item) => {
+    clear();
+    item.classList.add(upper(event, item) ? "above" : "below");
+  };
+  const drop = (event, item) => {
+    const next = item.nextElementSibling;
+    const to = upper(event, item) ? item.dataset.place : next ? next.dataset.place : "last";
+    if (item.dataset.place !== dragged && to !== dragged) trigger("click", { queued: dragged, to });
+  };
   element.addEventListener("dragstart", (event) => {
     const item = event.target.closest("[data-place]");
     if (!item) return;
+    // A long press on the grip would have the browser drag too.
+    if (finger !== null) return event.preventDefault();
     dragged = item.dataset.place;
     event.dataTransfer.effectAllowed = "move";
     event.dataTransfer.setData("text/plain", dragged);
@@ -61,19 +73,48 @@ window.studioRuns = (element, trigger, watch) => {
     const item = over(event);
     if (!item) return;
     event.preventDefault();
-    clear();
-    item.classList.add(upper(event, item) ? "above" : "below");
+    mark(event, item);
   });
   element.addEventListener("drop", (event) => {
     const item = over(event);
     if (!item) return;
     event.preventDefault();
-    const next = item.nextElementSibling;
-    const to = upper(event, item) ? item.dataset.place : next ? next.dataset.place : "last";
-    if (item.dataset.place !== dragged && to !== dragged) trigger("click", { queued: dragged, to });
+    drop(event, item);
   });
-  element.addEventListener("dragend", () => {
+  const end = () => {
     dragged = null;
     clear();
+  };
+  element.addEventListener("dragend", end);
+
+  // Browsers drag by the mouse alone. A finger or a pen takes a run by its grip; the whole list holds the pointer, since
+  // an answer may draw the grip anew meanwhile.
+  const under = (event) => {
+    const found = document.elementFromPoint(event.clientX, event.clientY)?.closest("[data-place]");
+    return found && element.contains(found) ? found : null;
+  };
+  element.addEventListener("pointerdown", (event) => {
+    const grip = event.target.closest(".rq-grip");
+    if (!grip || event.pointerType === "mouse" || finger !== null) return;
+    event.preventDefault();
+    finger = event.pointerId;
+    dragged = grip.closest("[data-place]").dataset.place;
+    element.setPointerCapture(finger);
   });
+  element.addEventListener("pointermove", (event) => {
+    if (event.pointerId !== finger) return;
+    const item = under(event);
+    clear();
+    if (item && item.dataset.place !== dragged) mark(event, item);
+    element.querySelector(`[data-place="${CSS.escape(dragged)}"]`)?.classList.add("moving");
+  });
+  const release = (event) => {
+    if (event.pointerId !== finger) return;
+    const item = event.type === "pointerup" ? under(event) : null;
+    if (item) drop(event, item);
+    finger = null;
+    end();
+  };
+  element.addEventListener("pointerup", release);
+  element.addEventListener("pointercancel", release);
 };

@@ -47,10 +47,11 @@ const studioRefuse = (event, files) => {
   event.stopImmediatePropagation();
   const title = document.createElement("strong");
   title.className = "notice-title";
-  title.textContent = `${large.name} is too large: ${Math.ceil(large.size / 2 ** 20)} MB; at most 100 MB can be used.`;
+  const sizes = { name: large.name, size: Math.ceil(large.size / 2 ** 20), most: studioLimit / 2 ** 20 };
+  title.textContent = studioText("{name} is too large: {size} MB; at most {most} MB can be used.", sizes);
   const hint = document.createElement("p");
   hint.className = "notice-hint";
-  hint.textContent = "Split the file, or keep only the columns that hold the text.";
+  hint.textContent = studioText("Split the file, or keep only the columns that hold the text.");
   box.replaceChildren(title, hint);
   box.hidden = false;
 };
