@@ -125,7 +125,7 @@ def build(page: Page) -> Parts:
         cost = gr.HTML(costs.card({}, t("measured after the first steps")), elem_id="train-count")
         remedy = gr.Button("", visible=False, variant="primary", elem_id="train-remedy")
         with gr.Accordion(t("What each method costs here"), open=False, elem_id="train-methods") as compared:
-            table = gr.HTML(costs.methods([], METHOD))
+            table = gr.HTML(costs.methods([], METHOD, busy=True))
         with gr.Accordion(t("Advanced"), open=False) as advanced:
             for group, title in GROUPS.items():
                 gr.HTML(f"<h3>{esc(t(title))}</h3>")
