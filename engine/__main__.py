@@ -1,4 +1,4 @@
-"""`python -m engine train | eval | generate | doctor`: the engine without a page.
+"""`python -m engine train | eval | generate | export | doctor`: the engine without a page.
 
 With `--json`, standard output carries one JSON object a line and nothing else; words for people go to standard error.
 """
@@ -15,6 +15,8 @@ from typing import Any
 
 from engine import __version__
 from engine.errors import ConfigError, EngineError
+from engine.exporting import FORMS
+from engine.llamacpp import PRECISIONS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,6 +89,17 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--threads", type=int)
     generate.add_argument("--json", action="store_true", help="print one result a line")
     generate.set_defaults(command=_generate)
+
+    export = commands.add_parser("export", help="write an adapter, or its base with it, for other programs")
+    export.add_argument("--model", required=True, help="the base: built-in name, local folder or hub id")
+    export.add_argument("--adapter", type=Path, help="adapter folder; without one, gguf writes the model itself")
+    export.add_argument("--form", required=True, choices=FORMS)
+    export.add_argument("--out", type=Path, required=True, help="the file to write; for merged, the folder")
+    export.add_argument("--precision", default="f16", choices=PRECISIONS, help="of a GGUF model's matrices")
+    export.add_argument("--task", default="", help="what the adapter is for, where that cannot be told (captioning)")
+    export.add_argument("--threads", type=int)
+    export.add_argument("--json", action="store_true", help="print what is done, and what was written, as JSON lines")
+    export.set_defaults(command=_export)
 
     doctor = commands.add_parser("doctor", help="what this machine has, whether a job fits it, what a run's curve says")
     doctor.add_argument("--fit", type=Path, metavar="JOB", help="predict the peak memory of a YAML or JSON job")
@@ -261,6 +274,32 @@ def _generate(arguments: argparse.Namespace) -> int:
         draft = arguments.out / f".results.{os.getpid()}"
         draft.write_text(json.dumps(results, ensure_ascii=False, indent=2), encoding="utf-8")
         draft.replace(arguments.out / "results.json")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from engine.exporting import export
+
+    def tell(message: str, fraction: float | None) -> None:
+        if arguments.json:
+            print(json.dumps({"type": "status", "message": message, "fraction": fraction}), flush=True)
+        elif not fraction:
+            print(message, file=sys.stderr)
+
+    place = export(
+        arguments.model,
+        arguments.adapter,
+        arguments.form,
+        arguments.out,
+        precision=arguments.precision,
+        task=arguments.task,
+        tell=tell,
+    )
+    size = sum(path.stat().st_size for path in (place.rglob("*") if place.is_dir() else [place]) if path.is_file())
+    if arguments.json:
+        print(json.dumps({"type": "done", "path": str(place), "bytes": size}, ensure_ascii=False), flush=True)
+    else:
+        print(f"{place} ({size:,} bytes)")
     return 0
 
 

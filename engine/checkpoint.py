@@ -245,32 +245,33 @@ def save_as_lora(model: PeftModel, folder: str | Path, adapter_name: str = "defa
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    draft = _draft(path)
-    save_file(dict(tensors), draft, metadata=metadata or {"format": "pt"})
-    _publish(draft, path)
+    place = draft(path)
+    save_file(dict(tensors), place, metadata=metadata or {"format": "pt"})
+    publish(place, path)
 
 
 def write_text(path: Path, text: str) -> None:
-    draft = _draft(path)
-    draft.write_text(text, encoding="utf-8")
-    _publish(draft, path)
+    place = draft(path)
+    place.write_text(text, encoding="utf-8")
+    publish(place, path)
 
 
-def _draft(path: Path) -> Path:
+def draft(path: Path) -> Path:
+    """An empty file beside `path` to write into, for `publish`."""
     number, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(number)
     return Path(name)
 
 
-def _publish(draft: Path, path: Path) -> None:
-    """On the disk first, then under its name: a crash in between leaves the former file."""
-    with open(draft, "rb+") as handle:
+def publish(place: Path, path: Path) -> None:
+    """A draft on the disk first, then under its name: a crash in between leaves the former file."""
+    with open(place, "rb+") as handle:
         os.fsync(handle.fileno())
     # mkstemp makes files for the owner alone; an adapter is to be readable like any other file of the person's.
     mask = os.umask(0)
     os.umask(mask)
-    draft.chmod(0o666 & ~mask)
-    draft.replace(path)
+    place.chmod(0o666 & ~mask)
+    place.replace(path)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The public endpoints of adapters: list, import, rename, delete, mix, save, export, resize. See `studio.api`."""
+"""The public endpoints of adapters: list, import, rename, delete, mix, save, export, push, resize. See `studio.api`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from engine.errors import ConfigError
-from studio import adapting, mixing, states
+from studio import adapting, demo, exporting, mixing, states
 from studio.context import Studio
 from studio.pictures import inlined
 from studio.store import Row
@@ -31,12 +31,16 @@ ENDPOINTS = (
     "list_mixes",
     "delete_mix",
     "export_adapter",
+    "push_adapter",
     "rank_errors",
     "resize_adapter",
     "adapter_work",
     "stop_adapter_work",
 )
 """The methods that are served as they are; a file is sent to `import_adapter` and by `download_export`."""
+
+NOT_IN_DEMO = ("push_adapter",)
+"""Endpoints that a public server for strangers does not have."""
 
 
 class AdapterEndpoints:
@@ -137,9 +141,20 @@ class AdapterEndpoints:
         self.studio.library.forget_mix(mix)
         return {"mix": mix}
 
-    def export_adapter(self, adapter: str, form: str = "peft") -> Answer:
-        """Write an adapter as `peft` (a zip), `merged` (a folder), `kohya` or `diffusers`; see `adapter_work`."""
-        return {"work": adapting.export(self.studio, adapter, form)}
+    def export_adapter(self, adapter: str, form: str = "peft", precision: str = "f16") -> Answer:
+        """Write an adapter as `peft` (a zip), `merged` (a folder), `gguf`, `gguf-adapter`, `kohya` or `diffusers`.
+
+        Goes on in a process of its own, see `adapter_work`. `precision` is that of `gguf`: f16, bf16, f32 or q8_0.
+        """
+        return {"work": exporting.export(self.studio, adapter, form, precision)}
+
+    def push_adapter(self, adapter: str, repository: str, what: str = "peft", private: bool = True) -> Answer:
+        """Upload an adapter (`peft`), or its base with it (`merged`), to a new repository `owner/name` of the hub.
+
+        Needs a token in the server's environment; none is taken from here. Goes on in a process of its own, see
+        `adapter_work`, whose result has the `url`.
+        """
+        return {"work": exporting.push(self.studio, adapter, repository, what, private)}
 
     def rank_errors(self, adapter: str) -> Answer:
         """What lowering a LoRA's rank would cost: entry r - 1 of `errors` is the relative error at rank r."""
@@ -150,10 +165,10 @@ class AdapterEndpoints:
         return {"work": adapting.resize(self.studio, adapter, rank, _text(name, "name"))}
 
     def adapter_work(self, work: str) -> Answer:
-        """What became of an import, an export, a saved mix or a resize: state, progress, then result or error.
+        """What became of an import, an export, a push, a saved mix or a resize: state, progress, then result or error.
 
-        `result` has the new adapter's id, the error against what it was made from, or `bytes` of an export, whose file
-        `download_export` sends.
+        `result` has the new adapter's id, the error against what it was made from, `bytes` of an export, whose file
+        `download_export` sends, or the `url` of what was pushed.
         """
         self.studio.works.present()
         row = self.studio.works.get(work)
@@ -203,12 +218,14 @@ def build(studio: Studio, guarded: Guard) -> None:
 
         def download_export(work: str) -> tuple[Any, Any]:
             """The file that an export wrote, and a refusal where there is none."""
-            answered = guarded(lambda: {"path": str(adapting.exported(studio, work))})()
+            answered = guarded(lambda: {"path": str(exporting.exported(studio, work))})()
             return (served(sent, Path(answered["path"])), None) if "path" in answered else (None, answered)
 
         gr.Button().click(download_export, work, [sent, told], api_name="download_export")
 
     for name in ENDPOINTS:
+        if name in NOT_IN_DEMO and demo.active() is not None:
+            continue
         # Gradio reads the parameters' names, types and defaults of the method behind.
         function = getattr(ends, name) if name == "mix" else guarded(getattr(ends, name))
         gr.events.api(function, api_name=name, concurrency_limit=8)

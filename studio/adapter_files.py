@@ -17,11 +17,10 @@ from engine.data.errors import ArchiveError, TooLargeError
 from engine.data.sources import Source, ZipSource
 from engine.data.table import Limits
 from engine.errors import CheckpointError, ModelError, UnsafeFileError
+from engine.exporting import SIDECARS as SIDECARS
 from engine.models.folders import PICKLES, check_safetensors
 
 CONFIG, WEIGHTS, ENCODER = "adapter_config.json", "adapter_model.safetensors", "prompt_encoder.safetensors"
-SIDECARS = ("labels.json", "prefix.json", "caption.json")
-"""What an adapter's own task keeps beside it: a classifier's labels, words before a text."""
 ENCODERS = ("text_encoder", "text_encoder_2")
 FOREIGN = "foreign.safetensors"
 """A file in kohya's or diffusers' format, before it is converted."""

@@ -9,8 +9,7 @@ from typing import Any
 import gradio as gr
 
 from engine.errors import EngineError
-from studio import adapter_words, adapting, mixing
-from studio.adapter_words import FORMS
+from studio import adapter_words, adapting, export_panel, mixing
 from studio.i18n import t
 from studio.markup import error, esc
 from studio.page import HIDDEN, Page
@@ -33,8 +32,7 @@ class Parts:
     confirm: gr.Row
     confirmed: gr.Button
     kept: gr.Button
-    forms: gr.HTML
-    export: dict[str, gr.Button]
+    export: export_panel.Parts
     ranks: gr.Accordion
     no_ranks: gr.HTML
     rank_form: gr.Column
@@ -49,7 +47,7 @@ class Parts:
     def widgets(self) -> list[Any]:
         """All of them in one list."""
         plain = [it for it in vars(self).values() if it is not self.export]
-        return [*plain, *self.export.values()]
+        return [*plain, *self.export.widgets]
 
 
 def build() -> Parts:
@@ -70,10 +68,7 @@ def build() -> Parts:
         with gr.Row(elem_classes="ad-row"):
             name = gr.Textbox(label=t("Name"), elem_id="adapter-name", scale=3, min_width=240)
             rename = gr.Button(t("Rename"), elem_id="adapter-rename", scale=1)
-        with gr.Accordion(t("Export"), open=False, elem_id="adapter-export"):
-            forms = gr.HTML()
-            with gr.Row():
-                export = {form: gr.Button(t(title), elem_id=f"export-{form}") for form, (title, _) in FORMS.items()}
+        export = export_panel.build()
         with gr.Accordion(t("Another rank"), open=False, elem_id="adapter-ranks") as ranks:
             no_ranks = gr.HTML(visible=False)
             with gr.Column() as rank_form:
@@ -107,7 +102,6 @@ def build() -> Parts:
         confirm,
         confirmed,
         kept,
-        forms,
         export,
         ranks,
         no_ranks,
@@ -125,7 +119,8 @@ def shown(parts: Parts, row: Row) -> dict[Any, Any]:
     """The detail of one adapter."""
     why, rank = adapter_words.resize_refusal(row), row["rank"] or 8
     hint = f'<p class="st-hint">{esc(why)}</p>'
-    found: dict[Any, Any] = {
+    return {
+        **export_panel.shown(parts.export, row),
         parts.chosen: row["id"],
         parts.column: gr.Column(visible=True),
         parts.head: adapter_words.detail(row),
@@ -133,7 +128,6 @@ def shown(parts: Parts, row: Row) -> dict[Any, Any]:
         parts.name: row["name"],
         parts.mix: gr.Button(interactive=not mixing.refusal(row)),
         parts.confirm: gr.Row(visible=False),
-        parts.forms: adapter_words.exports(row),
         parts.ranks: gr.Accordion(open=False),
         parts.no_ranks: gr.HTML(hint, visible=bool(why)),
         parts.rank_form: gr.Column(visible=not why),
@@ -142,9 +136,6 @@ def shown(parts: Parts, row: Row) -> dict[Any, Any]:
         parts.resized: "",
         parts.errors: None,
     }
-    for form, button in parts.export.items():
-        found[button] = gr.Button(interactive=not adapter_words.export_refusal(row, form))
-    return found
 
 
 def hidden(parts: Parts) -> dict[Any, Any]:
@@ -162,16 +153,6 @@ def wire(page: Page, parts: Parts, started: Callable[[str], dict[Any, Any]], mor
         more: the widgets that `started` changes.
     """
     studio = page.studio
-
-    def export(form: str) -> Callable[[str], dict[Any, Any]]:
-        def begin(adapter: str) -> dict[Any, Any]:
-            """Export the chosen adapter."""
-            try:
-                return {**started(adapting.export(studio, adapter, form)), parts.fault: gr.HTML(visible=False)}
-            except EngineError as fault:
-                return {parts.fault: gr.HTML(error(fault, t("This cannot be exported now")), visible=True)}
-
-        return begin
 
     def cost(adapter: str, rank: float, errors: list[float] | None) -> dict[Any, Any]:
         """What the rank on the slider would cost."""
@@ -195,8 +176,7 @@ def wire(page: Page, parts: Parts, started: Callable[[str], dict[Any, Any]], mor
             return {parts.fault: gr.HTML(error(fault, t("The rank was not changed")), visible=True)}
 
     outputs = [parts.fault, *more]
-    for form, button in parts.export.items():
-        button.click(export(form), parts.chosen, outputs, trigger_mode="once", **HIDDEN)
+    export_panel.wire(page, parts.export, parts.chosen, parts.fault, started, more)
     parts.ranks.expand(
         cost, [parts.chosen, parts.rank, parts.errors], [parts.errors, parts.cost, parts.resize], **HIDDEN
     )

@@ -13,17 +13,6 @@ from studio.markup import ago, badge, dot, error, esc, notice, number, seconds, 
 from studio.store import Row
 
 ORIGINS = {RUN: N_("trained here"), IMPORTED: N_("imported"), MIXED: N_("a mix"), RESIZED: N_("another rank")}
-FORMS = {
-    "peft": (N_("PEFT zip"), N_("The adapter alone, for PEFT, transformers and this studio.")),
-    "merged": (
-        N_("Merged model"),
-        N_("The base with the adapter in its weights: a folder that needs neither PEFT nor us."),
-    ),
-    "kohya": (N_("kohya file"), N_("For A1111, Forge and ComfyUI.")),
-    "diffusers": (N_("diffusers file"), N_("For diffusers' load_lora_weights.")),
-}
-FILE_METHODS = {"kohya": ("lora", "dora", "loha", "lokr"), "diffusers": ("lora", "dora", "lokr")}
-"""What engine.formats writes."""
 
 
 def method(name: str) -> str:
@@ -143,37 +132,12 @@ def percent(share: float) -> str:
     return f"{share * 100:.2g} %"
 
 
-def export_refusal(row: Mapping[str, Any], form: str) -> str:
-    """Why an adapter cannot be exported so; "" where it can."""
-    if form == "peft":
-        return ""
-    if form == "merged":
-        prompts = row["method"] in mixing.PROMPTS
-        return t("Virtual tokens change no weight that it could be merged into.") if prompts else ""
-    if row["task"] != "text_to_image":
-        return t("Such files are for Stable Diffusion.")
-    if row["method"] not in FILE_METHODS[form]:
-        return t("The format has no place for {method}.", method=method(row["method"]))
-    whole = row["details"].get("whole")
-    return t("The format has no place for what it trains in full ({names}).", names=whole) if whole else ""
-
-
 def resize_refusal(row: Mapping[str, Any]) -> str:
     """Why an adapter's rank cannot be changed; "" where it can."""
     if row["method"] != "lora":
         name = method(row["method"])
         return t("{method} has no rank that can be changed without training; LoRA has.", method=name)
     return ""
-
-
-def exports(row: Mapping[str, Any]) -> str:
-    """What each form is for, and why some are not to be had."""
-    parts = []
-    for form, (title, meaning) in FORMS.items():
-        why = export_refusal(row, form)
-        not_here = f" <em>{esc(t('Not here: {why}', why=why))}</em>" if why else ""
-        parts.append(f"<li><b>{esc(t(title))}</b> {esc(t(meaning))}{not_here}</li>")
-    return f'<ul class="ad-forms">{"".join(parts)}</ul>'
 
 
 def rank_chart(errors: Sequence[float], rank: int, colour: str) -> str:
@@ -212,7 +176,10 @@ def work(row: Row | None, dismissed: str = "") -> str:
             "</div></div>"
         )
     if row["state"] == states.STOPPED:
-        return notice("info", t("{work}: stopped", work=reported(row["title"])), t("Nothing of it was kept."))
+        title = t("{work}: stopped", work=reported(row["title"]))
+        if row["kind"] == "push":
+            return notice("info", title, t("What had arrived at the hub by then stays there."))
+        return notice("info", title, t("Nothing of it was kept."))
     if row["error"]:
         return error(row["error"], t("{work}: that did not work", work=reported(row["title"])))
     result, hint = row["result"] or {}, ""
@@ -224,6 +191,10 @@ def work(row: Row | None, dismissed: str = "") -> str:
     if result.get("error") is not None and row["kind"] in ("save_mix", "resize"):
         hint = t("Error against what it was made from: {share}.", share=percent(result["error"]))
     box = notice("good", reported(result.get("message", "Done.")), reported(result.get("note", "")), hint)
+    if row["kind"] == "push":
+        url = esc(result["url"])
+        link = f'<p><a href="{url}" target="_blank" rel="noopener noreferrer">{url}</a></p>'
+        box = box.replace("</strong>", f"</strong>{link}", 1)
     return box.replace('class="notice good"', f'class="notice good" data-work="done" data-kind="{esc(row["kind"])}"', 1)
 
 

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 import sys
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.errors import CheckpointError, EngineError, ModelError
+from engine.exporting import NAME
 from engine.paths import studio_home
-from studio import adapter_files, process, states, visitors
+from studio import adapter_files, export_work, process, states, visitors
 from studio.context import Studio
 from studio.faults import is_memory, memory_event, unexpected_event
 from studio.library import IMPORTED, MIXED, RESIZED
 from studio.store import Row
 
 logger = logging.getLogger("studio.adapter_worker")
-
-NAME = "adapter"
-"""What an adapter is called while it is alone on its base."""
 
 
 @dataclass(frozen=True)
@@ -53,23 +49,18 @@ class Work:
     def tell(self, message: str, fraction: float | None = None) -> None:
         self.studio.works.tell(self.row["id"], message, fraction)
 
-    def opened(self, rows: list[Row], names: list[str] | None = None) -> Any:
+    def opened(self, rows: list[Row], names: list[str] | None = None, precision: str = "auto") -> Any:
         """The base of adapters in memory, with them on it under `names` (by default `NAME`)."""
         from engine.answerers import answerer_class
 
         def progress(phase: str, fraction: float | None, message: str) -> None:
             self.tell(message, fraction)
 
-        answerer = answerer_class(rows[0]["task"])(rows[0]["base"], on_progress=progress)
+        answerer = answerer_class(rows[0]["task"])(rows[0]["base"], precision, on_progress=progress)
         for row, name in zip(rows, names or [NAME], strict=True):
             self.tell(f"Reading {row['name']}")
             answerer.attach(name, self.studio.library.folder(row))
         return answerer
-
-
-def slug(name: str) -> str:
-    """A name as a file's name."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:60] or "adapter"
 
 
 # --- making adapters ------------------------------------------------------------------------------------------------
@@ -182,74 +173,12 @@ def _sidecars(source: Path, draft: Path) -> None:
             shutil.copyfile(source / name, draft / name)
 
 
-# --- exports --------------------------------------------------------------------------------------------------------
-
-
-def _export(work: Work) -> Row:
-    """An adapter as a file or folder for other programs, under `works/<id>/out`."""
-    asked, library = work.asked, work.studio.library
-    row, form = library.usable(asked["adapter"]), asked["form"]
-    out, name = work.folder / "out", slug(row["name"])
-    out.mkdir()
-    if form == "peft":
-        work.tell("Packing")
-        place = _zipped(library.folder(row), out / f"{name}.zip")
-    elif form == "merged":
-        place = _merged(work, row, out / f"{name}-merged")
-    else:
-        from engine.formats import write_diffusers, write_kohya
-
-        answerer = work.opened([row])
-        work.tell("Writing the file")
-        write = write_kohya if form == "kohya" else write_diffusers
-        place = write(answerer.parts, out / f"{name}.safetensors", NAME)
-    length = sum(path.stat().st_size for path in ([place] if place.is_file() else place.rglob("*")) if path.is_file())
-    return {
-        "path": place.relative_to(work.folder).as_posix(),
-        "bytes": length,
-        "message": f"{place.name} is ready.",
-        "adapter": row["id"],
-        "form": form,
-    }
-
-
-def _zipped(folder: Path, place: Path) -> Path:
-    """The adapter's files in a zip; tensors do not pack, so they are stored as they are."""
-    with zipfile.ZipFile(place, "w", zipfile.ZIP_STORED) as archive:
-        for path in sorted(folder.rglob("*")):
-            if path.is_file() and not path.name.startswith("."):
-                archive.write(path, path.relative_to(folder).as_posix())
-    return place
-
-
-def _merged(work: Work, row: Row, place: Path) -> Path:
-    answerer = work.opened([row])
-    work.tell("Merging")
-    if row["task"] == "text_to_image":
-        for model in dict(answerer.parts).values():
-            model.merge_and_unload(adapter_names=[NAME])
-        work.tell("Writing the model")
-        answerer.pipeline.diffusers().save_pretrained(place, safe_serialization=True)
-        return place
-    (model,) = answerer.parts.values()
-    merged = model.merge_and_unload(adapter_names=[NAME])
-    work.tell("Writing the model")
-    merged.save_pretrained(place, safe_serialization=True)
-    helper = getattr(answerer, "processor", None) or getattr(answerer, "tokenizer", None)
-    if helper is None:
-        from engine.models.loading import load_tokenizer
-
-        helper = load_tokenizer(row["base"])
-    helper.save_pretrained(place)
-    _sidecars(work.studio.library.folder(row), place)
-    return place
-
-
 KINDS: dict[str, Callable[[Work], Row]] = {
     "import": _import,
     "save_mix": _save_mix,
     "resize": _resize,
-    "export": _export,
+    "export": export_work.export,
+    "push": export_work.push,
 }
 
 

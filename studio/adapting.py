@@ -1,18 +1,20 @@
-"""What can be asked of adapters beside mixing them: import, export, another rank. Each starts `studio.works`' work."""
+"""What can be asked of adapters beside mixing them: import, another rank. Each starts `studio.works`' work.
+
+What lets them leave is `studio.exporting`.
+"""
 
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.errors import CheckpointError, ConfigError
+from engine.errors import ConfigError
 from engine.models.catalogue import BUILTIN, canonical
-from studio import adapter_files, demo, states
+from studio import adapter_files, demo
 from studio import bases as allowed
-from studio.adapter_words import FORMS, export_refusal, resize_refusal
+from studio.adapter_words import resize_refusal
 from studio.context import Studio
 from studio.library import checked_name
 from studio.mixing import asked_as
@@ -97,59 +99,6 @@ def _task(base: str, found: adapter_files.Facts | None) -> str:
         return "text_to_image" if builtin is None or "text_to_image" in builtin.tasks else builtin.tasks[0]
     first = asked_as(builtin.tasks[0]) if builtin else "causal_lm"
     return found.task or first
-
-
-def export(studio: Studio, adapter: str, form: str) -> str:
-    """Start writing an adapter in a form of `FORMS`; returns the id of the work.
-
-    Raises:
-        ConfigError: an unknown form, or one that has no place for the adapter.
-        UnknownError, StateError, CheckpointError: the adapter is not there, or other work is under way.
-    """
-    row = studio.library.usable(adapter)
-    if not isinstance(form, str) or form not in FORMS:
-        raise ConfigError(f"There is no form {str(form)[:40]!r}.", f"Known: {', '.join(FORMS)}.")
-    demo.check_feature(form)
-    why = export_refusal(row, form)
-    if why:
-        raise ConfigError(f"{row['name']!r} cannot be exported as a {FORMS[form][0]}. {why}", "Choose another form.")
-    work = studio.works.start(
-        "export", f"Exporting {row['name']}: {FORMS[form][0]}", {"adapter": adapter, "form": form}
-    )
-    _drop_former(studio, work, adapter, form)
-    return work
-
-
-def _drop_former(studio: Studio, work: str, adapter: str, form: str) -> None:
-    """An older export of the same is taken off the disk: the new one stands in its place."""
-    sql = (
-        "SELECT id FROM works WHERE kind = 'export' AND id <> ? AND state = ? AND json_extract(asked, '$.adapter') = ?"
-    )
-    sql += " AND json_extract(asked, '$.form') = ?"
-    for row in studio.store.db.query(sql, [work, states.DONE, adapter, form]):
-        shutil.rmtree(studio.works.folder(row["id"]) / "out", ignore_errors=True)
-
-
-def exported(studio: Studio, work: str) -> Path:
-    """The file that an export wrote, to be sent to whoever asked.
-
-    Raises:
-        UnknownError: there is no such work.
-        StateError: it is no export, has not come to an end, or wrote a folder, which is not sent.
-        CheckpointError: the file is gone.
-    """
-    row = studio.works.get(work)
-    if row["kind"] != "export" or row["state"] != states.DONE:
-        raise StateError(f"{row['title']}: there is no file to download.", "Export an adapter first, and let it end.")
-    root = studio.works.folder(work).resolve()
-    place = (root / str(row["result"]["path"])).resolve()
-    if not place.is_relative_to(root) or not place.exists():
-        raise CheckpointError("The exported file is gone from the home folder.", "Export it again.")
-    if place.is_dir():
-        raise StateError(
-            "A merged model is a folder; it is not sent.", f"Take it from works/{work} in the home folder."
-        )
-    return place
 
 
 def resize(studio: Studio, adapter: str, rank: Any, name: str = "") -> str:

@@ -240,16 +240,20 @@ def check_question(sampling: Mapping[str, Any]) -> None:
 
 
 def check_feature(name: str) -> None:
-    """Refuse what the demo has turned off: `import` (files of strangers), `merged` (whole models on the disk),
-    `shared` (the order of the queue, presets of one's own).
+    """Refuse what the demo has turned off.
+
+    That is `import` (files of strangers), `merged` and `gguf` (whole models on the disk), `push` (uploads in the
+    owner's name), `shared` (the order of the queue, presets of one's own).
 
     Raises:
         DemoError: it is off.
     """
     if active() is not None and name == "import":
         raise _refuse(t("Importing adapters is off in the demo."))
-    if active() is not None and name == "merged":
+    if active() is not None and name in ("merged", "gguf"):
         raise _refuse(t("Exporting a whole model is off in the demo."), t("Export the adapter."))
+    if active() is not None and name == "push":
+        raise _refuse(t("Pushing is off in the demo."))
     if active() is not None and name == "shared":
         raise _refuse(t("This is shared by everybody in the demo, and cannot be changed there."))
 

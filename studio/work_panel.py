@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from engine.errors import EngineError
-from studio import adapter_words, adapting, states
+from studio import adapter_words, exporting, states
 from studio.adapter_api import served
 from studio.context import Studio
 from studio.i18n import t
@@ -55,7 +55,7 @@ def shown(studio: Studio, parts: Parts, dismissed: str = "") -> dict[Any, Any]:
     path = None
     if row and told and row["kind"] == "export" and row["state"] == states.DONE:
         with contextlib.suppress(EngineError):
-            path = served(parts.download, adapting.exported(studio, row["id"]))
+            path = served(parts.download, exporting.exported(studio, row["id"]))
     return {
         parts.told: gr.HTML(told, visible=bool(told)),
         parts.row: gr.Row(visible=bool(told)),

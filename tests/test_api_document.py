@@ -20,7 +20,20 @@ from engine.paths import REPOSITORY
 from studio.tools import TOOLS
 
 PAGE = (REPOSITORY / "docs" / "api.md").read_text(encoding="utf-8")
-CHANGING = ("submit", "control", "delete", "export", "download", "import", "save", "rename", "resize", "score_", "stop")
+CHANGING = (
+    "submit",
+    "control",
+    "delete",
+    "export",
+    "push",
+    "download",
+    "import",
+    "save",
+    "rename",
+    "resize",
+    "score_",
+    "stop",
+)
 
 
 @pytest.fixture(scope="module")

@@ -178,6 +178,7 @@ def test_limits_are_refused_in_words(server: Running, first: dict[str, Any], tmp
         client.predict(job(dataset, max_steps=4001), api_name="/submit_run"),
         client.predict(job(dataset, max_length=100_000), api_name="/submit_run"),
         client.predict(first["adapter"], "merged", api_name="/export_adapter"),
+        client.predict(first["adapter"], "gguf", api_name="/export_adapter"),
         client.predict([handle_file(first["path"])], "", "", api_name="/import_adapter"),
         list(client.submit("tiny-llama", [], "hi", 0, 0.3, 500, api_name="/compare"))[-1],
         list(client.submit("owner/model", [], "hi", api_name="/compare"))[-1],
@@ -216,6 +217,13 @@ def test_two_at_once_see_no_secrets_and_do_not_block_each_other(server: Running,
         assert TOKEN not in path.read_text(encoding="utf-8", errors="replace"), path
     for page in ("/", "/config", "/gradio_api/info"):
         assert TOKEN not in urllib.request.urlopen(server.address + page, timeout=60).read().decode()
+
+
+def test_nothing_is_pushed_for_a_visitor(server: Running) -> None:
+    """The server has a token, but not for visitors: there is no endpoint; `test_hub.py` asks the function."""
+    with urllib.request.urlopen(f"{server.address}/gradio_api/info") as answer:
+        named = json.load(answer)["named_endpoints"]
+    assert "/export_adapter" in named and "/push_adapter" not in named
 
 
 def test_the_page_says_that_it_is_a_demo(server: Running) -> None:

@@ -18,7 +18,7 @@ from engine import IA3Config, LoHaConfig, LoraConfig, PromptTuningConfig
 from engine.adapters import ADAPTERS
 from engine.combinations import COMBINATIONS, LIVE
 from engine.errors import ConfigError, EngineError
-from studio import adapter_files, adapter_words, adapting, mixing, presets, states
+from studio import adapter_files, adapting, export_words, exporting, mixing, presets, states
 from studio.adapter_api import AdapterEndpoints
 from studio.context import Studio
 from studio.inference import InferenceError
@@ -167,10 +167,11 @@ def test_a_killed_process_is_an_error_in_words(studio: Studio) -> None:
 
 
 def test_an_adapter_goes_out_as_a_zip_and_comes_in_as_itself(studio: Studio) -> None:
-    work = adapting.export(studio, adapter(studio, "one"), "peft")
+    work = exporting.export(studio, adapter(studio, "one"), "peft")
     assert done(studio, work)["bytes"] > 0
-    place = adapting.exported(studio, work)
-    assert set(zipfile.ZipFile(place).namelist()) == {adapter_files.CONFIG, adapter_files.WEIGHTS}
+    place = exporting.exported(studio, work)
+    assert set(zipfile.ZipFile(place).namelist()) == {adapter_files.CONFIG, adapter_files.WEIGHTS, "README.md"}
+    assert "An adapter for tiny-llama" in zipfile.ZipFile(place).read("README.md").decode()
     result = done(studio, adapting.bring_in(studio, [place], "again"))
     row, first = studio.library.get(result["adapter"]), studio.library.get(adapter(studio, "one"))
     same = ("base", "task", "method", "rank", "targets", "parameters")
@@ -195,9 +196,9 @@ def test_what_does_not_fit_its_base_is_refused_before_it_is_in_the_library(studi
 
 
 def test_a_style_goes_out_and_in_as_kohyas_file(studio: Studio) -> None:
-    work = adapting.export(studio, adapter(studio, "style"), "kohya")
+    work = exporting.export(studio, adapter(studio, "style"), "kohya")
     done(studio, work)
-    place = adapting.exported(studio, work)
+    place = exporting.exported(studio, work)
     with pytest.raises(ConfigError, match="Which base"):
         adapting.bring_in(studio, [place])
     with pytest.raises(ConfigError, match="no such base"):
@@ -217,29 +218,60 @@ def test_two_styles_are_drawn_together(studio: Studio) -> None:
 
 @pytest.mark.parametrize(
     ("name", "form", "words"),
-    [("one", "kohya", "Stable Diffusion"), ("tokens", "merged", "no weight"), ("loha", "diffusers", "LoHa")],
+    [
+        ("one", "kohya", "Stable Diffusion"),
+        ("tokens", "merged", "no weight"),
+        ("tokens", "gguf", "no weight"),
+        ("loha", "diffusers", "LoHa"),
+        ("ia3", "gguf-adapter", "IA3"),
+        ("style", "gguf", "Llama family"),
+    ],
 )
 def test_forms_that_have_no_place_for_an_adapter_say_so_before_anything_starts(
     studio: Studio, name: str, form: str, words: str
 ) -> None:
-    assert words in adapter_words.export_refusal(studio.library.get(adapter(studio, name)), form)
+    assert words in export_words.export_refusal(studio.library.get(adapter(studio, name)), form)
     with pytest.raises(ConfigError, match=words):
-        adapting.export(studio, adapter(studio, name), form)
+        exporting.export(studio, adapter(studio, name), form)
     with pytest.raises(ConfigError, match="There is no form"):
-        adapting.export(studio, adapter(studio, name), "../x")
+        exporting.export(studio, adapter(studio, name), "../x")
 
 
 def test_a_merged_model_answers_like_the_adapter_on_its_base(studio: Studio) -> None:
-    work = adapting.export(studio, adapter(studio, "one"), "merged")
+    work = exporting.export(studio, adapter(studio, "one"), "merged")
     result = done(studio, work)
     folder = studio.works.folder(work) / result["path"]
     with pytest.raises(StateError, match="folder"):
-        adapting.exported(studio, work)
+        exporting.exported(studio, work)
     wanted = heard(studio, one=1.0)
     pieces = studio.inference.generate(str(folder), {}, [{"role": "user", "content": PROMPT}], [None], HOW)
     said = "".join(piece["text"] for piece in pieces if piece["type"] == "piece")
     assert alike(said, wanted)
     assert adapting.known_base(studio, str(folder)) == str(folder.resolve())
+
+
+def test_a_gguf_holds_the_adapter_in_the_weights_that_answer(studio: Studio) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    work = exporting.export(studio, adapter(studio, "one"), "gguf", "f32")
+    assert done(studio, work)["form"] == "gguf"
+    place = exporting.exported(studio, work)
+    assert place.name == "one-f32.gguf"
+    merged = exporting.export(studio, adapter(studio, "one"), "merged")
+    folder = studio.works.folder(merged) / done(studio, merged)["path"]
+    ids = AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        there = AutoModelForCausalLM.from_pretrained(place.parent, gguf_file=place.name, dtype=torch.float32)(ids)
+        here = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids)
+    # The folder's weights may be bf16, the file's are float32.
+    assert (there.logits - here.logits).abs().max() < 0.3
+    single = exporting.export(studio, adapter(studio, "one"), "gguf-adapter")
+    done(studio, single)
+    alone = exporting.exported(studio, single)
+    assert alone.name == "one-lora.gguf" and alone.stat().st_size < place.stat().st_size / 10
+    with pytest.raises(ConfigError, match="The precision is 'q2'"):
+        exporting.export(studio, adapter(studio, "one"), "gguf", "q2")
 
 
 def test_lowering_a_rank_costs_what_was_told_and_raising_it_nothing(studio: Studio) -> None:
