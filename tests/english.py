@@ -42,7 +42,6 @@ TEXTS = {
     "models names {0}; needed: some of {1}.",
     "{0} would be a pickle.",
     "Name it .safetensors.",
-    "{0} does not end in .safetensors.",
     "Name the file to write.",
     "Load the base in full precision and hand it over: merge_into_full(base).",
     "No adapter is active, so there is nothing to merge.",

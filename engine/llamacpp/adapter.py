@@ -70,7 +70,7 @@ def _checked(config: AdapterConfig) -> LowRankConfig:
         faults.append("lora_alpha is 0, which llama.cpp reads as the rank")
     if faults:
         listed = "\n".join(f"- {fault}" for fault in faults)
-        raise ConfigError(f"The adapter has parts that llama.cpp's LoRA has no place for:\n{listed}", _MERGE)
+        raise ConfigError("The adapter has parts that llama.cpp's LoRA has no place for:\n" + listed, _MERGE)
     return config
 
 
