@@ -114,9 +114,10 @@ class Job:
         key = (batch_size or self.spec.training.batch_size, length)
         if key not in self._found:
             spec = changed(self.spec, {"training.batch_size": key[0]})
-            self._found[key] = self._predicted(
-                spec, heaviest(self.rows.task, self.model.loaded, self.encoded, spec, length)
-            )
+            # Whoever makes batches may ask the model what it takes, which each of its blocks tells.
+            with self.simulation.shortened():
+                found = heaviest(self.rows.task, self.model.loaded, self.encoded, spec, length)
+            self._found[key] = self._predicted(spec, found)
         return self._found[key]
 
     def largest_batch(self, budget: int) -> int:
