@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,6 +52,7 @@ class Span:
         name: what happens in it.
         before: part -> bytes at its beginning. after: at its end.
         peak: the largest sum within it. at_peak: part -> bytes then.
+        ended: name of the stretch in which they began -> part -> bytes of what ended in this one.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Span:
     after: Counter[str]
     peak: int
     at_peak: Counter[str]
+    ended: defaultdict[str, Counter[str]]
 
 
 class Allocations(TorchDispatchMode):
@@ -80,8 +82,8 @@ class Allocations(TorchDispatchMode):
         self.peak = 0
         self.at_peak: Counter[str] = Counter()
         self.part = "activations"
-        # Storage's address -> its bytes, its part, and what tells its end.
-        self._known: dict[int, tuple[int, str, Any]] = {}
+        # Storage's address -> its bytes, its part, what tells its end, and the stretch in which it began.
+        self._known: dict[int, tuple[int, str, Any, str]] = {}
         # Operator -> the bytes that it hides, and whether masks may stand among its arguments.
         self._operators: dict[Any, tuple[Callable[[Sequence[Any]], int] | None, bool]] = {}
         self._spans: list[Span] = []
@@ -95,12 +97,20 @@ class Allocations(TorchDispatchMode):
         """What `name` says begins here, with a peak of its own."""
         self._end_span()
         self.restart()
-        self._spans.append(Span(name, Counter(self.live), Counter(), 0, Counter()))
+        self._spans.append(Span(name, Counter(self.live), Counter(), 0, Counter(), defaultdict(Counter)))
 
     def spans(self) -> list[Span]:
         """What happened between the marks, which are forgotten; the last one ends here."""
         self._end_span()
         found, self._spans = self._spans, []
+        return found
+
+    def begun_in(self, *names: str) -> Counter[str]:
+        """Part -> bytes of what is there and began in these stretches."""
+        found: Counter[str] = Counter()
+        for size, part, _, begun in self._known.values():
+            if begun in names:
+                found[part] += size
         return found
 
     def _end_span(self) -> None:
@@ -125,8 +135,8 @@ class Allocations(TorchDispatchMode):
             if found is None:
                 self._add(tensor, part)
             elif found[1] != part:
-                size, former, end = found
-                self._known[storage._cdata] = (size, part, end)
+                size, former, end, begun = found
+                self._known[storage._cdata] = (size, part, end, begun)
                 self.live[former] -= size
                 self.live[part] += size
 
@@ -166,11 +176,14 @@ class Allocations(TorchDispatchMode):
             part = "logits"
 
         def ended(_: Any) -> None:
-            size, part, _ = self._known.pop(key)
+            size, part, _, begun = self._known.pop(key)
             self.live[part] -= size
             self.total -= size
+            if self._spans:
+                self._spans[-1].ended[begun][part] += size
 
-        self._known[key] = (size, part, weakref.ref(storage, ended))
+        begun = self._spans[-1].name if self._spans else ""
+        self._known[key] = (size, part, weakref.ref(storage, ended), begun)
         self.live[part] += size
         self.total += size
         self._note()

@@ -15,6 +15,7 @@ settings and shapes (`find`), and where the two between turn out to do the same 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,7 +31,15 @@ from engine.memory.allocations import Span
 KEPT = 4
 """Blocks that are run."""
 
-_REPEATED = {"forward 1": "forward 2", "backward 2": "backward 1"}
+_SECOND = ("forward 2", "backward 1")
+"""Of two that are repeated, the later."""
+
+_BETWEEN = ("forward 1", "forward 2", "backward 2", "backward 1")
+
+_ORDER = re.compile(
+    "before,(?:(?:forward 0,forward 1,forward 2,forward 3,head,)+copies end,backward,"
+    "(?:backward 2,backward 1,backward 0,)+graph ends,)+"
+)
 _PLACES = ("layer_idx", "module_name")
 """Attributes that say where a block stands, and change nothing of what it does."""
 
@@ -61,11 +70,6 @@ class Stack:
         """What is trained outside of the blocks and in the first `count` of them."""
         others = {id(parameter) for block in self.blocks[count:] for parameter in block.parameters()}
         return {name: parameter for name, parameter in trained.items() if id(parameter) not in others}
-
-    def gradients(self) -> int:
-        """Bytes of the gradients that a block has which was run, and one that was left out has not."""
-        pairs = zip(self.blocks[1].parameters(), self.blocks[KEPT].parameters(), strict=True)
-        return sum(run.grad.nbytes for run, other in pairs if run.grad is not None and other.grad is None)
 
     @contextmanager
     def shortened(self) -> Iterator[None]:
@@ -177,52 +181,56 @@ def _plain(value: Any) -> Any:
     return type(value)
 
 
-def lengthened(spans: Sequence[Span], left_out: int, missing: Mapping[str, int]) -> tuple[Counter[str], Counter[str]]:
-    """A step over all blocks: part -> bytes at its peak, and part -> bytes that the left out ones add at its end.
+def lengthened(
+    spans: Sequence[Span], left_out: int, missing: Mapping[str, int], kept: Mapping[str, int]
+) -> tuple[Counter[str], Counter[str]]:
+    """A step over all blocks: part -> bytes at its peak, and part -> bytes that the left out ones have at its end.
 
     Args:
         spans: of the step over four of them.
         left_out: blocks that were not run.
         missing: part -> bytes that the left out ones have from the beginning.
+        kept: part -> bytes of what began in one of the blocks between and is there at the end.
 
     Raises:
         UnevenError: the two blocks between do not do the same, or other things happened than forward and backward.
     """
-    _check_order([span.name for span in spans])
+    if not _ORDER.fullmatch("".join(f"{span.name}," for span in spans)):
+        raise UnevenError("they are run in another order")
     offset, best = Counter(missing), Counter[str]()
     peak = -1
-    waiting: Counter[str] | None = None
-    for number, span in enumerate(spans):
-        if waiting is not None:
-            if _course(spans[number - 1]) != _course(span):
-                raise UnevenError
-            offset.update(waiting)
-            waiting = None
-        elif span.name in _REPEATED:
-            waiting = times(difference(span.after, span.before), left_out)
+    for place, span in enumerate(spans):
+        if span.name in _SECOND:
+            if _course(spans[place - 1]) != _course(span):
+                raise UnevenError("they do not all do the same")
+            offset.update(times(difference(span.after, span.before), left_out))
         if span.peak + offset.total() > peak:
             peak, best = span.peak + offset.total(), summed(span.at_peak, offset)
+        if span.name not in _BETWEEN:
+            offset.subtract(times(_ended_together(span), left_out))
+    stays = difference(offset, summed(missing, times(kept, left_out)))
+    if any(stays.values()):
+        raise UnevenError(f"{dict(stays)} is more than what they keep")
     return best, offset
+
+
+def _ended_together(span: Span) -> Counter[str]:
+    """Part -> bytes that each of the blocks between loses in this stretch, which belongs to none of them.
+
+    Some of what a block takes ends with that of all others: a weight's copy under autocast when the forward pass is
+    over, what a node of autograd holds when the graph ends. What ends of one block alone is its neighbour's doing.
+    """
+    first, second = (summed(span.ended[f"forward {i}"], span.ended[f"backward {i}"]) for i in (1, 2))
+    if not first.total() or not second.total():
+        return Counter()
+    if first != second or span.peak > span.before.total():
+        raise UnevenError("what ends of them ends while something else goes on")
+    return first
 
 
 def _course(span: Span) -> tuple[Counter[str], Counter[str]]:
     """What a stretch does, wherever it begins."""
     return difference(span.after, span.before), difference(span.at_peak, span.before)
-
-
-def _check_order(names: Sequence[str]) -> None:
-    """Whether each pass over the blocks is whole, and goes straight from one to the next."""
-    forward = ["forward 0", "forward 1", "forward 2", "forward 3", "head"]
-    backward = ["backward 2", "backward 1", "backward 0"]
-    place, trained = 1, False
-    while place < len(names):
-        run = next((run for run in (forward, backward) if list(names[place : place + len(run)]) == run), None)
-        if run is None:
-            raise UnevenError
-        trained = trained or run is backward
-        place += len(run)
-    if not trained:
-        raise UnevenError
 
 
 def difference(after: Mapping[str, int], before: Mapping[str, int]) -> Counter[str]:

@@ -85,11 +85,15 @@ def remedy(spec: JobSpec, budget: int, *, device: str = "cpu") -> Remedy | None:
 class Job:
     """One job's predictions, its rows and its model made once.
 
+    Args:
+        like: a job over the same rows, to take them from.
+        whole: run all blocks of the model, where four would do (`engine.memory.depth`); for comparison.
+
     Raises:
         PredictionError, EngineError: as `predict`.
     """
 
-    def __init__(self, spec: JobSpec, device: str = "cpu", like: Job | None = None) -> None:
+    def __init__(self, spec: JobSpec, device: str = "cpu", like: Job | None = None, whole: bool = False) -> None:
         from engine.memory import rows as reading
         from engine.memory.shapes import shaped
         from engine.memory.step import Simulation
@@ -104,7 +108,7 @@ class Job:
         self.rows: Rows = like.rows if like else reading.read(spec, get_task(spec.task, spec.options))
         self.model = shaped(spec, self.rows.task, device)
         self.encoded: Sequence[Any] = like.encoded if like else reading.encoded(self.rows, self.model.loaded, spec)
-        self.simulation = Simulation(spec, self.rows.task, self.model, device)
+        self.simulation = Simulation(spec, self.rows.task, self.model, device, whole)
         self._found: dict[tuple[int, int | None], Prediction] = {}
 
     def predict(self, batch_size: int | None = None, length: int | None = None) -> Prediction:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from engine.kernels.loss import output_layer
 from engine.memory import depth
 from engine.memory.allocations import HIDDEN, HIDDEN_ON_CPU, Allocations
 from engine.memory.shapes import Shaped
@@ -98,19 +99,20 @@ class Simulation:
         """As `_whole_step`, worked out from four blocks."""
         allocations, left_out = self.allocations, stack.left_out
         clipped = []
-        with stack.shortened(), stack.marked(allocations.mark), self._training():
-            allocations.mark("before")
-            self._run(batch)
-            spans = allocations.spans()
-            for count in (depth.KEPT - 1, depth.KEPT):
-                allocations.restart()
-                self._clip(stack.parameters(self.parameters, count))
-                clipped.append(allocations.at_peak)
-            gradients = stack.gradients()
-        found, added = depth.lengthened(spans, left_out, self._missing)
-        left = depth.difference(added, self._missing)
-        if left != Counter({"gradients": left_out * gradients}):
-            raise depth.UnevenError(f"{dict(left)} stay of {left_out} blocks with gradients of {gradients} bytes")
+        with stack.shortened():
+            with _quiet():
+                # The model is asked once how it makes its logits; that is not a part of the step.
+                output_layer(self.model.trainee.model)
+            with stack.marked(allocations.mark), self._training():
+                allocations.mark("before")
+                self._run(batch, allocations.mark)
+                spans = allocations.spans()
+                for count in (depth.KEPT - 1, depth.KEPT):
+                    allocations.restart()
+                    self._clip(stack.parameters(self.parameters, count))
+                    clipped.append(allocations.at_peak)
+                kept = allocations.begun_in("forward 1", "backward 1")
+        found, added = depth.lengthened(spans, left_out, self._missing, kept)
         clipping = depth.extended(*clipped, left_out)
         return max(found, depth.summed(clipping, added), key=Counter.total)
 
@@ -127,23 +129,26 @@ class Simulation:
                 parameter.grad = None
             model.eval()
 
-    def _run(self, batch: Batch) -> None:
+    def _run(self, batch: Batch, mark: Callable[[str], None] = lambda name: None) -> None:
         extra = self.model.trainee.extra_loss()
         if extra is not None:
             extra.backward()
         for _ in range(min(2, self.spec.training.gradient_accumulation)):
-            self._passes(batch)
+            self._passes(batch, mark)
 
     def _clip(self, parameters: Mapping[str, nn.Parameter]) -> None:
         if self.spec.training.max_grad_norm:
             nn.utils.clip_grad_norm_(parameters.values(), self.spec.training.max_grad_norm)
 
-    def _passes(self, batch: Batch) -> None:
+    def _passes(self, batch: Batch, mark: Callable[[str], None]) -> None:
         compute = self.model.compute
         casting = torch.autocast("cpu", compute) if compute is not None else nullcontext()
         with casting, self._away() if self.spec.training.activation_offload else nullcontext():
             part = self.task.loss(self.model.trainee.model, dict(batch))
+            mark("copies end")
+        mark("backward")
         (part.total / max(1, part.count)).backward()
+        mark("graph ends")
 
     def _make_state(self) -> None:
         """The optimizer's state and the peak of the step that makes it, of four blocks where that tells all."""
