@@ -105,9 +105,11 @@ class Job:
                 "Start with a batch of 1, and raise it while the machine has room.",
             )
         self.spec, self.device = spec, device
-        self.rows: Rows = like.rows if like else reading.read(spec, get_task(spec.task, spec.options))
+        known = (like.rows, like.encoded) if like else reading.remembered(spec)
+        self.rows: Rows = known[0] if known else reading.read(spec, get_task(spec.task, spec.options))
         self.model = shaped(spec, self.rows.task, device)
-        self.encoded: Sequence[Any] = like.encoded if like else reading.encoded(self.rows, self.model.loaded, spec)
+        self.encoded: Sequence[Any] = known[1] if known else reading.encoded(self.rows, self.model.loaded, spec)
+        reading.remember(spec, self.rows, self.encoded)
         self.simulation = Simulation(spec, self.rows.task, self.model, device, whole)
         self._found: dict[tuple[int, int | None], Prediction] = {}
 
@@ -127,18 +129,23 @@ class Job:
     def largest_batch(self, budget: int) -> int:
         """As `largest_batch`."""
         most = min(MOST_ROWS, len(self.encoded) or MOST_ROWS)
-        fitting, failing, guess = 0, most + 1, 1
-        known: dict[int, int] = {}
+        # What was asked before is known already.
+        known = {size: found.peak for (size, length), found in self._found.items() if length is None and size <= most}
+        fitting = max((size for size, peak in known.items() if peak <= budget), default=0)
+        failing = min((size for size, peak in known.items() if size > fitting and peak > budget), default=most + 1)
+        slow = 0
         while failing - fitting > 1:
             gap = failing - fitting
+            # A straight line that twice left more than half of the gap is no good here: then the middle. Where nothing
+            # failed yet there is no middle, and a batch of thousands takes long to follow.
+            middle, slow = (True, 0) if slow == 2 else (False, slow)
+            guess = (fitting + failing) // 2 if middle else _next_guess(known, fitting, failing, budget)
             known[guess] = self.predict(guess).peak
             if known[guess] <= budget:
                 fitting = guess
             else:
                 failing = guess
-            # Where the straight line left more than half of the gap, the middle is taken next.
-            straight = failing - fitting <= gap // 2 or len(known) < 3
-            guess = _next_guess(known, fitting, failing, budget) if straight else (fitting + failing) // 2
+            slow = slow + 1 if failing in known and failing - fitting > gap // 2 else 0
         return fitting
 
     def remedy(self, budget: int) -> Remedy | None:
@@ -205,13 +212,15 @@ def _batches(training: TrainingSpec) -> Iterator[dict[str, int]]:
 
 def _next_guess(known: Mapping[int, int], fitting: int, failing: int, budget: int) -> int:
     """Where a straight line through two known peaks meets the budget; between the bounds."""
-    below = max((size for size in known if 0 < size <= fitting), default=0)
-    if not below:
-        return max(1, (fitting + failing) // 2)
-    others = [size for size in known if size and size != below]
-    if not others:
-        return min(failing - 1, 2 * below)
-    other = failing if failing in known else max(others)
-    slope = (known[other] - known[below]) / (other - below)
-    guess = below + int((budget - known[below]) / slope) if slope > 0 else 2 * below
+    below = sorted(size for size in known if size <= fitting)
+    above = sorted(size for size in known if size >= failing)
+    pair = [*below[-1:], *above[:1]] if below and above else below[-2:] or above[:2]
+    if not known:
+        guess = 1
+    elif len(pair) == 1:
+        guess = 2 * pair[0] if below else pair[0] // 2
+    else:
+        low, high = pair
+        slope = (known[high] - known[low]) / (high - low)
+        guess = low + int((budget - known[low]) // slope) if slope > 0 else 2 * high
     return min(max(guess, fitting + 1), failing - 1)

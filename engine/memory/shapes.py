@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from engine.adapters.base import CONV1D, LINEAR, TaskType, features, layer_kind
 from engine.inject import HEADS, matches, replace_module
+from engine.memory.rows import stamps
+from engine.models.fetch import resolve
 from engine.tasks.base import Loaded, Task
 from engine.train.job import JobSpec
 from engine.train.trainee import AdapterTrainee, FullTrainee, Trainee
@@ -112,7 +115,7 @@ def shaped(spec: JobSpec, task: Task, device: str) -> Shaped:
     """
     from engine.inspection import adapter_config
     from engine.model import get_peft_model
-    from engine.models.loading import dtype_of, load_tokenizer
+    from engine.models.loading import dtype_of
     from engine.train.worker import checkpoint_activations
 
     wanted = dtype_of(spec.training.precision, device)
@@ -133,10 +136,22 @@ def shaped(spec: JobSpec, task: Task, device: str) -> Shaped:
     if not spec.full:
         model = get_peft_model(model, adapter_config(spec.adapter, task.task_type, spec.model))
     of_base = tuple(_to_fakes(model, own))
-    loaded = Loaded(model, load_tokenizer(spec.model))
+    loaded = Loaded(model, _tokenizer(spec.model))
     trainee: Trainee = FullTrainee(loaded, task) if spec.full else AdapterTrainee(model)
     compute = wanted if spec.full and wanted is not torch.float32 else None
     return Shaped(loaded, trainee, of_base, compute, file_bytes, converted)
+
+
+def _tokenizer(name: str) -> Any:
+    """The base's tokenizer, read once for as long as its folder stays as it is."""
+    return _read_tokenizer(name, stamps(resolve(name)))
+
+
+@lru_cache(maxsize=2)
+def _read_tokenizer(name: str, files: tuple[tuple[str, int, int], ...]) -> Any:
+    from engine.models.loading import load_tokenizer
+
+    return load_tokenizer(name)
 
 
 def _base(spec: JobSpec, task: Any) -> nn.Module:
@@ -203,9 +218,10 @@ def _to_fakes(model: nn.Module, own: set[int]) -> list[Tensor]:
             return tensor
         if id(tensor) not in made:
             former.append(tensor)
-            plain: Tensor = FakeTensor(mode, tensor.detach(), torch.device("cpu"))
-            parameter = isinstance(tensor, nn.Parameter)
-            made[id(tensor)] = nn.Parameter(plain, requires_grad=tensor.requires_grad) if parameter else plain
+            made[id(tensor)] = plain = FakeTensor(mode, tensor.detach(), torch.device("cpu"))
+            if isinstance(tensor, nn.Parameter):
+                # As `nn.Parameter` makes one of a subclass, without another copy of each.
+                plain.requires_grad_(tensor.requires_grad)._is_param = True  # type: ignore[attr-defined]
         return made[id(tensor)]
 
     for module in model.modules():
