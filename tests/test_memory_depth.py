@@ -94,7 +94,8 @@ def test_four_blocks_say_what_all_say(deep: Path, adapter: Any, training: Any, m
     assert found.simulation.stack is not None and found.simulation.stack.left_out == DEEP - depth.KEPT
     if spec.full and spec.training.optimizer == "adamw":
         short, long = found.predict(1, 8), found.predict(16, 96)
-        assert short.activations < 0.1 * long.activations and short.gradients > 0.9 * found.simulation.trained
+        # Nearly every gradient is there in the optimizer's step.
+        assert short.gradients > 0.9 * found.simulation.trained > long.gradients
 
 
 def test_on_a_card_too(deep: Path) -> None:
