@@ -58,6 +58,7 @@ def compared(spec: JobSpec, shapes: Any, device: str = "cpu") -> Job:
     short, whole = Job(spec, device), Job(spec, device, whole=True)
     assert whole.simulation.stack is None
     assert short.simulation.state == whole.simulation.state
+    assert short.simulation.updating == whole.simulation.updating
     for batch, length in shapes:
         assert short.predict(batch, length) == whole.predict(batch, length), (batch, length)
     return short
@@ -88,13 +89,12 @@ def compared(spec: JobSpec, shapes: Any, device: str = "cpu") -> Job:
     ],
 )
 def test_four_blocks_say_what_all_say(deep: Path, adapter: Any, training: Any, more: Any) -> None:
-    """The peak of full fine-tuning over one short row is the optimizer's step; of the others it is in the passes."""
+    """The peak of full fine-tuning over one short row is at the end of the step, that of a large batch at its loss."""
     spec = job(deep, adapter, more, **training)
     found = compared(spec, [(1, 8), (16, 96)] if spec.full else [(16, 96)])
     assert found.simulation.stack is not None and found.simulation.stack.left_out == DEEP - depth.KEPT
     if spec.full and spec.training.optimizer == "adamw":
         short, long = found.predict(1, 8), found.predict(16, 96)
-        # Nearly every gradient is there in the optimizer's step.
         assert short.gradients > 0.9 * found.simulation.trained > long.gradients
 
 

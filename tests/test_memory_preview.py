@@ -128,7 +128,7 @@ def test_rows_and_tokenizer_are_read_once_while_their_files_stay(tmp_path: Path)
     prompted = job(data={"path": str(path)}, adapter={"method": "prompt_tuning", "num_virtual_tokens": 4})
     assert Job(prompted).encoded is not first.encoded
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
-    assert len(Job(job(data={"path": str(path)})).encoded) == 3 < len(first.encoded)
+    assert len(Job(job(data={"path": str(path)})).encoded) <= 3 < len(first.encoded)
 
 
 def test_every_method_has_its_cost_or_the_engines_reason() -> None:

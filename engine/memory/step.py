@@ -41,6 +41,7 @@ class Simulation:
     Attributes:
         stack: the blocks of which four are run; None where all are.
         state: part -> bytes that stay from step to step.
+        updating: part -> bytes at the peak of the optimizer's own step.
         trained: bytes of what is trained.
     """
 
@@ -86,7 +87,7 @@ class Simulation:
                 self._update(self.parameters)
         if self.stack is None:
             found = self._whole_step(batch)
-        return max(self._updating, found, key=Counter.total)
+        return max(self.updating, found, key=Counter.total)
 
     def _whole_step(self, batch: Batch) -> Counter[str]:
         with self._training():
@@ -163,9 +164,9 @@ class Simulation:
             if depth.difference(high, low) in (block, depth.summed(block, {"gradients": gradients})):
                 self._missing = depth.times(block, stack.left_out)
                 self.state = depth.summed(more, self._missing)
-                self._updating = depth.extended(low, high, stack.left_out)
+                self.updating = depth.extended(low, high, stack.left_out)
                 return
-        self.state, self._updating = self._update(self.parameters)
+        self.state, self.updating = self._update(self.parameters)
 
     def _update(self, parameters: Mapping[str, nn.Parameter]) -> tuple[Counter[str], Counter[str]]:
         """An optimizer step with gradients of zero: part -> bytes that stay, and at its peak."""
