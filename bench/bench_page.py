@@ -28,7 +28,8 @@ BENCHES = {
     ),
     "instant": (
         "Attaching, loading, mixing, switching, merging, and many adapters at once",
-        "CPU seconds. Where the name says *the base alone*, that is the peer, at the same batch.",
+        "CPU seconds. Where the name says *the base alone*, that is the peer, at the same batch; where it says "
+        "*one after another*, the peer is ourselves.",
     ),
 }
 NOT_MEASURED = (

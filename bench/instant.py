@@ -226,11 +226,19 @@ def answering(rounds: int) -> Iterator[dict[str, Any]]:
     yield row(f"{what} (the base alone)", decoded(model, grid), alone, 1.2, rounds)
 
 
+def columns(rounds: int) -> Iterator[dict[str, Any]]:
+    """Columns of the other families."""
+    from bench.columns import families
+
+    yield from families(rounds)
+
+
 GROUPS: dict[str, Callable[[int], Iterator[dict[str, Any]]]] = {
     "attach": attaching,
     "load": loading,
     "use": using,
     "answer": answering,
+    "columns": columns,
 }
 
 

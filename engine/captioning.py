@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from engine.columns import batches, resting, settings
 from engine.data.images import open_picture
 from engine.errors import PromptError
 from engine.rows import Row, check_attached, mix_of
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     from engine.model import PeftModel
 
 
-@torch.no_grad()
 def caption(
     model: nn.Module, processor: Any, pixels: Tensor, prefix: str, sampling: Sampling, who: Row = ""
 ) -> tuple[str, bool]:
@@ -30,36 +31,97 @@ def caption(
         sampling: at temperature 0 the best of `sampling.beams` beams; otherwise drawn.
         who: the adapter or mix that answers, None for the base; left out, the model answers as it is switched.
     """
-    tokenizer = processor.tokenizer
-    weight = next(p for p in model.parameters() if p.is_floating_point())
-    # BLIP puts its own start token over the first, and takes the end token off.
-    start = tokenizer(prefix, return_tensors="pt")["input_ids"].to(weight.device)
-    how: dict[str, Any] = {"do_sample": False, "num_beams": sampling.beams}
-    if sampling.temperature:
-        how = {"do_sample": True, "num_beams": 1, "temperature": float(sampling.temperature)}
-        how |= {"top_p": float(sampling.top_p), "top_k": sampling.top_k}
-    if who != "" and hasattr(model, "switchboard"):
-        how["adapter_names"] = [who]
-    find: Any = getattr(model, "get_base_model", None)
-    base: Any = find() if find else model
-    room = base.config.text_config.max_position_embeddings - start.shape[1]
-    before = model.training
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=[weight.device] if weight.device.type == "cuda" else []):
-            torch.manual_seed(sampling.seed)
-            out = model.generate(  # type: ignore[operator]
-                pixel_values=pixels.to(weight.device, weight.dtype),
-                input_ids=start,
-                attention_mask=torch.ones_like(start),
-                max_new_tokens=min(sampling.max_new_tokens, room),
-                repetition_penalty=sampling.repetition_penalty,
-                **how,
-            )[0]
-    finally:
-        model.train(before)
-    new = out[start.shape[1] - 1 :]
-    return tokenizer.decode(new, skip_special_tokens=True).strip(), tokenizer.sep_token_id in new.tolist()
+    return captions(model, processor, pixels, [prefix], sampling, None if who == "" else [who])[0]
+
+
+@torch.no_grad()
+def captions(
+    model: nn.Module,
+    processor: Any,
+    pixels: Tensor,
+    prefixes: Sequence[str],
+    sampling: Sampling,
+    who: Sequence[Row] | None,
+) -> list[tuple[str, bool]]:
+    """Captions of one picture, each without its prefix, and of each whether the model ended it.
+
+    Those that go on from equally many words are one batch. The picture is looked at once where no adapter of the
+    captions changes how the model sees.
+
+    Args:
+        pixels, sampling: as `caption`.
+        prefixes: the words that each goes on from.
+        who: for each the adapter or mix that answers, None for the base; None: the model as it is switched.
+    """
+    starts = [processor.tokenizer(prefix, return_tensors="pt")["input_ids"] for prefix in prefixes]
+    found: dict[int, tuple[str, bool]] = {}
+    with resting(model):
+        decoder = _Decoder(model, processor.tokenizer, pixels, sampling)
+        # The decoder counts positions from the first word of the batch, so that padding before it would shift them.
+        for numbers in batches([start.shape[1] for start in starts]):
+            rows = None if who is None else [who[number] for number in numbers]
+            told = decoder.told(torch.cat([starts[number] for number in numbers]), rows)
+            found |= dict(zip(numbers, told, strict=True))
+    return [found[number] for number in range(len(prefixes))]
+
+
+class _Decoder:
+    """BLIP's decoder before one picture, which is looked at when somebody needs it, and kept."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, pixels: Tensor, sampling: Sampling) -> None:
+        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
+        find: Any = getattr(model, "get_base_model", None)
+        self.base: Any = find() if find else model
+        weight = next(p for p in model.parameters() if p.is_floating_point())
+        self.pixels = pixels.to(weight.device, weight.dtype)
+        self._plain: Tensor | None = None
+
+    def told(self, start: Tensor, who: Sequence[Row] | None) -> list[tuple[str, bool]]:
+        """Captions that go on from `start` (rows, words), which has an end token behind the words."""
+        config, rows, words = self.base.config.text_config, *start.shape
+        start = start.to(self.pixels.device)
+        # BLIP begins with a token of its own, and goes on where the end token stood.
+        start[:, 0] = config.bos_token_id
+        with self._rows(who):
+            seen = self._seen(who, rows)
+            out = self.base.text_decoder.generate(
+                input_ids=start[:, :-1],
+                attention_mask=torch.ones_like(start[:, :-1]),
+                encoder_hidden_states=seen,
+                encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device),
+                eos_token_id=config.sep_token_id,
+                pad_token_id=config.pad_token_id,
+                max_new_tokens=min(self.sampling.max_new_tokens, config.max_position_embeddings - words),
+                **settings(self.sampling, rows),
+            )
+        new = [row[words - 1 :] for row in out]
+        decode, end = self.tokenizer.decode, self.tokenizer.sep_token_id
+        return [(decode(row, skip_special_tokens=True).strip(), end in row.tolist()) for row in new]
+
+    def _rows(self, who: Sequence[Row] | None) -> AbstractContextManager[None]:
+        from engine.model import PeftModel
+
+        return self.model.answering(who) if who is not None and isinstance(self.model, PeftModel) else nullcontext()
+
+    def _seen(self, who: Sequence[Row] | None, rows: int) -> Tensor:
+        """What the image encoder says of the picture, (rows, patches, width)."""
+        from engine.model import PeftModel
+
+        look, model = self._look, self.model
+        if who is None or not isinstance(model, PeftModel):
+            return look(1).expand(rows, -1, -1)
+        names = {name for row in who for name, _ in mix_of(row)}
+        seeing = [layer for place, layer in model.wrappers() if f"{place}.".startswith("vision_model.")]
+        if any(layer.holds(name) for layer in seeing for name in names):
+            return look(rows)
+        if self._plain is None:
+            with model.disable_adapter():
+                self._plain = look(1)
+        return self._plain.expand(rows, -1, -1)
+
+    def _look(self, rows: int) -> Tensor:
+        found: Tensor = self.base.vision_model(pixel_values=self.pixels.expand(rows, -1, -1, -1))[0]
+        return found
 
 
 class Captioner:
@@ -156,9 +218,8 @@ class Captioner:
         check_attached(who, self._attached)
         folders = [next((self._attached[name] for name, _ in mix_of(row)), None) for row in who]
         first = next((folder for folder in folders if folder is not None), None)
-        for number, row in enumerate(who):
-            # The base goes on from the same words as the first adapter.
-            folder = folders[number] or first
-            prefix = TASK.restored(folder).prefix if folder else ""
-            text, ended = caption(self.model, self.processor, pixels, prefix, sampling, row)
+        # The base goes on from the same words as the first adapter.
+        prefixes = [TASK.restored(own).prefix if (own := folder or first) else "" for folder in folders]
+        told = captions(self.model, self.processor, pixels, prefixes, sampling, who)
+        for number, (text, ended) in enumerate(told):
             yield Piece(number, text, True, "stop" if ended else "length")

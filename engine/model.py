@@ -244,10 +244,21 @@ class PeftModel(PeftCalls):
         """The rows' adapters for the time of a call."""
         if names is None:
             return nullcontext()
-        for row in names:
+        answering = self.answering(names)
+        rows.check_count(names, args, kwargs)
+        return answering
+
+    def answering(self, adapter_names: Sequence[Row]) -> AbstractContextManager[None]:
+        """Each batch row through its own adapter or mix inside the block, whoever calls the base or a part of it.
+
+        A batch n times as long has n rows a name, in order. Virtual tokens are left to `forward` and `generate`.
+
+        Raises:
+            ConfigError: an adapter is not attached or cannot be mixed so.
+        """
+        for row in adapter_names:
             check_row(self, row)
-        chosen = [rows.mix_of(row) for row in names]
-        rows.check_count(chosen, args, kwargs)
+        chosen = [rows.mix_of(row) for row in adapter_names]
         return rows.mixed(self.switchboard, self.get_base_model(), chosen)
 
     # --- files ------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from engine.text_encoders import encoder_folders
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
     from engine.generation import Piece, Sampling
     from engine.model import PeftModel
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 STEPS = 20
 GUIDANCE = 7.5
+CPU_SIDE = 32
+"""Latents up to this side make a CPU's batch of pictures faster than one after another (docs/compare.md)."""
 
 
 def paint(
@@ -46,36 +49,50 @@ def paint(
         PromptError: the prompt is empty.
     """
     import torch
+
+    from engine.columns import resting
+
+    made = _drawer(pipeline, prompt)
+    with torch.no_grad(), resting(pipeline.unet, *pipeline.encoders):
+        random = torch.Generator().manual_seed(seed)
+        latents = _latents(made, [prompt], [negative], steps, guidance, random, count)
+        return _developed(pipeline, made, latents)
+
+
+def _drawer(pipeline: Pipeline, prompt: str) -> Any:
+    """diffusers' pipeline of the parts, with the solver."""
     from diffusers import DPMSolverMultistepScheduler
 
     if not prompt.strip():
         raise PromptError("The prompt is empty.", "Write what the picture should show.")
     made = pipeline.diffusers()
     made.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-    parts = (pipeline.unet, *pipeline.encoders)
-    before = [part.training for part in parts]
-    for part in parts:
-        part.eval()
-    try:
-        with torch.no_grad():
-            latents = made(
-                prompt,
-                negative_prompt=negative or None,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                num_images_per_prompt=count,
-                generator=torch.Generator().manual_seed(seed),
-                output_type="latent",
-            ).images
-            # The VAE stays in float32 whatever the UNet is in, and the pipelines hand it latents of the UNet's type.
-            config = pipeline.vae.config
-            shift = getattr(config, "shift_factor", None) or 0.0
-            pixels = pipeline.vae.decode(latents.to(pipeline.vae.dtype) / config.scaling_factor + shift).sample
-            found: list[Image.Image] = made.image_processor.postprocess(pixels, output_type="pil")
-            return found
-    finally:
-        for part, was in zip(parts, before, strict=True):
-            part.train(was)
+    return made
+
+
+def _latents(
+    made: Any, prompts: list[str], negatives: list[str], steps: int, guidance: float, random: Any, count: int = 1
+) -> Tensor:
+    """Latents (prompts * count, C, h, w); `random` is a generator, or one for each."""
+    found: Tensor = made(
+        prompts,
+        negative_prompt=negatives if any(negatives) else None,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        num_images_per_prompt=count,
+        generator=random,
+        output_type="latent",
+    ).images
+    return found
+
+
+def _developed(pipeline: Pipeline, made: Any, latents: Tensor) -> list[Image.Image]:
+    # The VAE stays in float32 whatever the UNet is in, and the pipelines hand it latents of the UNet's type.
+    config = pipeline.vae.config
+    shift = getattr(config, "shift_factor", None) or 0.0
+    pixels = pipeline.vae.decode(latents.to(pipeline.vae.dtype) / config.scaling_factor + shift).sample
+    found: list[Image.Image] = made.image_processor.postprocess(pixels, output_type="pil")
+    return found
 
 
 class Painter:
@@ -151,39 +168,82 @@ class Painter:
                 model.delete_adapter(name)
 
     @contextmanager
-    def _switched(self, row: Row) -> Iterator[None]:
-        """An adapter or a mix on every part that it has something for, and nothing on the others."""
-        weights = dict(mix_of(row))
+    def _answering(self, who: Sequence[Row]) -> Iterator[None]:
+        """Columns as rows of a batch, on each part by what their adapters have for it."""
         with ExitStack() as stack:
             for model in self.models.values():
-                here = {name: weight for name, weight in weights.items() if name in model.peft_config}
-                if here:
-                    model.set_adapter_weights(here)
-                else:
-                    stack.enter_context(model.disable_adapter())
+                here = [{name: w for name, w in mix_of(row) if name in model.peft_config} for row in who]
+                stack.enter_context(model.answering(here))
+            if self.model is not None:
+                board, rows = self.model.switchboard, self.model.switchboard.rows or []
+
+                def guided(unet: Any, inputs: tuple[Any, ...]) -> None:
+                    # Guidance puts all columns without the words before all with them.
+                    board.rows = rows * (len(inputs[0]) // len(rows))
+
+                stack.callback(self.pipeline.unet.register_forward_pre_hook(guided).remove)
             yield
+
+    def _together(self, who: Sequence[Row], prompt: str, sampling: Sampling) -> list[Image.Image]:
+        """The columns' pictures from one batch, each from noise of its own that is the same for all."""
+        import torch
+
+        from engine.columns import resting
+
+        made = _drawer(self.pipeline, prompt)
+        with torch.no_grad(), resting(self.pipeline.unet, *self.pipeline.encoders):
+            random = [torch.Generator().manual_seed(sampling.seed) for _ in who]
+            with self._answering(who):
+                latents = _latents(
+                    made, [prompt] * len(who), [""] * len(who), sampling.steps, sampling.guidance, random
+                )
+            # One after another: the VAE works on whole pixels, and needs the most memory of all parts.
+            return [picture for own in latents.split(1) for picture in _developed(self.pipeline, made, own)]
 
     def stream(
         self, messages: Sequence[Mapping[str, str]], who: Sequence[Row], sampling: Sampling
     ) -> Generator[Piece, None, None]:
         """One picture for each column, all from the noise of `sampling.seed`.
 
-        A column is an adapter's name, a mix (name -> weight), or None for the base.
+        A column is an adapter's name, a mix (name -> weight), or None for the base. They are one batch where that is
+        faster.
 
         Raises:
             PromptError: the prompt is empty.
             ConfigError: a name in `who` is not attached.
         """
+        import torch
+
         from engine.generation import Piece
 
         prompt = str(messages[-1].get("content", "")) if messages else ""
         check_attached(who, self._attached)
-        for number, row in enumerate(who):
-            with self._switched(row):
-                made = paint(
-                    self.pipeline, prompt, seed=sampling.seed, steps=sampling.steps, guidance=sampling.guidance
-                )
-            yield Piece(number, "", True, "stop", made[0])
+        waiting, most = list(range(len(who))), self._most()
+        while waiting:
+            numbers = waiting[:most]
+            try:
+                made = self._together([who[number] for number in numbers], prompt, sampling)
+            except torch.OutOfMemoryError:
+                # An accelerator's; what fits for one column need not fit for eight.
+                if len(numbers) == 1:
+                    raise
+                most = len(numbers) // 2
+                continue
+            for number, picture in zip(numbers, made, strict=True):
+                yield Piece(number, "", True, "stop", picture)
+            del waiting[: len(numbers)]
+
+    def _most(self) -> int:
+        """So many columns are one batch.
+
+        On a CPU large pictures are drawn one after another: a core has its hands full with one, so that a batch is
+        hardly faster, but it takes several times the memory, shows nothing before all are drawn, and cannot be stopped.
+        """
+        from engine.generation import MOST_COLUMNS
+
+        side = self.pipeline.side // self.pipeline.scale
+        device = next(self.pipeline.unet.parameters()).device
+        return 1 if device.type == "cpu" and side > CPU_SIDE else MOST_COLUMNS
 
     def as_switched(
         self, messages: Sequence[Mapping[str, str]], names: Sequence[str], sampling: Sampling

@@ -137,6 +137,19 @@ def virtual_tokens(model: PeftModel, names: Sequence[Row] | None = None) -> int:
     return max((sum(_tokens(model, n).count for n, _ in mix if n in model.prompts) for mix in mixes), default=0)
 
 
+def unshared(model: Any, row: Row) -> tuple[int, int] | None:
+    """What of a row keeps others out of its batch: the numbers of its virtual tokens, (prompt, prefix), on a base that
+    cannot tell positions behind padding; None where all rows can stand together.
+    """
+    if not getattr(model, "prompts", None) or _follows(model.get_base_model()):
+        return None
+    found = [_tokens(model, name) for name, _ in mix_of(row) if name in model.prompts]
+    return (
+        sum(tokens.count for tokens in found if tokens.before_input),
+        sum(tokens.count for tokens in found if isinstance(tokens, PrefixTokens)),
+    )
+
+
 def check_weight(adapter: str, title: str, weight: float) -> None:
     """A virtual token is read or not: there is no half of one.
 

@@ -90,7 +90,7 @@ def _with_rows(board: Switchboard, rows: list[Mix], checkpoint: Callable[..., An
     return run
 
 
-def check_count(rows: Sequence[Mix], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+def check_count(rows: Sequence[Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """One name for each row of the call's input.
 
     Raises:

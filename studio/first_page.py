@@ -4,7 +4,7 @@ Gradio draws in the browser, from a configuration of every tab; until it has, a 
 puts the same goals and samples that Start shows into the HTML, with the styles they need. What is pressed meanwhile is
 pressed on the page once it stands. It also takes the parts of the configuration that never change out of the reach of
 Gradio's reactive proxies, through which each of thousands of comparisons would go, and lets the other tabs be filled
-when they are selected.
+when they are selected; and it sees to it that no answer of the server is left waiting there.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def filled(page: bytes, first: bool, later: Sequence[int] = ()) -> bytes:
         first: whether the first page is asked for.
         later: the callbacks that wait until their tab is selected.
     """
-    script = f"<script>window.studioLater = {json.dumps([*later])};{_asset('config.js')}</script></head>"
+    scripts = _asset("config.js") + _asset("stream.js")
+    script = f"<script>window.studioLater = {json.dumps([*later])};{scripts}</script></head>"
     page = page.replace(b"</head>", script.encode(), 1)
     # Someone who has yet to log in is shown the form for that alone.
     if not first or b'"auth_required":true' in page[:100_000]:

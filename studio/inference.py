@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,10 @@ class _Child:
             self.ended = True
             for box in self.waiting.values():
                 box.put(None)
+
+
+_LOOK = 0.1
+"""Seconds between two looks whether a question is still wanted."""
 
 
 class Inference:
@@ -229,29 +233,36 @@ class Inference:
         }
         return list(self._result(request, None)["rows"])
 
-    def estimate(self, spec: Mapping[str, Any]) -> Generator[Message, None, None]:
+    def estimate(
+        self, spec: Mapping[str, Any], wanted: Callable[[], bool] = lambda: True
+    ) -> Generator[Message, None, None]:
         """What `engine.memory.preview.stages` says of a job, given as plain data. Closing the iterator ends the work.
 
-        While somebody asks the process for an answer it waits, and then begins anew: a stage may come twice.
+        While somebody asks the process for an answer it waits, and then begins anew: a stage may come twice. It ends
+        soon after `wanted` is false, in the middle of a stage too.
 
         Raises:
             RefusedError: the job cannot run; it says which setting is to blame, where that is known.
             InferenceError: the process ended.
         """
-        yield from self._stages({"op": "estimate", "spec": dict(spec)})
+        yield from self._stages({"op": "estimate", "spec": dict(spec)}, wanted)
 
     def method_costs(
-        self, spec: Mapping[str, Any], adapters: Sequence[Mapping[str, Any]]
+        self,
+        spec: Mapping[str, Any],
+        adapters: Sequence[Mapping[str, Any]],
+        wanted: Callable[[], bool] = lambda: True,
     ) -> Generator[Message, None, None]:
-        """What `engine.memory.preview.methods` says of other adapters in place of a job's own.
+        """What `engine.memory.preview.methods` says of other adapters in place of a job's own; `wanted` as above.
 
         Raises:
             InferenceError: the process ended, or the job is none.
         """
-        yield from self._stages({"op": "methods", "spec": dict(spec), "adapters": [dict(each) for each in adapters]})
+        request = {"op": "methods", "spec": dict(spec), "adapters": [dict(each) for each in adapters]}
+        yield from self._stages(request, wanted)
 
-    def _stages(self, request: Message) -> Generator[Message, None, None]:
-        for message in self._ask(request, None):
+    def _stages(self, request: Message, wanted: Callable[[], bool]) -> Generator[Message, None, None]:
+        for message in self._ask(request, None, wanted):
             if message["type"] == "stage":
                 value: Message = message["value"]
                 if value.get("stage") == "refused":
@@ -268,7 +279,9 @@ class Inference:
         with self._lock:
             self._end()
 
-    def _ask(self, request: Message, base: str | None) -> Generator[Message, None, None]:
+    def _ask(
+        self, request: Message, base: str | None, wanted: Callable[[], bool] | None = None
+    ) -> Generator[Message, None, None]:
         job = request.get("spec", {})
         bases.checked(self.home, job.get("model") if "spec" in request else request["base"])
         described = [request["adapter"]] if request["op"] == "count" else [job.get("adapter") or {}]
@@ -281,7 +294,12 @@ class Inference:
         finished = heard = False
         try:
             while True:
-                message = box.get()
+                try:
+                    message = box.get(timeout=_LOOK if wanted else None)
+                except queue.Empty:
+                    if wanted and not wanted():
+                        return
+                    continue
                 if message is None and not heard and child.popen.returncode == 0:
                     # Its idle time ran out just as we asked.
                     heard = True

@@ -31,6 +31,8 @@ def _page(studio: Studio) -> Pages:
         # First, so that no callback of the page takes one of their names.
         api.build(studio)
         run = gr.Textbox(visible="hidden", elem_id="run-id")
+        # What the page presses when an answer waits at the server (assets/first/stream.js).
+        gr.Button(visible="hidden", elem_id="studio-wake").click(lambda: None, None, None, **HIDDEN)
         recipe, comparison, dataset = gr.State(None), gr.State(None), gr.State("")
         with gr.Tabs() as tabs:
             page = Page(studio, blocks, tabs, run, recipe, comparison, dataset)
@@ -40,15 +42,16 @@ def _page(studio: Studio) -> Pages:
                     page.tab[module.ID] = tab
                     module.build(page)
         for module in TABS:
-            before = set(blocks.fns)
-            module.wire(page)
-            if module.ID != START:
-                page.later += _loading(blocks, set(blocks.fns) - before)
-            # Gradio selects the first tab when it draws the page; that must not take the place out of the address.
+            # Gradio selects the first tab when it draws the page; that must not take the place out of the address. It
+            # comes before what else a tab does when it is selected: an event's callbacks wait for one another.
             when = "window.studioArrived && " if module.ID == START else ""
             page.tab[module.ID].select(
                 None, None, None, js=f"() => {when}window.studioAddress('tab', '{module.ID}')", **HIDDEN
             )
+            before = set(blocks.fns)
+            module.wire(page)
+            if module.ID != START:
+                page.later += _loading(blocks, set(blocks.fns) - before)
 
         def arrive(request: gr.Request) -> tuple[str, Any]:
             """Come back to the run and the tab that the address names."""

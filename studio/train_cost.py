@@ -20,14 +20,14 @@ from studio.datasets import train_rows
 from studio.i18n import t
 from studio.inference import InferenceError, RefusedError
 from studio.markup import error
-from studio.page import HIDDEN, TRAIN, Page
+from studio.page import HIDDEN, Page
 from studio.train_marks import marked, read_form
-from studio.train_parts import Parts
+from studio.train_parts import CHANGED, Parts
 
 Updates = dict[Any, Any]
 Stages = dict[str, dict[str, Any]]
 
-PAUSE = 0.4
+PAUSE = 0.3
 """Seconds without another change before a job is worked out: nobody waits for the costs of half a number."""
 _KEPT = 64
 
@@ -157,7 +157,7 @@ def wire(page: Page, parts: Parts) -> None:
         found: Stages = {}
         yield {**cleared, parts.cost: costs.card(found, said, busy=True)}
         try:
-            for stage in asked(page, spec):
+            for stage in asked(page, spec, wanted):
                 if not wanted():
                     return
                 found[stage["stage"]] = stage
@@ -165,6 +165,8 @@ def wire(page: Page, parts: Parts) -> None:
                     yield shown(found, said, busy=True)
         except EngineError as fault:
             yield refused(fault, [], inputs)
+            return
+        if not wanted():
             return
         estimates.put(spec, found)
         yield shown(found, said, busy=False)
@@ -196,7 +198,7 @@ def wire(page: Page, parts: Parts) -> None:
         rows: list[dict[str, Any]] = []
         yield costs.methods(rows, inputs[7], busy=True)
         try:
-            for row in page.studio.inference.method_costs(spec.to_dict(), recipes.adapters(inputs[8:])):
+            for row in page.studio.inference.method_costs(spec.to_dict(), recipes.adapters(inputs[8:]), wanted):
                 if not wanted():
                     return
                 rows.append(row)
@@ -204,12 +206,11 @@ def wire(page: Page, parts: Parts) -> None:
         except EngineError as fault:
             yield error(fault, t("The methods cannot be compared"))
             return
-        yield costs.methods(rows, inputs[7])
+        if wanted():
+            yield costs.methods(rows, inputs[7])
 
     card = [parts.cost, parts.changes, parts.remedy, parts.start, parts.processes, parts.refused, parts.advanced]
-    changes = [widget.change for widget in form if widget not in (parts.preset, parts.name)]  # type: ignore[attr-defined]
-    gr.on(
-        [page.tab[TRAIN].select, *changes],
+    parts.priced.click(
         cost,
         [parts.refused, *form],
         [*card, *parts.markable],
@@ -218,7 +219,7 @@ def wire(page: Page, parts: Parts) -> None:
         **HIDDEN,
     )
     own = [parts.quantization, *parts.values]
-    parts.remedy.click(remedy, parts.changes, own, **HIDDEN)
+    parts.remedy.click(remedy, parts.changes, own, **HIDDEN).then(**CHANGED)
     table = {"fn": compare, "inputs": [parts.opened, *form], "outputs": parts.methods, "concurrency_limit": 4, **HIDDEN}
     for event, value in ((parts.costs.expand, True), (parts.costs.collapse, False)):
         event(lambda value=value: value, None, parts.opened, **HIDDEN)
@@ -226,13 +227,13 @@ def wire(page: Page, parts: Parts) -> None:
     gr.on([parts.opened.change, *(widget.change for widget in about)], trigger_mode="multiple", **table)
 
 
-def asked(page: Page, spec: JobSpec) -> Iterator[dict[str, Any]]:
+def asked(page: Page, spec: JobSpec, wanted: Callable[[], bool]) -> Iterator[dict[str, Any]]:
     """The stages of a job; asked once more where the process ended for another base's sake."""
     try:
-        yield from page.studio.inference.estimate(spec.to_dict())
+        yield from page.studio.inference.estimate(spec.to_dict(), wanted)
     except RefusedError:
         raise
     except InferenceError as fault:
         if fault.code != InferenceError.code:
             raise
-        yield from page.studio.inference.estimate(spec.to_dict())
+        yield from page.studio.inference.estimate(spec.to_dict(), wanted)

@@ -76,7 +76,7 @@ def build(page: Page) -> Parts:
             if not owned.method and not owned.task and owned.field.group == group:
                 place(owned)
 
-    with gr.Column() as form:
+    with gr.Column(elem_id="train-form") as form:
         gr.HTML(f'<h2 class="page-title">{esc(t("What should learn, and how?"))}</h2>')
         with gr.Row():
             dataset = gr.Dropdown(
@@ -194,6 +194,8 @@ def build(page: Page) -> Parts:
         keep=keep,
         origin=gr.State(None),
         diff=diff,
+        changed=gr.Button(visible="hidden", elem_id="train-changed"),
+        priced=gr.Button(visible="hidden", elem_id="train-priced"),
         marked=gr.State([]),
         refused=gr.State([]),
         fault=fault,

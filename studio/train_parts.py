@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import gradio as gr
 from gradio.components import Component
 
 from studio import live, recipes
 from studio.i18n import N_
+from studio.page import HIDDEN
 
 HEAD_INFO = {
     "task": N_("What it learns to do."),
@@ -18,6 +20,9 @@ HEAD_INFO = {
     "eval_split": N_("Share of the rows that is only for checking, 0 to 0.5."),
 }
 """What stands beside the settings of the head, by the names that `recipes.faulty` gives them."""
+
+CHANGED: dict[str, Any] = {"fn": None, "js": "() => window.studioFormChanged()", **HIDDEN}
+"""What follows when a callback has filled the form: fields out of sight may have changed too."""
 
 
 @dataclass
@@ -36,6 +41,8 @@ class Parts:
         costs: the part with the table of methods; `opened` says whether it is in view.
         processes: how many share each step; in view where there is more than one GPU.
         origin: the run that the form was filled from, `{"title", "spec"}`, or None.
+        changed, priced: what the page presses when the form has changed (assets/scripts/train.js): for what is known
+            at once, and for what it costs. Two, because Gradio begins an event's next callback when the last has ended.
         marked, refused: places whose fields say at the moment what is wrong with them: at once, and by the engine.
     """
 
@@ -67,6 +74,8 @@ class Parts:
     keep: Keep
     origin: gr.State
     diff: gr.HTML
+    changed: gr.Button
+    priced: gr.Button
     marked: gr.State
     refused: gr.State
     fault: gr.HTML

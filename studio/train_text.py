@@ -22,19 +22,15 @@ from studio.train_parts import Parts
 Updates = dict[Any, Any]
 
 
-def wire(page: Page, parts: Parts) -> dict[str, Any]:
-    """Connect what is said of the form at once, its text, and its own presets.
-
-    Returns:
-        The callback that says it, as what an event takes: to follow whatever fills the form.
-    """
+def wire(page: Page, parts: Parts) -> None:
+    """Connect what is said of the form at once, its text, and its own presets."""
     form = [*parts.head, *parts.values]
     _wire_file(page, parts)
     _wire_own(page, parts, form)
-    return _wire_words(page, parts, form)
+    _wire_words(page, parts, form)
 
 
-def _wire_words(page: Page, parts: Parts, form: list[Any]) -> dict[str, Any]:
+def _wire_words(page: Page, parts: Parts, form: list[Any]) -> None:
     """The one button that is next, the YAML, the command, the differences and the faults, at every change."""
 
     def offered(dataset_id: str | None, eval_split: float | None, able: bool) -> Updates:
@@ -73,10 +69,10 @@ def _wire_words(page: Page, parts: Parts, form: list[Any]) -> dict[str, Any]:
             found[parts.diff] = gr.HTML(costs.differences(rows, origin["title"]), visible=True)
         return found
 
-    words: dict[str, Any] = {
-        "fn": describe,
-        "inputs": [parts.marked, parts.origin, parts.processes, *form],
-        "outputs": [
+    parts.changed.click(
+        describe,
+        [parts.marked, parts.origin, parts.processes, *form],
+        [
             parts.text.same,
             parts.text.command,
             parts.diff,
@@ -87,10 +83,9 @@ def _wire_words(page: Page, parts: Parts, form: list[Any]) -> dict[str, Any]:
             parts.advanced,
             *parts.markable,
         ],
-    }
-    changed = [widget.change for widget in [*form, parts.processes, parts.origin] if widget is not parts.preset]
-    gr.on(changed, **words, trigger_mode="always_last", **HIDDEN)
-    return words
+        trigger_mode="always_last",
+        **HIDDEN,
+    )
 
 
 def _wire_file(page: Page, parts: Parts) -> None:

@@ -45,12 +45,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield running.address
 
 
-def submit(name: str) -> str:
+def submit(name: str, steps: int = 3000) -> str:
     """A run that really trains, for as long as it is let; the studio's queue finds it."""
     with contextlib.closing(Studio.open(Path(RUNS["home"]))) as studio:
         rows = studio.store.dataset(studio.store.run(RUNS["overfit"])["dataset"])
         data = DataSpec(path=rows["path"], format=rows["format"], columns=rows["columns"])
-        training = TrainingSpec(max_steps=3000, batch_size=2, max_length=64, eval_every=1000, checkpoint_every=1000)
+        training = TrainingSpec(max_steps=steps, batch_size=2, max_length=64, eval_every=1000, checkpoint_every=1000)
         return studio.jobs.submit(JobSpec(model="tiny-llama", data=data, training=training, name=name), rows["id"])
 
 
@@ -159,6 +159,36 @@ def test_lost_paused_and_early_runs_have_one_next_step_each(page: Any, server: s
     look(page, "live-overfit-dark")
     show(page, server, "diverged", "&__theme=dark")
     look(page, "live-failed-dark")
+
+
+LATE_CLOSING = """(() => {
+  const fetched = window.fetch;
+  window.lateClosings = 0;
+  window.fetch = async (...given) => {
+    const answer = await fetched(...given);
+    if (!String(given[0]?.url ?? given[0]).includes('/queue/data?')) return answer;
+    const late = new TransformStream({
+      async transform(chunk, out) {
+        const at = new TextDecoder('latin1').decode(chunk).indexOf('data: {"msg":"close_stream"');
+        if (at < 0) return out.enqueue(chunk);
+        out.enqueue(chunk.slice(0, at));
+        await new Promise((done) => setTimeout(done, 1500));
+        window.lateClosings += 1;
+        out.enqueue(chunk.slice(at));
+      },
+    });
+    return new Response(answer.body.pipeThrough(late), { status: answer.status, headers: answer.headers });
+  };
+})()"""
+"""Each end of a stream of answers reaches the page a second and a half late: what it asks meanwhile goes unheard."""
+
+
+def test_a_page_whose_question_meets_the_end_of_a_stream_follows_the_run_to_its_end(page: Any, server: str) -> None:  # noqa: F811
+    RUNS["unheard"] = submit("unheard", steps=30)
+    page.add_init_script(LATE_CLOSING)
+    show(page, server, "unheard")
+    head(page, "done").wait_for(timeout=240_000)
+    assert page.evaluate("window.lateClosings") > 0
 
 
 def test_pause_and_resume_while_the_curve_grows(page: Any, server: str) -> None:  # noqa: F811

@@ -271,6 +271,24 @@ def test_data_that_cannot_be_read_means_rows_of_the_full_length(tmp_path: Path) 
     assert found.total > plain().predict().total
 
 
+def test_what_a_base_costs_that_is_not_here_yet_is_told_without_fetching_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STUDIO_HOME", str(tmp_path))
+    found = predict(
+        JobSpec.from_dict(
+            {
+                "model": "minilm",
+                "task": "classification",
+                "data": {"path": "examples/question_topics.csv", "format": "labels"},
+                "training": {"max_length": 64, "batch_size": 3},
+            }
+        )
+    )
+    assert (found.batch_size, found.length, found.measured_rows) == (3, 64, False)
+    assert found.weights > 2 * 20_000_000 and not [*tmp_path.iterdir()]
+
+
 def test_a_stretched_row_keeps_the_share_of_its_targets() -> None:
     row = stretched(Tokens((5, 6, 7, 8), (False, False, False, True)), 8)
     assert row.ids == (5, 6, 7, 8, 5, 6, 7, 8)

@@ -124,6 +124,15 @@ def test_foretelling_gives_way_to_an_answer_and_is_whole_in_the_end(inference: I
     assert [row["method"] for row in rows] == ["ia3"] and list(others) == []
 
 
+def test_foretelling_that_nobody_wants_any_more_ends_before_its_next_stage(inference: Inference) -> None:
+    job = {"model": "tiny-llama", "data": {"path": "rows.jsonl"}, "adapter": {"method": "lora"}}
+    # The process is started anew: its first stage is seconds away.
+    inference.close()
+    assert list(inference.estimate(job, lambda: False)) == []
+    assert list(inference.method_costs(job, [{"method": "ia3"}] * 500, lambda: False)) == []
+    assert [stage["stage"] for stage in inference.estimate(job)][-1] == "largest"
+
+
 def test_the_process_ends_with_its_idle_time_and_comes_back(
     inference: Inference, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 from torch import nn
 
 from engine.errors import DataError, EngineError
-from engine.models.fetch import resolve
+from engine.memory.shapes import Unfetched, stamps
+from engine.models.fetch import is_here, resolve
 from engine.tasks.base import Batch, Fitting, Loaded, Task
 from engine.train.events import Recorder
 from engine.train.job import JobSpec
@@ -81,6 +82,8 @@ def _key(spec: JobSpec) -> str:
     """Equal for jobs with the same rows and tokens, the files as they are now; "" where that cannot be told."""
     from engine.adapters import ADAPTERS
 
+    if not is_here(spec.model):
+        return ""
     plain = spec.to_dict()
     virtual = not spec.full and ADAPTERS[spec.adapter["method"]].prompt is not None
     try:
@@ -93,12 +96,6 @@ def _key(spec: JobSpec) -> str:
     except (OSError, EngineError):
         return ""
     return json.dumps({**plain, **own, "name": "", "quantization": ""}, sort_keys=True, default=str)
-
-
-def stamps(place: Path) -> tuple[tuple[str, int, int], ...]:
-    """Name, time of change and size of a file, or of the files of a folder."""
-    files = [place] if place.is_file() else sorted(file for file in place.iterdir() if file.is_file())
-    return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
 
 
 def read(spec: JobSpec, task: Task) -> Rows:
@@ -122,8 +119,8 @@ def _with_two_labels(task: Any) -> Task:
 
 
 def encoded(rows: Rows, loaded: Loaded, spec: JobSpec) -> Sequence[Any]:
-    """The rows as the model takes them; empty where there are none."""
-    if not rows.examples:
+    """The rows as the model takes them; empty where there are none, or no tokenizer to read them with."""
+    if not rows.examples or isinstance(loaded.processor, Unfetched):
         return []
     task: Any = rows.task
     if spec.task == "preference":

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from engine.adapters.base import CONV1D, LINEAR, TaskType, features, layer_kind
 from engine.inject import HEADS, matches, replace_module
-from engine.memory.rows import stamps
 from engine.models.fetch import resolve
 from engine.tasks.base import Loaded, Task
 from engine.train.job import JobSpec
@@ -89,6 +89,18 @@ class Linear8bitLt(nn.Linear):
 
 
 @dataclass(frozen=True)
+class Unfetched:
+    """In place of the tokenizer of a base that is not on this machine yet: asking what it costs must not fetch it."""
+
+    vocabulary: int
+    pad_token_id: int = 0
+    eos_token_id: int = 0
+
+    def __len__(self) -> int:
+        return self.vocabulary
+
+
+@dataclass(frozen=True)
 class Shaped:
     """A job's model as the loop has it, without data.
 
@@ -115,6 +127,7 @@ def shaped(spec: JobSpec, task: Task, device: str) -> Shaped:
     """
     from engine.inspection import adapter_config
     from engine.model import get_peft_model
+    from engine.models.fetch import is_here
     from engine.models.loading import dtype_of
     from engine.train.worker import checkpoint_activations
 
@@ -136,10 +149,17 @@ def shaped(spec: JobSpec, task: Task, device: str) -> Shaped:
     if not spec.full:
         model = get_peft_model(model, adapter_config(spec.adapter, task.task_type, spec.model))
     of_base = tuple(_to_fakes(model, own))
-    loaded = Loaded(model, _tokenizer(spec.model))
+    here = is_here(spec.model)
+    loaded = Loaded(model, _tokenizer(spec.model) if here else Unfetched(int(model.config.vocab_size)))
     trainee: Trainee = FullTrainee(loaded, task) if spec.full else AdapterTrainee(model)
     compute = wanted if spec.full and wanted is not torch.float32 else None
     return Shaped(loaded, trainee, of_base, compute, file_bytes, converted)
+
+
+def stamps(place: Path) -> tuple[tuple[str, int, int], ...]:
+    """Name, time of change and size of a file, or of the files of a folder."""
+    files = [place] if place.is_file() else sorted(file for file in place.iterdir() if file.is_file())
+    return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
 
 
 def _tokenizer(name: str) -> Any:
@@ -221,7 +241,7 @@ def _to_fakes(model: nn.Module, own: set[int]) -> list[Tensor]:
             made[id(tensor)] = plain = FakeTensor(mode, tensor.detach(), torch.device("cpu"))
             if isinstance(tensor, nn.Parameter):
                 # As `nn.Parameter` makes one of a subclass, without another copy of each.
-                plain.requires_grad_(tensor.requires_grad)._is_param = True  # type: ignore[attr-defined]
+                plain.requires_grad_(tensor.requires_grad)._is_param = True
         return made[id(tensor)]
 
     for module in model.modules():

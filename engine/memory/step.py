@@ -114,7 +114,8 @@ class Simulation:
                     clipped.append(allocations.at_peak)
                 kept = allocations.begun_in("forward 1", "backward 1")
         found, added = depth.lengthened(spans, left_out, self._missing, kept)
-        clipping = depth.extended(*clipped, left_out)
+        fewer, run = clipped
+        clipping = depth.extended(fewer, run, left_out)
         return max(found, depth.summed(clipping, added), key=Counter.total)
 
     @contextmanager

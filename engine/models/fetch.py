@@ -80,6 +80,18 @@ def is_ready(name: str) -> bool:
     return is_complete(studio_home() / "models" / name)
 
 
+def is_here(name: str) -> bool:
+    """Whether a model's files, its tokenizer's at least, are on this machine: nothing would be fetched for them.
+
+    Raises:
+        UnsafeFileError, ModelError: as `resolve`, for a name that means nothing.
+    """
+    name = canonical(name)
+    if local_folder(name) is not None:
+        return True
+    return is_ready(name) if name in BUILTIN else hub.is_cached(hub_id(name))
+
+
 def is_complete(folder: Path, *, verify: bool = False) -> bool:
     """Whether every file of the folder's manifest is there with its size (with `verify`: and its SHA-256)."""
     try:

@@ -93,6 +93,13 @@ def snapshot(hub_id: str, on_progress: Progress = silent, *, config_only: bool =
     return Path(found["path"])
 
 
+def is_cached(hub_id: str) -> bool:
+    """Whether the hub's own cache on this machine has the model's tokenizer."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(hub_id, "tokenizer_config.json"), str)
+
+
 def download_pinned(
     hub_id: str, revision: str, files: Sequence[str], into: Path, on_size: Any, keep: Sequence[int] = ()
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import gradio as gr
@@ -15,7 +15,7 @@ from studio.markup import error, esc
 from studio.page import DATA, HIDDEN, TRAIN, Page, go
 from studio.train_form import filled, preset_shown, shown
 from studio.train_marks import read_form
-from studio.train_parts import Parts
+from studio.train_parts import CHANGED, Parts
 
 ID = TRAIN
 
@@ -30,7 +30,7 @@ def wire(page: Page) -> None:
     parts: Parts = page.parts[ID]
     live.wire(page, parts.live, parts.form)
     train_cost.wire(page, parts)
-    words = train_text.wire(page, parts)
+    train_text.wire(page, parts)
     form = [*parts.head, *parts.values]
     methods = recipes.methods()
     usual = [o for o in recipes.fields() if not o.method and any(o.field.name in m.training for m in methods)]
@@ -68,11 +68,12 @@ def wire(page: Page) -> None:
         coming = (recipe or {}).get("dataset")
         if coming in {key for _, key in choices}:
             return {parts.dataset: gr.Dropdown(choices, value=coming)}
-        chosen = choices[0][1] if choices else None
-        return {
-            parts.dataset: gr.Dropdown(choices, value=chosen),
-            **fit(chosen, task),
-        }
+        newest = [key for _, key in choices]
+        if task != train_form.TASK:
+            # Somebody chose this task: rows for another one would take it away again.
+            newest = [key for key in newest if takes(recipes.task_of(task), key)]
+        chosen = next(iter(newest), None)
+        return {parts.dataset: gr.Dropdown(choices, value=chosen), **fit(chosen, task)}
 
     def use(dataset_id: str, task: str | None) -> dict[Any, Any]:
         """The data set that was chosen on Data."""
@@ -168,16 +169,20 @@ def wire(page: Page) -> None:
         parts.fault,
     ]
     chosen = [parts.dataset, parts.task]
-    # The words after each: a widget that was filled before it was first shown does not tell that it changed.
-    page.blocks.load(enter, chosen, everything, **HIDDEN).then(**words, **HIDDEN)
-    page.tab[ID].select(enter, [*chosen, page.recipe], everything, **HIDDEN).then(**words, **HIDDEN)
-    page.dataset.change(use, [page.dataset, parts.task], everything, **HIDDEN).then(**words, **HIDDEN)
-    page.recipe.change(fill, page.recipe, everything, **HIDDEN).then(**words, **HIDDEN)
-    for task, radio in parts.presets.items():
-        radio.input(functools.partial(choose, task), radio, everything, **HIDDEN)
-    parts.task.input(turn, [parts.task, parts.dataset], everything, **HIDDEN).then(**words, **HIDDEN)
-    parts.dataset.input(fit, chosen, everything, **HIDDEN)
     own_settings = [parts.widgets[owned.key] for owned in usual]
-    parts.method.input(switch, [parts.method, parts.task, parts.before, *own_settings], everything, **HIDDEN)
+
+    def fills(event: Any, fn: Callable[..., dict[Any, Any]], *inputs: Any) -> None:
+        """One after another, in the order in which they were asked for: the later one's word stands."""
+        event(fn, [*inputs], everything, concurrency_id="train-form", concurrency_limit=1, **HIDDEN).then(**CHANGED)
+
+    fills(page.blocks.load, enter, *chosen)
+    fills(page.tab[ID].select, enter, *chosen, page.recipe)
+    fills(page.dataset.change, use, page.dataset, parts.task)
+    fills(page.recipe.change, fill, page.recipe)
+    for task, radio in parts.presets.items():
+        fills(radio.input, functools.partial(choose, task), radio)
+    fills(parts.task.input, turn, *chosen[::-1])
+    fills(parts.dataset.input, fit, *chosen)
+    fills(parts.method.input, switch, parts.method, parts.task, parts.before, *own_settings)
     parts.start.click(start, [parts.processes, *form], [page.run, parts.fault], trigger_mode="once", **HIDDEN)
     parts.to_data.click(lambda: go(DATA), None, page.tabs, **HIDDEN)

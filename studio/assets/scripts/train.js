@@ -6,3 +6,26 @@ window.studioSave = (name, text) => {
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 };
+// The form tells by two buttons that it has changed: a listener for each of its fields would be compared with each part
+// of the page whenever anything is drawn. Nobody asks for a form that is out of sight; what changed there is told later.
+(() => {
+  const apart = "#train-text, #train-own, [type=file]";
+  let before = null;
+  let changed = 0;
+  window.studioFormChanged = () => {
+    changed = Date.now();
+  };
+  setInterval(() => {
+    const form = document.getElementById("train-form");
+    // With a run in the address the form is about to give way to it.
+    const run = new URLSearchParams(window.location.search).get("run");
+    if (document.hidden || run || !form || !form.getClientRects().length) return;
+    const fields = [...form.querySelectorAll("input, textarea")].filter((field) => !field.closest(apart));
+    const now = JSON.stringify(fields.map((field) => (/checkbox|radio/.test(field.type) ? field.checked : field.value)));
+    if (before !== null && now !== before) window.studioFormChanged();
+    before = now;
+    if (!changed || Date.now() - changed < 80) return;
+    changed = 0;
+    ["train-changed", "train-priced"].forEach((id) => document.getElementById(id)?.click());
+  }, 100);
+})();
