@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,22 @@ def test_the_stages_end_in_the_middle_of_a_simulation_when_nobody_waits(patience
     # Nothing of what was broken off stays behind.
     if patience == 2000:
         assert Job(job()).predict().peak > 0
+
+
+def test_rows_and_tokenizer_are_read_once_while_their_files_stay(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    shutil.copy(EXAMPLES / "lighthouse.jsonl", path)
+    first = Job(job(data={"path": str(path)}))
+    other = Job(job(data={"path": str(path)}, adapter={"method": "ia3"}, training={"batch_size": 2}))
+    assert other.encoded is first.encoded and other.rows is first.rows
+    assert other.model.loaded.processor is first.model.loaded.processor
+    cut = Job(job(data={"path": str(path)}, training={"max_length": 8}))
+    assert max(len(row.ids) for row in cut.encoded) == 8
+    # Virtual tokens leave less of the context to a row.
+    prompted = job(data={"path": str(path)}, adapter={"method": "prompt_tuning", "num_virtual_tokens": 4})
+    assert Job(prompted).encoded is not first.encoded
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
+    assert len(Job(job(data={"path": str(path)})).encoded) <= 3 < len(first.encoded)
 
 
 def test_every_method_has_its_cost_or_the_engines_reason() -> None:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+_DEVICE = torch.ops.prim.device.default
+"""What torch asks of a tensor more often than it computes anything."""
 
 
 def _gemm_4bit(arguments: Sequence[Any]) -> int:
@@ -40,12 +44,31 @@ HIDDEN: Hidden = {"bitsandbytes::gemm_4bit": _gemm_4bit}
 HIDDEN_ON_CPU: Hidden = {**HIDDEN, "bitsandbytes::optimizer_update_8bit_blockwise": _update_8bit}
 
 
+@dataclass
+class Span:
+    """A stretch of a step, from one mark to the next.
+
+    Attributes:
+        name: what happens in it.
+        before: part -> bytes at its beginning. after: at its end.
+        peak: the largest sum within it. at_peak: part -> bytes then.
+        ended: name of the stretch in which they began -> part -> bytes of what ended in this one.
+    """
+
+    name: str
+    before: Counter[str]
+    after: Counter[str]
+    peak: int
+    at_peak: Counter[str]
+    ended: defaultdict[str, Counter[str]]
+
+
 class Allocations(TorchDispatchMode):
     """Counts the bytes of live storages by what they are for.
 
     Attributes:
-        live: part -> bytes now.
-        peak: the largest sum so far.
+        live: part -> bytes now. total: their sum.
+        peak: the largest sum so far; since the last mark, where there is one.
         at_peak: `live` at that moment.
         part: what new storages are taken for; those whose last dimension is `vocabulary` are `logits`.
     """
@@ -55,15 +78,45 @@ class Allocations(TorchDispatchMode):
         self.hidden = hidden
         self.vocabulary = vocabulary
         self.live: Counter[str] = Counter()
+        self.total = 0
         self.peak = 0
         self.at_peak: Counter[str] = Counter()
         self.part = "activations"
-        # Storage's address -> its bytes, its part, and what tells its end.
-        self._known: dict[int, tuple[int, str, Any]] = {}
+        # Storage's address -> its bytes, its part, what tells its end, and the stretch in which it began.
+        self._known: dict[int, tuple[int, str, Any, str]] = {}
+        # Operator -> the bytes that it hides, and whether masks may stand among its arguments.
+        self._operators: dict[Any, tuple[Callable[[Sequence[Any]], int] | None, bool]] = {}
+        self._spans: list[Span] = []
 
-    @property
-    def total(self) -> int:
-        return sum(self.live.values())
+    def restart(self, peak: int | None = None, at_peak: Counter[str] | None = None) -> None:
+        """Look for a new peak: from this one on, or from what is there now."""
+        self.peak = self.total if peak is None else peak
+        self.at_peak = Counter(self.live if at_peak is None else at_peak)
+
+    def mark(self, name: str) -> None:
+        """What `name` says begins here, with a peak of its own."""
+        self._end_span()
+        self.restart()
+        self._spans.append(Span(name, Counter(self.live), Counter(), 0, Counter(), defaultdict(Counter)))
+
+    def spans(self) -> list[Span]:
+        """What happened between the marks, which are forgotten; the last one ends here."""
+        self._end_span()
+        found, self._spans = self._spans, []
+        return found
+
+    def begun_in(self, *names: str) -> Counter[str]:
+        """Part -> bytes of what is there and began in these stretches."""
+        found: Counter[str] = Counter()
+        for size, part, _, begun in self._known.values():
+            if begun in names:
+                found[part] += size
+        return found
+
+    def _end_span(self) -> None:
+        if self._spans:
+            last = self._spans[-1]
+            last.after, last.peak, last.at_peak = Counter(self.live), self.peak, self.at_peak
 
     @contextmanager
     def allocating(self, part: str) -> Iterator[None]:
@@ -82,8 +135,8 @@ class Allocations(TorchDispatchMode):
             if found is None:
                 self._add(tensor, part)
             elif found[1] != part:
-                size, former, end = found
-                self._known[storage._cdata] = (size, part, end)
+                size, former, end, begun = found
+                self._known[storage._cdata] = (size, part, end, begun)
                 self.live[former] -= size
                 self.live[part] += size
 
@@ -94,16 +147,23 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        name = func._schema.name
-        hidden = self.hidden.get(name)
+        if func is _DEVICE:
+            return args[0].device
+        if func not in self._operators:
+            name = func._schema.name
+            self._operators[func] = self.hidden.get(name), name.startswith(("aten::index", "aten::_index_put"))
+        hidden, masked = self._operators[func]
         if hidden:
             self.touch(hidden(args))
-        if name.startswith(("aten::index", "aten::_index_put")):
+        if masked:
             args = _by_number(args)
         out = func(*args, **(kwargs or {}))
-        for value in tree_iter(out):
-            if isinstance(value, Tensor):
-                self._add(value, self.part)
+        if isinstance(out, Tensor):
+            self._add(out, self.part)
+        else:
+            for value in tree_iter(out):
+                if isinstance(value, Tensor):
+                    self._add(value, self.part)
         return out
 
     def _add(self, tensor: Tensor, part: str) -> None:
@@ -116,11 +176,16 @@ class Allocations(TorchDispatchMode):
             part = "logits"
 
         def ended(_: Any) -> None:
-            size, part, _ = self._known.pop(key)
+            size, part, _, begun = self._known.pop(key)
             self.live[part] -= size
+            self.total -= size
+            if self._spans:
+                self._spans[-1].ended[begun][part] += size
 
-        self._known[key] = (size, part, weakref.ref(storage, ended))
+        begun = self._spans[-1].name if self._spans else ""
+        self._known[key] = (size, part, weakref.ref(storage, ended), begun)
         self.live[part] += size
+        self.total += size
         self._note()
 
     def _note(self, extra: int = 0) -> None:

@@ -85,11 +85,15 @@ def remedy(spec: JobSpec, budget: int, *, device: str = "cpu") -> Remedy | None:
 class Job:
     """One job's predictions, its rows and its model made once.
 
+    Args:
+        like: a job over the same rows, to take them from.
+        whole: run all blocks of the model, where four would do (`engine.memory.depth`); for comparison.
+
     Raises:
         PredictionError, EngineError: as `predict`.
     """
 
-    def __init__(self, spec: JobSpec, device: str = "cpu", like: Job | None = None) -> None:
+    def __init__(self, spec: JobSpec, device: str = "cpu", like: Job | None = None, whole: bool = False) -> None:
         from engine.memory import rows as reading
         from engine.memory.shapes import shaped
         from engine.memory.step import Simulation
@@ -101,10 +105,12 @@ class Job:
                 "Start with a batch of 1, and raise it while the machine has room.",
             )
         self.spec, self.device = spec, device
-        self.rows: Rows = like.rows if like else reading.read(spec, get_task(spec.task, spec.options))
+        known = (like.rows, like.encoded) if like else reading.remembered(spec)
+        self.rows: Rows = known[0] if known else reading.read(spec, get_task(spec.task, spec.options))
         self.model = shaped(spec, self.rows.task, device)
-        self.encoded: Sequence[Any] = like.encoded if like else reading.encoded(self.rows, self.model.loaded, spec)
-        self.simulation = Simulation(spec, self.rows.task, self.model, device)
+        self.encoded: Sequence[Any] = known[1] if known else reading.encoded(self.rows, self.model.loaded, spec)
+        reading.remember(spec, self.rows, self.encoded)
+        self.simulation = Simulation(spec, self.rows.task, self.model, device, whole)
         self._found: dict[tuple[int, int | None], Prediction] = {}
 
     def predict(self, batch_size: int | None = None, length: int | None = None) -> Prediction:
@@ -114,26 +120,32 @@ class Job:
         key = (batch_size or self.spec.training.batch_size, length)
         if key not in self._found:
             spec = changed(self.spec, {"training.batch_size": key[0]})
-            self._found[key] = self._predicted(
-                spec, heaviest(self.rows.task, self.model.loaded, self.encoded, spec, length)
-            )
+            # Whoever makes batches may ask the model what it takes, which each of its blocks tells.
+            with self.simulation.shortened():
+                found = heaviest(self.rows.task, self.model.loaded, self.encoded, spec, length)
+            self._found[key] = self._predicted(spec, found)
         return self._found[key]
 
     def largest_batch(self, budget: int) -> int:
         """As `largest_batch`."""
         most = min(MOST_ROWS, len(self.encoded) or MOST_ROWS)
-        fitting, failing, guess = 0, most + 1, 1
-        known: dict[int, int] = {}
+        # What was asked before is known already.
+        known = {size: found.peak for (size, length), found in self._found.items() if length is None and size <= most}
+        fitting = max((size for size, peak in known.items() if peak <= budget), default=0)
+        failing = min((size for size, peak in known.items() if size > fitting and peak > budget), default=most + 1)
+        slow = 0
         while failing - fitting > 1:
             gap = failing - fitting
+            # A straight line that twice left more than half of the gap is no good here: then the middle. Where nothing
+            # failed yet there is no middle, and a batch of thousands takes long to follow.
+            middle, slow = (True, 0) if slow == 2 else (False, slow)
+            guess = (fitting + failing) // 2 if middle else _next_guess(known, fitting, failing, budget)
             known[guess] = self.predict(guess).peak
             if known[guess] <= budget:
                 fitting = guess
             else:
                 failing = guess
-            # Where the straight line left more than half of the gap, the middle is taken next.
-            straight = failing - fitting <= gap // 2 or len(known) < 3
-            guess = _next_guess(known, fitting, failing, budget) if straight else (fitting + failing) // 2
+            slow = slow + 1 if failing in known and failing - fitting > gap // 2 else 0
         return fitting
 
     def remedy(self, budget: int) -> Remedy | None:
@@ -200,13 +212,15 @@ def _batches(training: TrainingSpec) -> Iterator[dict[str, int]]:
 
 def _next_guess(known: Mapping[int, int], fitting: int, failing: int, budget: int) -> int:
     """Where a straight line through two known peaks meets the budget; between the bounds."""
-    below = max((size for size in known if 0 < size <= fitting), default=0)
-    if not below:
-        return max(1, (fitting + failing) // 2)
-    others = [size for size in known if size and size != below]
-    if not others:
-        return min(failing - 1, 2 * below)
-    other = failing if failing in known else max(others)
-    slope = (known[other] - known[below]) / (other - below)
-    guess = below + int((budget - known[below]) / slope) if slope > 0 else 2 * below
+    below = sorted(size for size in known if size <= fitting)
+    above = sorted(size for size in known if size >= failing)
+    pair = [*below[-1:], *above[:1]] if below and above else below[-2:] or above[:2]
+    if not known:
+        guess = 1
+    elif len(pair) == 1:
+        guess = 2 * pair[0] if below else pair[0] // 2
+    else:
+        low, high = pair
+        slope = (known[high] - known[low]) / (high - low)
+        guess = low + int((budget - known[low]) // slope) if slope > 0 else 2 * high
     return min(max(guess, fitting + 1), failing - 1)

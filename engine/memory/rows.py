@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from engine.errors import DataError
-from engine.memory.shapes import Unfetched
+from engine.errors import DataError, EngineError
+from engine.memory.shapes import Unfetched, stamps
+from engine.models.fetch import is_here, resolve
 from engine.tasks.base import Batch, Fitting, Loaded, Task
 from engine.train.events import Recorder
 from engine.train.job import JobSpec
@@ -46,6 +50,52 @@ class Heaviest:
     tokens: int
     length: int
     steps: int | None
+
+
+_MOST_REMEMBERED = 2
+_UNREAD = frozenset(
+    {"batch_size", "gradient_accumulation", "learning_rate", "schedule", "optimizer", "warmup_ratio", "weight_decay"}
+    | {"loraplus_ratio", "loraplus_embedding_rate", "max_grad_norm", "precision", "eval_every", "checkpoint_every"}
+    | {"early_stopping_patience", "gradient_checkpointing", "activation_offload", "threads", "epochs", "max_steps"}
+)
+"""Of the training's settings, those that reading and tokenising do not look at."""
+
+_remembered: OrderedDict[str, tuple[Rows, Sequence[Any]]] = OrderedDict()
+
+
+def remembered(spec: JobSpec) -> tuple[Rows, Sequence[Any]] | None:
+    """Rows and tokens of an earlier job of this process that had the same; None if there is none."""
+    return _remembered.get(_key(spec))
+
+
+def remember(spec: JobSpec, rows: Rows, found: Sequence[Any]) -> None:
+    """Keep a job's rows and tokens for the next question, which is mostly about the same data."""
+    key = _key(spec)
+    if key:
+        _remembered[key] = rows, found
+        _remembered.move_to_end(key)
+        while len(_remembered) > _MOST_REMEMBERED:
+            _remembered.popitem(last=False)
+
+
+def _key(spec: JobSpec) -> str:
+    """Equal for jobs with the same rows and tokens, the files as they are now; "" where that cannot be told."""
+    from engine.adapters import ADAPTERS
+
+    if not is_here(spec.model):
+        return ""
+    plain = spec.to_dict()
+    virtual = not spec.full and ADAPTERS[spec.adapter["method"]].prompt is not None
+    try:
+        own = {
+            "files": (stamps(Path(spec.data.path)), stamps(resolve(spec.model))),
+            "training": {name: value for name, value in plain["training"].items() if name not in _UNREAD},
+            # Virtual tokens leave less room for a row's own.
+            "adapter": plain["adapter"] if virtual else None,
+        }
+    except (OSError, EngineError):
+        return ""
+    return json.dumps({**plain, **own, "name": "", "quantization": ""}, sort_keys=True, default=str)
 
 
 def read(spec: JobSpec, task: Task) -> Rows:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from engine.adapters.base import CONV1D, LINEAR, TaskType, features, layer_kind
 from engine.inject import HEADS, matches, replace_module
+from engine.models.fetch import resolve
 from engine.tasks.base import Loaded, Task
 from engine.train.job import JobSpec
 from engine.train.trainee import AdapterTrainee, FullTrainee, Trainee
@@ -125,7 +128,7 @@ def shaped(spec: JobSpec, task: Task, device: str) -> Shaped:
     from engine.inspection import adapter_config
     from engine.model import get_peft_model
     from engine.models.fetch import is_here
-    from engine.models.loading import dtype_of, load_tokenizer
+    from engine.models.loading import dtype_of
     from engine.train.worker import checkpoint_activations
 
     wanted = dtype_of(spec.training.precision, device)
@@ -147,10 +150,28 @@ def shaped(spec: JobSpec, task: Task, device: str) -> Shaped:
         model = get_peft_model(model, adapter_config(spec.adapter, task.task_type, spec.model))
     of_base = tuple(_to_fakes(model, own))
     here = is_here(spec.model)
-    loaded = Loaded(model, load_tokenizer(spec.model) if here else Unfetched(int(model.config.vocab_size)))
+    loaded = Loaded(model, _tokenizer(spec.model) if here else Unfetched(int(model.config.vocab_size)))
     trainee: Trainee = FullTrainee(loaded, task) if spec.full else AdapterTrainee(model)
     compute = wanted if spec.full and wanted is not torch.float32 else None
     return Shaped(loaded, trainee, of_base, compute, file_bytes, converted)
+
+
+def stamps(place: Path) -> tuple[tuple[str, int, int], ...]:
+    """Name, time of change and size of a file, or of the files of a folder."""
+    files = [place] if place.is_file() else sorted(file for file in place.iterdir() if file.is_file())
+    return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+
+
+def _tokenizer(name: str) -> Any:
+    """The base's tokenizer, read once for as long as its folder stays as it is."""
+    return _read_tokenizer(name, stamps(resolve(name)))
+
+
+@lru_cache(maxsize=2)
+def _read_tokenizer(name: str, files: tuple[tuple[str, int, int], ...]) -> Any:
+    from engine.models.loading import load_tokenizer
+
+    return load_tokenizer(name)
 
 
 def _base(spec: JobSpec, task: Any) -> nn.Module:
@@ -217,9 +238,10 @@ def _to_fakes(model: nn.Module, own: set[int]) -> list[Tensor]:
             return tensor
         if id(tensor) not in made:
             former.append(tensor)
-            plain: Tensor = FakeTensor(mode, tensor.detach(), torch.device("cpu"))
-            parameter = isinstance(tensor, nn.Parameter)
-            made[id(tensor)] = nn.Parameter(plain, requires_grad=tensor.requires_grad) if parameter else plain
+            made[id(tensor)] = plain = FakeTensor(mode, tensor.detach(), torch.device("cpu"))
+            if isinstance(tensor, nn.Parameter):
+                # As `nn.Parameter` makes one of a subclass, without another copy of each.
+                plain.requires_grad_(tensor.requires_grad)._is_param = True
         return made[id(tensor)]
 
     for module in model.modules():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -13,11 +14,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from engine.kernels.loss import output_layer
+from engine.memory import depth
 from engine.memory.allocations import HIDDEN, HIDDEN_ON_CPU, Allocations
 from engine.memory.shapes import Shaped
 from engine.tasks.base import Batch, Task
 from engine.train.job import JobSpec
 from engine.train.offload import SMALL
+
+logger = logging.getLogger(__name__)
 
 PAGED_FROM = 100_000
 """bitsandbytes pages the state of tensors of so many numbers."""
@@ -27,84 +32,166 @@ class Simulation:
     """What `engine.train.loop` allocates for steps of one job.
 
     The optimizer's step comes first, with gradients that are there: it makes the state, and its own peak is the same
-    for every batch. Then `peak` runs the passes of one step each.
+    for every batch. Then `peak` runs the passes of one step each. Of a stack of equal blocks four are run, where that
+    tells what all would do (`engine.memory.depth`).
+
+    Args:
+        whole: run all blocks in any case.
 
     Attributes:
+        stack: the blocks of which four are run; None where all are.
         state: part -> bytes that stay from step to step.
+        updating: part -> bytes at the peak of the optimizer's own step.
         trained: bytes of what is trained.
     """
 
-    def __init__(self, spec: JobSpec, task: Task, model: Shaped, device: str = "cpu") -> None:
-        from engine.train.optim import check_optimizer, make_optimizer
+    def __init__(self, spec: JobSpec, task: Task, model: Shaped, device: str = "cpu", whole: bool = False) -> None:
+        from engine.train.optim import check_optimizer
 
         check_optimizer(spec.training, device)
         self.spec, self.task, self.model = spec, task, model
         trainee = model.trainee
         # AdaLoRA's schedule wants to know; the memory of a step does not depend on it.
         trainee.prepare(spec.training.max_steps or 10_000)
-        parameters = trainee.parameters()
-        self.parameters = list(parameters.values())
-        self.trained = sum(p.numel() * p.element_size() for p in self.parameters)
-        self.optimizer = make_optimizer(parameters, spec.training)
+        self.parameters = trainee.parameters()
+        self.trained = sum(p.numel() * p.element_size() for p in self.parameters.values())
         self.allocations = Allocations(_vocabulary(trainee.model), HIDDEN_ON_CPU if device == "cpu" else HIDDEN)
         self.allocations.hold((*trainee.model.parameters(), *trainee.model.buffers()), "adapter")
         self.allocations.hold(model.base, "weights")
-        for parameter in self.parameters:
+        for parameter in self.parameters.values():
             parameter.register_post_accumulate_grad_hook(self._got_gradient)
-        with _quiet(), self.allocations:
-            self._update()
-        if spec.training.optimizer.startswith("paged_"):
-            self._leave_the_card()
-        self.state = Counter(self.allocations.live)
-        self._updating = Counter(self.allocations.at_peak), self.allocations.peak
+        self.stack = None if whole else depth.find(trainee.model)
+        self._optimizer_state: Any = {}
+        # What the blocks that are left out keep from step to step, beside their weights.
+        self._missing: Counter[str] = Counter()
+        self._make_state()
+
+    @contextmanager
+    def shortened(self) -> Iterator[None]:
+        """The model as its passes are run."""
+        with self.stack.shortened() if self.stack else nullcontext():
+            yield
 
     def peak(self, batch: Batch) -> Counter[str]:
         """Part -> bytes at the peak of a step over this batch.
 
         With gradient accumulation the second forward pass finds the first one's gradients there.
         """
-        allocations, trainee, training = self.allocations, self.model.trainee, self.spec.training
-        # Each batch begins with the peak of the optimizer's own step.
-        allocations.at_peak, allocations.peak = self._updating
-        trainee.model.train()
-        with _quiet(), allocations:
-            extra = trainee.extra_loss()
-            if extra is not None:
-                extra.backward()
-            for _ in range(min(2, training.gradient_accumulation)):
-                self._passes(batch)
-            if training.max_grad_norm:
-                nn.utils.clip_grad_norm_(self.parameters, training.max_grad_norm)
-        self.optimizer.zero_grad(set_to_none=True)
-        trainee.model.eval()
-        return allocations.at_peak
+        if self.stack is not None:
+            try:
+                found = self._shortened_step(batch, self.stack)
+            except (depth.UnevenError, LookupError, ValueError) as error:
+                # Blocks that differ, or a model that wants all its blocks.
+                logger.info("A step is run over all blocks: %s", error or "they do not all do the same")
+                self.stack, self._missing = None, Counter()
+                self._update(self.parameters)
+        if self.stack is None:
+            found = self._whole_step(batch)
+        return max(self.updating, found, key=Counter.total)
 
-    def _passes(self, batch: Batch) -> None:
+    def _whole_step(self, batch: Batch) -> Counter[str]:
+        with self._training():
+            self.allocations.restart()
+            self._run(batch)
+            self._clip(self.parameters)
+        return self.allocations.at_peak
+
+    def _shortened_step(self, batch: Batch, stack: depth.Stack) -> Counter[str]:
+        """As `_whole_step`, worked out from four blocks."""
+        allocations, left_out = self.allocations, stack.left_out
+        clipped = []
+        with stack.shortened():
+            with _quiet():
+                # The model is asked once how it makes its logits; that is not a part of the step.
+                output_layer(self.model.trainee.model)
+            with stack.marked(allocations.mark), self._training():
+                allocations.mark("before")
+                self._run(batch, allocations.mark)
+                spans = allocations.spans()
+                for count in (depth.KEPT - 1, depth.KEPT):
+                    allocations.restart()
+                    self._clip(stack.parameters(self.parameters, count))
+                    clipped.append(allocations.at_peak)
+                kept = allocations.begun_in("forward 1", "backward 1")
+        found, added = depth.lengthened(spans, left_out, self._missing, kept)
+        fewer, run = clipped
+        clipping = depth.extended(fewer, run, left_out)
+        return max(found, depth.summed(clipping, added), key=Counter.total)
+
+    @contextmanager
+    def _training(self) -> Iterator[None]:
+        """A step's allocations are counted; nothing of it stays."""
+        model = self.model.trainee.model.train()
+        try:
+            with _quiet(), self.allocations:
+                yield
+        finally:
+            self.allocations.spans()
+            for parameter in self.parameters.values():
+                parameter.grad = None
+            model.eval()
+
+    def _run(self, batch: Batch, mark: Callable[[str], None] = lambda name: None) -> None:
+        extra = self.model.trainee.extra_loss()
+        if extra is not None:
+            extra.backward()
+        for _ in range(min(2, self.spec.training.gradient_accumulation)):
+            self._passes(batch, mark)
+
+    def _clip(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        if self.spec.training.max_grad_norm:
+            nn.utils.clip_grad_norm_(parameters.values(), self.spec.training.max_grad_norm)
+
+    def _passes(self, batch: Batch, mark: Callable[[str], None]) -> None:
         compute = self.model.compute
         casting = torch.autocast("cpu", compute) if compute is not None else nullcontext()
         with casting, self._away() if self.spec.training.activation_offload else nullcontext():
             part = self.task.loss(self.model.trainee.model, dict(batch))
+            mark("copies end")
+        mark("backward")
         (part.total / max(1, part.count)).backward()
+        mark("graph ends")
 
-    def _update(self) -> None:
-        """An optimizer step with gradients of zero."""
-        for parameter in self.parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        self.allocations.hold((p.grad for p in self.parameters if p.grad is not None), "gradients")
-        with self.allocations.allocating("optimizer"):
-            self.optimizer.step()
-        entries = (value for entry in self.optimizer.state.values() for value in entry.values())
-        self.allocations.hold((value for value in entries if isinstance(value, Tensor)), "optimizer")
-        self.optimizer.zero_grad(set_to_none=True)
+    def _make_state(self) -> None:
+        """The optimizer's state and the peak of the step that makes it, of four blocks where that tells all."""
+        stack, self._missing = self.stack, Counter()
+        if stack is not None:
+            counts = (depth.KEPT - 1, depth.KEPT)
+            (less, low), (more, high) = (self._update(stack.parameters(self.parameters, n)) for n in counts)
+            block = depth.difference(more, less)
+            of_block = {id(p) for p in stack.blocks[0].parameters()}
+            gradients = sum(p.nbytes for p in self.parameters.values() if id(p) in of_block)
+            # No moment of the step grows by more with a block than the last ones: if the largest does, it stays so.
+            if depth.difference(high, low) in (block, depth.summed(block, {"gradients": gradients})):
+                self._missing = depth.times(block, stack.left_out)
+                self.state = depth.summed(more, self._missing)
+                self.updating = depth.extended(low, high, stack.left_out)
+                return
+        self.state, self.updating = self._update(self.parameters)
 
-    def _leave_the_card(self) -> None:
-        """Paged state goes to the machine's memory when the card is full, so that none of it has to fit there."""
-        for parameter, entry in self.optimizer.state.items():
-            for key in ("state1", "state2"):
-                if parameter.numel() >= PAGED_FROM:
-                    del entry[key]
+    def _update(self, parameters: Mapping[str, nn.Parameter]) -> tuple[Counter[str], Counter[str]]:
+        """An optimizer step with gradients of zero: part -> bytes that stay, and at its peak."""
+        from engine.train.optim import make_optimizer
+
         allocations = self.allocations
-        allocations.at_peak, allocations.peak = Counter(allocations.live), allocations.total
+        # What another step made ends.
+        self._optimizer_state.clear()
+        optimizer = make_optimizer(parameters, self.spec.training)
+        self._optimizer_state = optimizer.state
+        allocations.restart()
+        with _quiet(), allocations:
+            for parameter in parameters.values():
+                parameter.grad = torch.zeros_like(parameter)
+            allocations.hold((p.grad for p in parameters.values() if p.grad is not None), "gradients")
+            with allocations.allocating("optimizer"):
+                optimizer.step()
+            entries = (value for entry in optimizer.state.values() for value in entry.values())
+            allocations.hold((value for value in entries if isinstance(value, Tensor)), "optimizer")
+            optimizer.zero_grad(set_to_none=True)
+        if self.spec.training.optimizer.startswith("paged_"):
+            _leave_the_card(optimizer)
+            allocations.restart()
+        return Counter(allocations.live), allocations.at_peak
 
     def _away(self) -> saved_tensors_hooks:
         """As `engine.train.offload`: what autograd saves ends, and is there again when it is asked for."""
@@ -129,6 +216,14 @@ class Simulation:
     def _got_gradient(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
         self.allocations.hold([parameter.grad], "gradients")
+
+
+def _leave_the_card(optimizer: torch.optim.Optimizer) -> None:
+    """Paged state goes to the machine's memory when the card is full, so that none of it has to fit there."""
+    for parameter, entry in optimizer.state.items():
+        for key in ("state1", "state2"):
+            if parameter.numel() >= PAGED_FROM:
+                del entry[key]
 
 
 @contextmanager
