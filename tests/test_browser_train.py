@@ -22,7 +22,7 @@ from studio.datasets import Datasets
 
 pytestmark = [*pytestmark, pytest.mark.pages]
 
-WAIT = 240_000
+WAIT = 120_000
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_a_job_goes_out_as_a_file_and_comes_in_as_text(page: Any, server: str, t
     expect(page, "#train-same").to_contain_text("quantization: int8")
     assert "passwd" not in page.locator("#train-same").inner_text()
 
-    (tmp_path / "other.json").write_text(json.dumps({**job, "task": "preference"}), encoding="utf-8")
+    (tmp_path / "other.json").write_text(json.dumps({**job, "task": "preference", "options": {}}), encoding="utf-8")
     page.set_input_files("#train-upload input[type=file], input[type=file][accept*='.yaml']", tmp_path / "other.json")
     expect(page, "#train-task input").to_have_value("Better and worse answers")
     # The rows that are chosen are no pairs, so others have to be chosen.
