@@ -138,9 +138,9 @@ def _flat(spec: Mapping[str, Any]) -> dict[str, Any]:
         "quantization": spec.get("quantization", "none"),
         "full": bool(spec.get("full")),
         "data": {"eval_split": spec["data"].get("eval_split", 0.1)},
-        "adapter": {} if spec.get("full") else dict(spec["adapter"]),
+        "adapter": {} if spec.get("full") else {**_usual(spec, "adapter"), **spec["adapter"]},
         "training": training,
-        "options": dict(spec.get("options") or {}),
+        "options": {**_usual(spec, "options"), **(spec.get("options") or {})},
     }
     flat: dict[str, Any] = {}
     for key, value in whole.items():
@@ -150,6 +150,22 @@ def _flat(spec: Mapping[str, Any]) -> dict[str, Any]:
             flat[key] = value
     # Left out and empty say the same.
     return {key: value for key, value in flat.items() if value not in (None, "", []) and key not in _NOT_COMPARED}
+
+
+def _usual(spec: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """What the fields of the job's method (`adapter`) or task (`options`) are where it leaves them out.
+
+    Targets that are left out are the task's own, not the form's first choice.
+    """
+    task = recipes.task_of(spec.get("task", "causal_lm"))
+    method = "" if spec.get("full") else str(spec["adapter"].get("method"))
+    return {
+        owned.field.name: forms.read_default(owned.field)
+        for owned in recipes.fields()
+        if (owned.method if part == "adapter" else owned.task)
+        and owned.shows(task, method)
+        and owned.field.name != "target_modules"
+    }
 
 
 def _comparable(value: Any) -> Any:

@@ -165,6 +165,12 @@ def test_what_differs_from_an_earlier_run_is_named_old_and_new() -> None:
     # A run from before a setting was there had its default.
     older = {**old, "training": {k: v for k, v in old["training"].items() if k not in ("seed", "optimizer")}}
     assert job_text.differences(older, old) == []
+    # As a file writes it: what is left out is as usual.
+    sparse = {**old, "adapter": {"method": "lora", "r": 4}, "options": {}}
+    whole = {**sparse, "adapter": {"lora_alpha": 16, "lora_dropout": 0.05, "bias": "none", **sparse["adapter"]}}
+    assert job_text.differences(sparse, whole) == []
+    whole["adapter"]["lora_alpha"] = 8
+    assert job_text.differences(sparse, whole) == [("adapter.lora_alpha", "16", "8")]
 
 
 def test_presets_of_ones_own_are_kept_replaced_deleted_and_brought_back(store: Store) -> None:
