@@ -10,6 +10,7 @@ MODULES = {
         "auto",
         "compat",
         "inspection",
+        "memory/depth",
         "metrics",
         "model",
         "model_state",
