@@ -126,6 +126,8 @@ def english(readable: list[str]) -> list[str]:
     """What is said in English words, and neither a name nor a term."""
     left = []
     for text in readable:
+        if text in NAMES:
+            continue
         rest = text
         # A layer's or a file's name, q_proj or adapter_config.json.
         rest = re.sub(r"[A-Za-z]\w*[_.-]\w[\w.-]*", "", rest)
