@@ -87,6 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     from studio.comparisons import Comparisons
     from studio.context import Studio
     from studio.first_page import FirstPage
+    from studio.front import Front
     from studio.shell import create_app
 
     studio = Studio.open()
@@ -116,10 +117,9 @@ def main(argv: list[str] | None = None) -> int:
             enable_monitoring=False,
             footer_links=["api"],
             theme=theme.theme(),
-            css=theme.css(),
             head=theme.head(),
             max_file_size=MAX_UPLOAD if entrance is None else entrance.limits.upload,
-            app_kwargs={"middleware": [*doors, Middleware(FirstPage, later=app.later)]},
+            app_kwargs={"middleware": [*doors, Middleware(Front), Middleware(FirstPage)]},
         )
         if with_tools and not app.mcp_server:
             raise SystemExit(f"The tools for language models could not be served. {app.mcp_error or ''}")

@@ -31,6 +31,8 @@ from startup import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("seen", "built", "answered")
+QUIET = 1.0
+"""Seconds before each round, so that what the page before left to do is not part of this one."""
 EMPTY = """
 import sys, gradio as gr
 with gr.Blocks() as app:
@@ -51,8 +53,8 @@ WATCH = """([head, button, built, answer]) => {
   const times = (window.times = {});
   const look = () => {
     const now = performance.now();
-    const first = there(head) && there(button);
-    if (first && !times.seen) {
+    const first = !times.seen && there(head) && there(button);
+    if (first) {
       times.seen = now;
       first.click();
     }
@@ -135,6 +137,7 @@ def main() -> None:
             browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
             for number in range(runs + 1):
                 for name in found if number % 2 else reversed(found):
+                    time.sleep(QUIET)
                     taken = opened(browser, name, addresses[name])
                     if number:  # the first of each warms the server and the disk's cache
                         found[name].append(taken)

@@ -1,17 +1,15 @@
 """The first page at once: what it says stands in the HTML itself, before Gradio's script has built the page.
 
 Gradio draws in the browser, from a configuration of every tab; until it has, a browser shows nothing. This middleware
-puts the same goals and samples that Start shows into the HTML, with the styles they need. What is pressed meanwhile is
-pressed on the page once it stands. It also takes the parts of the configuration that never change out of the reach of
-Gradio's reactive proxies, through which each of thousands of comparisons would go, and lets the other tabs be filled
-when they are selected; and it sees to it that no answer of the server is left waiting there.
+puts the same goals and samples that Start shows into the HTML, with the styles of the page. What is pressed meanwhile
+is pressed on the page once it stands, and the other tabs come after that (`studio.filling`). It also takes the parts of
+the configuration that never change out of the reach of Gradio's reactive proxies, through which each of thousands of
+comparisons would go, and sees to it that no answer of the server is left waiting there.
 """
 
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Sequence
 from urllib.parse import parse_qs
 
 from starlette.datastructures import MutableHeaders
@@ -19,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.paths import REPOSITORY
 from studio import guide_words, theme
+from studio.filling import only_first
 from studio.i18n import t
 from studio.languages import switch
 from studio.markup import esc
@@ -32,23 +31,26 @@ ELSEWHERE = ("run", "guide", "deep_link", "view")
 class FirstPage:
     """ASGI middleware: the page at `/` is sent with its first view in it."""
 
-    def __init__(self, app: ASGIApp, later: Sequence[int] = ()) -> None:
-        self.app, self.later = app, later
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] != "http" or scope["path"] != "/" or scope["method"] != "GET":
             await self.app(scope, receive, send)
             return
-        first = is_first(scope["query_string"].decode("latin-1"))
-        await self.app(scope, receive, _Whole(send, first, self.later if first else ()))
+        if not is_first(scope["query_string"].decode("latin-1")):
+            await self.app(scope, receive, _Whole(send, False))
+            return
+        with only_first():
+            await self.app(scope, receive, _Whole(send, True))
 
 
 class _Whole:
     """Passes an answer on; a page is held back until it is whole, and then filled."""
 
-    def __init__(self, send: Send, first: bool, later: Sequence[int]) -> None:
-        self.send, self.first, self.later = send, first, later
+    def __init__(self, send: Send, first: bool) -> None:
+        self.send, self.first = send, first
         self.start: Message | None = None
         self.body = b""
 
@@ -62,7 +64,7 @@ class _Whole:
             self.body += message.get("body", b"")
             if message.get("more_body"):
                 return
-            body = filled(self.body, self.first, self.later)
+            body = filled(self.body, self.first)
             start, self.start = self.start, None
             MutableHeaders(raw=start["headers"])["content-length"] = str(len(body))
             await self.send(start)
@@ -76,17 +78,16 @@ def is_first(query: str) -> bool:
     return not any(name in asked for name in ELSEWHERE) and asked.get("tab", [START])[0] == START
 
 
-def filled(page: bytes, first: bool, later: Sequence[int] = ()) -> bytes:
+def filled(page: bytes, first: bool) -> bytes:
     """Gradio's page with our script in its head, and the first view in its body where that is what was asked for.
 
     Args:
         page: its HTML.
         first: whether the first page is asked for.
-        later: the callbacks that wait until their tab is selected.
     """
     scripts = _asset("config.js") + _asset("stream.js")
-    script = f"<script>window.studioLater = {json.dumps([*later])};{scripts}</script></head>"
-    page = page.replace(b"</head>", script.encode(), 1)
+    extra = f"<style>{theme.sheet()}</style><script>{scripts}</script></head>"
+    page = page.replace(b"</head>", extra.encode(), 1)
     # Someone who has yet to log in is shown the form for that alone.
     if not first or b'"auth_required":true' in page[:100_000]:
         return page
@@ -102,11 +103,11 @@ def view() -> str:
     )
     saying = t("teach a model something small, and see what it changed")
     return (
-        f'<div id="first-page"><style>{theme.css()}{_asset("first.css")}</style><div class="first-inside">'
+        f'<div id="first-page"><style>{_asset("first.css")}</style><div class="first-inside">'
         f'<div class="brand"><b>Adapter Studio</b><span>{esc(saying)}</span>{switch()}</div>'
         f'<div class="first-tabs">{tabs}</div>'
         f'<div class="prose first-board">{guide_words.goals(ids=False)}</div></div></div>'
-        f"<script>{_asset('first.js')}</script>"
+        f"<script>{_asset('fill.js')}{_asset('first.js')}</script>"
     )
 
 

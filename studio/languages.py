@@ -21,6 +21,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.paths import REPOSITORY
+from studio import filling
 from studio.i18n import ENGLISH, LANGUAGES, NAME, catalogue, language, speaking, wanted
 
 _log = logging.getLogger(__name__)
@@ -34,22 +35,44 @@ class Pages(gr.Blocks):
 
     Attributes:
         drawn: language -> the parts of the configuration that the layout makes; none for English, which is our own.
-        later: see `studio.page.Page.later`.
+        fills: see `studio.filling.chain`.
     """
 
     drawn: dict[str, dict[str, Any]]
-    later: list[int]
+    fills: dict[int, int]
     _own: dict[str, Any]
+    _firsts: dict[str, dict[str, Any]]
+    _rests: dict[str, dict[int, dict[str, Any]]]
 
     @property
     def config(self) -> Any:
         """What a browser draws the page from."""
-        other = getattr(self, "drawn", {}).get(language())
-        return {**self._own, **other} if other else self._own
+        if not filling.is_only_first():
+            return self._whole()
+        spoken, whole = language(), self._whole()
+        if spoken not in self._firsts:
+            self._firsts[spoken] = filling.first(whole, self.fills.values())
+        return {**whole, **self._firsts[spoken]}
 
     @config.setter
     def config(self, value: Any) -> None:
-        self._own = value
+        self._own, self._firsts, self._rests = value, {}, {}
+
+    def _whole(self) -> Any:
+        other = getattr(self, "drawn", {}).get(language())
+        return {**self._own, **other} if other else self._own
+
+    async def process_api(self, block_fn: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """A callback's answer; that of one which brings a tab has the tab's layout in the asker's language."""
+        answer = await super().process_api(block_fn, *args, **kwargs)
+        number = block_fn if isinstance(block_fn, int) else block_fn._id
+        if number in self.fills:
+            with speaking(asked_by(kwargs.get("request"))):
+                spoken = language()
+                if spoken not in self._rests:
+                    self._rests[spoken] = filling.rest(self._whole(), self.fills)
+            answer["render_config"] = self._rests[spoken][number]
+        return answer
 
     def get_api_info(self, *args: Any, **kwargs: Any) -> Any:
         """The public endpoints, in English: Gradio keeps the first answer for everyone."""
@@ -95,6 +118,12 @@ def shape(config: dict[str, Any]) -> Any:
         [(item["id"], item["targets"], item["inputs"], item["outputs"]) for item in config["dependencies"]],
         config["layout"],
     )
+
+
+def asked_by(request: Any) -> str:
+    """The language of whoever sent a `gr.Request`; English where nobody did."""
+    known = getattr(request, "request", None)
+    return wanted(known.query_params, known.cookies, known.headers) if known is not None else ENGLISH
 
 
 class Languages:

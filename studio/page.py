@@ -49,8 +49,6 @@ class Page:
         dataset: id of the data set that was chosen on Data.
         tab: id -> its Tab.
         parts: id -> whatever the tab keeps from `build` for `wire`.
-        later: numbers of the callbacks that fill other tabs than Start when the page loads. Each is also called when
-            its tab is selected, so the first page leaves them out.
     """
 
     studio: Studio
@@ -62,7 +60,6 @@ class Page:
     dataset: gr.State
     tab: dict[str, gr.Tab] = field(default_factory=dict)
     parts: dict[str, Any] = field(default_factory=dict)
-    later: list[int] = field(default_factory=list)
 
     @property
     def datasets(self) -> Datasets:

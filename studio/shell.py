@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, cast
 
 import gradio as gr
 
-from studio import api, callbacks, demo
+from studio import api, callbacks, demo, filling
 from studio.context import Studio
 from studio.i18n import t
 from studio.languages import Pages, in_each_language, switch
@@ -15,6 +14,7 @@ from studio.markup import esc
 from studio.page import HIDDEN, START, TAB_IDS, TAB_TITLES, TRAIN, Page, go
 from studio.store import is_run_id
 from studio.tabs import TABS
+from studio.visits import Visits
 
 
 def create_app(studio: Studio) -> Pages:
@@ -33,6 +33,8 @@ def _page(studio: Studio) -> Pages:
         run = gr.Textbox(visible="hidden", elem_id="run-id")
         # What the page presses when an answer waits at the server (assets/first/stream.js).
         gr.Button(visible="hidden", elem_id="studio-wake").click(lambda: None, None, None, **HIDDEN)
+        # What the first page presses once it stands (assets/first/fill.js).
+        fill = gr.Button(visible="hidden", elem_id="studio-fill")
         recipe, comparison, dataset = gr.State(None), gr.State(None), gr.State("")
         with gr.Tabs() as tabs:
             page = Page(studio, blocks, tabs, run, recipe, comparison, dataset)
@@ -48,10 +50,7 @@ def _page(studio: Studio) -> Pages:
             page.tab[module.ID].select(
                 None, None, None, js=f"() => {when}window.studioAddress('tab', '{module.ID}')", **HIDDEN
             )
-            before = set(blocks.fns)
             module.wire(page)
-            if module.ID != START:
-                page.later += _loading(blocks, set(blocks.fns) - before)
 
         def arrive(request: gr.Request) -> tuple[str, Any]:
             """Come back to the run and the tab that the address names."""
@@ -63,15 +62,12 @@ def _page(studio: Studio) -> Pages:
 
         arrival = blocks.load(arrive, None, [run, tabs], **HIDDEN)
         arrival.then(None, None, None, js="() => { window.studioArrived = true; }", **HIDDEN)
+        fills = filling.chain(fill, [page.tab[module.ID] for module in TABS if module.ID != START])
     _lighten(blocks, run)
     callbacks.tell_all(blocks)
-    blocks.later = page.later
+    blocks.fills = fills
+    blocks.default_config = Visits.of(blocks)
     return cast(Pages, blocks)
-
-
-def _loading(blocks: gr.Blocks, numbers: Iterable[int]) -> list[int]:
-    """Those of the callbacks that are called when the page has loaded."""
-    return sorted(number for number in numbers if any(event == "load" for _, event in blocks.fns[number].targets))
 
 
 def _lighten(blocks: gr.Blocks, place: gr.Component) -> None:

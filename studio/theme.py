@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+from collections.abc import Iterator
 
 import gradio as gr
 from gradio.themes.utils import colors, sizes
@@ -14,6 +16,9 @@ _FOLDER = REPOSITORY / "studio" / "assets"
 
 FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Noto Sans KR", "sans-serif"]
 MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
+
+_PAGE = ".gradio-container.gradio-container .contain"
+_SELECTORS = re.compile(r",\s*(?![^(]*\))")
 
 ACCENT, ACCENT_DARK = "#1f5fa8", "#2a6fbe"
 
@@ -70,6 +75,44 @@ def css() -> str:
     sliders = "\n".join(f".mix-c{n} {{ --slider-color: {shade}; --c: {shade}; }}" for n, shade in enumerate(PALETTE))
     sheets = (path.read_text(encoding="utf-8") for path in sorted((_FOLDER / "styles").glob("*.css")))
     return "\n".join([*sheets, sliders, ""])
+
+
+@functools.cache
+def sheet() -> str:
+    """`css` as the page needs it: each rule as it stands, and once more with the weight to prevail over Gradio's own.
+
+    Gradio does the same with what `launch(css=)` is given, but in the browser, twice, before anything is drawn.
+    """
+    plain = re.sub(r"/\*.*?\*/", "", css(), flags=re.DOTALL)
+    return "".join(f"{text}\n{_weighty(text)}\n" for text in _rules(plain))
+
+
+def _rules(text: str) -> Iterator[str]:
+    """The rules of a style sheet, one after another, those with rules in them whole."""
+    depth = start = 0
+    for at, sign in enumerate(text):
+        if sign == "{":
+            depth += 1
+        elif sign == "}":
+            depth -= 1
+            if not depth:
+                yield text[start : at + 1].strip()
+                start = at + 1
+
+
+def _weighty(rule: str) -> str:
+    """A rule with the weight of two more classes; none for what has no selector."""
+    head, _, body = rule.partition("{")
+    if head.startswith("@media"):
+        return f"{head}{{{''.join(map(_weighty, _rules(body[:-1])))}}}"
+    if head.startswith("@"):
+        return ""
+    return f"{', '.join(map(_within, _SELECTORS.split(head.strip())))} {{{body}"
+
+
+def _within(selector: str) -> str:
+    dark = selector.startswith(".dark ")
+    return f"{'.dark ' if dark else ''}{_PAGE} {selector.removeprefix('.dark ').strip()}"
 
 
 def head() -> str:

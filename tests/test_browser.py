@@ -113,6 +113,30 @@ def head(page: Any, state: str) -> Any:
     return page.locator(f"#live-head .run-head[data-state={state}]")
 
 
+PRESS_AT_ONCE = """() => new MutationObserver((_, watch) => {
+  const tab = document.getElementById('tab-runs-button');
+  if (!tab || document.getElementById('first-page')) return;
+  watch.disconnect();
+  window.tabsAtPress = document.querySelectorAll('#tab-runs h2').length;
+  tab.click();
+}).observe(document, {childList: true, subtree: true})"""
+
+
+def test_a_tab_that_is_pressed_before_it_came_opens_when_it_has_come(page: Any, server: str) -> None:
+    page.add_init_script(f"({PRESS_AT_ONCE})()")
+    page.goto(server)
+    page.locator("#tab-runs-button[aria-selected=true]").wait_for()
+    page.get_by_text("No runs yet.").wait_for()
+    assert page.evaluate("window.tabsAtPress") == 0, "the tab was there before it was pressed: this tests nothing"
+    assert "tab=runs" in page.url and not page.locator("[aria-busy=true]").count()
+    # What came later can be used like what came first, and the public endpoints are all named.
+    page.click("#tab-train-button")
+    sync_api.expect(page.locator("#train-task input")).to_be_enabled()
+    sync_api.expect(page.locator("#train-task input")).not_to_have_value("")
+    page.click("footer .show-api")
+    page.get_by_text("/submit_run").first.wait_for()
+
+
 def test_from_the_first_page_to_two_different_answers_in_four_clicks(page: Any, server: str) -> None:
     page.goto(server)
     page.locator("#start-toy").wait_for()

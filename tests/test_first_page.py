@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from studio import first_page, machine
+from studio import first_page, machine, theme
 from studio.guide import GOALS
 from studio.page import TAB_IDS
 from studio.samples import SAMPLES
@@ -79,3 +79,28 @@ def test_without_a_card_no_process_is_asked_and_a_failed_one_changes_nothing() -
     assert waiting is not None
     waiting.join(60)
     assert found.cards == (card,)
+
+
+def test_each_rule_stands_plain_and_with_the_weight_to_prevail(monkeypatch: pytest.MonkeyPatch) -> None:
+    sheet = """
+    /* a note { with a brace */
+    .a, .b:is(.c, .d) > p { color: red; }
+    .dark .a { color: blue; }
+    @keyframes turn { from { left: 0; } to { left: 1px; } }
+    @media (max-width: 640px) { .a { top: 0; } .b { top: 1px; } }
+    """
+    theme.sheet.cache_clear()
+    monkeypatch.setattr(theme, "css", lambda: sheet)
+    made = " ".join(theme.sheet().split())
+    monkeypatch.undo()
+    theme.sheet.cache_clear()
+    weight = ".gradio-container.gradio-container .contain"
+    assert made == (
+        ".a, .b:is(.c, .d) > p { color: red; } "
+        f"{weight} .a, {weight} .b:is(.c, .d) > p {{ color: red; }} "
+        f".dark .a {{ color: blue; }} .dark {weight} .a {{ color: blue; }} "
+        "@keyframes turn { from { left: 0; } to { left: 1px; } } "
+        "@media (max-width: 640px) { .a { top: 0; } .b { top: 1px; } } "
+        f"@media (max-width: 640px) {{{weight} .a {{ top: 0; }}{weight} .b {{ top: 1px; }}}}"
+    )
+    assert theme.sheet().count("{") == theme.sheet().count("}") > 2 * theme.css().count("{") * 0.9

@@ -64,6 +64,8 @@ def build(page: Page) -> None:
                 label=t("Or rows of your own: a table, a text, or a zip of pictures"),
                 file_types=[*data.KINDS],
                 height=160,
+                # As long as it is not seen, the first page does without the script that draws it.
+                visible=False,
                 elem_id="guide-file",
             )
             gr.HTML('<div id="guide-limit" class="notice error" role="alert" data-code="data-too-large" hidden></div>')
@@ -86,6 +88,7 @@ def show(page: Page, path: Path) -> Updates:
     found[parts.way] = gr.Column(visible=bool(path.goal))
     if path.goal:
         found[parts.bring] = gr.Column(visible=path.step == "data")
+        found[parts.file] = gr.File(visible=path.step == "data")
     if not path.goal:
         return {**found, parts.board: guide_words.goals()}
     try:
@@ -200,7 +203,7 @@ def _brief(row: Row) -> str:
 def wire(page: Page) -> None:
     """Connect the path, the samples and the last run."""
     parts: Parts = page.parts[ID]
-    step = [parts.path, parts.board, parts.way, parts.bring, parts.rows, parts.cost, parts.fault, parts.on]
+    step = [parts.path, parts.board, parts.way, parts.bring, parts.file, parts.rows, parts.cost, parts.fault, parts.on]
     away = [page.recipe, page.run, page.tabs]
 
     def at(text: str | None) -> Path:

@@ -27,6 +27,7 @@
       first.remove();
       if (held) held.focus();
       if (next) next.click();
+      window.studioStands();
     });
   });
   watch.observe(document.querySelector("gradio-app") || document.documentElement, { childList: true, subtree: true, attributes: true, attributeFilter: ["data-live"] });
