@@ -20,24 +20,25 @@ from studio.page import HIDDEN
 
 _RENDERED = 1_000_000
 """The renders of the chain are numbered from here, out of the way of Gradio's own."""
-_only_first: ContextVar[bool] = ContextVar("studio-only-first", default=False)
+FIRST, WHOLE = "first", "whole"
+_asked: ContextVar[str] = ContextVar("studio-asked-page", default="")
 
 Config = dict[str, Any]
 
 
 @contextmanager
-def only_first() -> Iterator[None]:
-    """The configuration that is asked for within is the first page's."""
-    token = _only_first.set(True)
+def asking(page: str) -> Iterator[None]:
+    """The configuration that is asked for within is to draw the `FIRST` page or a `WHOLE` one in a browser."""
+    token = _asked.set(page)
     try:
         yield
     finally:
-        _only_first.reset(token)
+        _asked.reset(token)
 
 
-def is_only_first() -> bool:
-    """Whether the first page's configuration is asked for."""
-    return _only_first.get()
+def asked() -> str:
+    """Which page's configuration a browser asks for; "" where it is something else that asks, such as a client."""
+    return _asked.get()
 
 
 def chain(button: gr.Button, tabs: Iterable[gr.Tab]) -> dict[int, int]:
@@ -53,10 +54,11 @@ def chain(button: gr.Button, tabs: Iterable[gr.Tab]) -> dict[int, int]:
 
 
 def first(config: Config, tabs: Iterable[int]) -> Config:
-    """The parts of a configuration that the first page is drawn from.
+    """The parts of a configuration that the first page is drawn from; with no tabs to come later, the whole page.
 
-    A callback that reads or writes what is not there yet is left out with all that lead to it. So are the components
-    that stand for the parameters of public endpoints; they stand unseen at the top of the layout.
+    A callback that reads or writes what is not there yet is left out with all that lead to it, and no tab is filled
+    when the page loads. The components that stand for the parameters of public endpoints are left out; they stand
+    unseen at the top of the layout.
 
     Args:
         config: the whole of a layout.
@@ -76,7 +78,8 @@ def first(config: Config, tabs: Iterable[int]) -> Config:
     layout = pruned(config["layout"])
     drawn = set(_ids(layout))
     # A callback on nothing drawn (the load of the page, the end of another) belongs here by what it reads and writes.
-    calls = {call["id"]: call for call in map(_unloaded, config["dependencies"]) if _led(call)}
+    known = map(_unloaded, config["dependencies"]) if later else config["dependencies"]
+    calls = {call["id"]: call for call in known if _led(call)}
     able = {number for number, call in calls.items() if _parts(call) <= drawn}
     while True:
         broken = {
@@ -158,7 +161,7 @@ def _led(call: Config) -> bool:
 
 def _parts(call: Config) -> set[int]:
     """The components that a callback is about."""
-    targets = {target for target, _ in call["targets"] if target is not None}
+    targets = {target for target, event in call["targets"] if target is not None and event != "load"}
     return {*call["inputs"], *call["outputs"], *targets}
 
 

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.paths import REPOSITORY
 from studio import guide_words, theme
-from studio.filling import only_first
+from studio.filling import FIRST, WHOLE, asking
 from studio.i18n import t
 from studio.languages import switch
 from studio.markup import esc
@@ -39,11 +39,9 @@ class FirstPage:
         if scope["type"] != "http" or scope["path"] != "/" or scope["method"] != "GET":
             await self.app(scope, receive, send)
             return
-        if not is_first(scope["query_string"].decode("latin-1")):
-            await self.app(scope, receive, _Whole(send, False))
-            return
-        with only_first():
-            await self.app(scope, receive, _Whole(send, True))
+        first = is_first(scope["query_string"].decode("latin-1"))
+        with asking(FIRST if first else WHOLE):
+            await self.app(scope, receive, _Whole(send, first))
 
 
 class _Whole:

@@ -41,22 +41,22 @@ class Pages(gr.Blocks):
     drawn: dict[str, dict[str, Any]]
     fills: dict[int, int]
     _own: dict[str, Any]
-    _firsts: dict[str, dict[str, Any]]
+    _browsers: dict[tuple[str, str], dict[str, Any]]
     _rests: dict[str, dict[int, dict[str, Any]]]
 
     @property
     def config(self) -> Any:
         """What a browser draws the page from."""
-        if not filling.is_only_first():
-            return self._whole()
-        spoken, whole = language(), self._whole()
-        if spoken not in self._firsts:
-            self._firsts[spoken] = filling.first(whole, self.fills.values())
-        return {**whole, **self._firsts[spoken]}
+        page, spoken, whole = filling.asked(), language(), self._whole()
+        if not page:
+            return whole
+        if (page, spoken) not in self._browsers:
+            self._browsers[page, spoken] = filling.first(whole, self.fills.values() if page == filling.FIRST else ())
+        return {**whole, **self._browsers[page, spoken]}
 
     @config.setter
     def config(self, value: Any) -> None:
-        self._own, self._firsts, self._rests = value, {}, {}
+        self._own, self._browsers, self._rests = value, {}, {}
 
     def _whole(self) -> Any:
         other = getattr(self, "drawn", {}).get(language())
@@ -101,7 +101,8 @@ def in_each_language(build: Callable[[], Pages]) -> Pages:
             continue
         Context.id = start
         with speaking(name):
-            config = build().config
+            # As `launch` draws it up: after the last word on the callbacks, which comes once the layout is done.
+            config = cast(dict[str, Any], build().get_config_file())
         if Context.id == end and shape(config) == shape(pages.config):
             drawn[name] = {part: config[part] for part in _DRAWN}
         else:

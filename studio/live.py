@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from studio.curves import Curves
 from studio.forms import as_yaml
 from studio.i18n import reported, t
 from studio.markup import error, notice, number, size
-from studio.page import COMPARE, HIDDEN, Page, go, message
+from studio.page import COMPARE, HIDDEN, TICK, Page, go, message
 from studio.points import finite, thinned
 from studio.store import Row
 
@@ -125,7 +126,7 @@ def curves_html(found: Curves, row: Row, log: bool, smoothing: float) -> str:
     )
 
     def side(title: str, name: str, told: Callable[[float], str] = number) -> str:
-        points = thinned(*finite(steps, found.column(name)))
+        points = thinned(*finite(steps, found.column(name)), charts.SIDE_POINTS)
         return charts.side_chart(title, points, colour, total, waiting, told)
 
     named = dict.fromkeys(name for event in evals for name in event.get("metrics") or {})
@@ -192,26 +193,33 @@ def draw(
 ) -> Updates:
     """Everything that follows from a run's present state; with its configuration when `whole`.
 
-    What is large and was drawn already, as `seen` says, is left out.
+    What was drawn already, as `seen` says, is left out where it is large or seldom changes: for each part of an answer
+    the page goes through all that it shows, on the processor that trains.
     """
     row = page.studio.store.run(run_id)
     found = curves.of_run(page.studio.store, run_id)
     fault, told = faults(row, found), doctor.findings(found, row)
     # The events that were read, not those of this moment: what came between is drawn at the next tick.
-    now = [row["id"], found.last_id, row["state"], *rare(found)]
+    steady: dict[Any, dict[str, Any]] = {
+        live.fault: {"value": fault, "visible": bool(fault)},
+        live.doctor: {"value": doctor.box(told, row)},
+        **buttons(page, live, row, found, doctor.curable(told)),
+        live.options: {"visible": bool(len(found.column("step"))) or row["state"] in states.LIVE},
+        live.timer: {"active": row["state"] in states.LIVE},
+    }
+    looks = hashlib.sha256(repr([*steady.values()]).encode()).hexdigest()
+    now = [row["id"], found.last_id, row["state"], rare(found), looks]
     updates: Updates = {
         live.head: words.run_head(row, newest(found), row["state"] in states.FINISHED and _adapter(page, run_id)),
-        live.fault: gr.HTML(fault, visible=bool(fault)),
-        live.doctor: doctor.box(told, row),
-        **buttons(page, live, row, found, doctor.curable(told)),
         live.curves: curves_html(found, row, log, smoothing),
-        live.options: gr.Row(visible=bool(len(found.column("step"))) or row["state"] in states.LIVE),
-        live.timer: gr.Timer(active=row["state"] in states.LIVE),
         live.seen: now,
     }
-    if whole or not seen or list(seen)[3:] != now[3:] or seen[0] != row["id"]:
+    old = list(seen)[3:] if seen and seen[0] == row["id"] and not whole else [None, None]
+    if old[0] != now[3]:
         updates[live.film] = words.film(found.of("sample"))
         updates[live.ranks] = ranks.picture(found.ranks, found.mean_ranks, row["colour"], row["total_steps"])
+    if old[1] != looks:
+        updates |= {part: type(part)(**changes) for part, changes in steady.items()}
     if whole:
         updates |= {live.config: as_yaml(row["spec"]), live.log: page.studio.jobs.log_tail(run_id)}
     return updates
@@ -221,8 +229,8 @@ def _adapter(page: Page, run_id: str) -> bool:
     return page.studio.jobs.has_adapter(run_id)
 
 
-def buttons(page: Page, live: Live, row: Row, found: Curves, cure: Finding | None) -> Updates:
-    """What can be done now; the one that is next is the primary one."""
+def buttons(page: Page, live: Live, row: Row, found: Curves, cure: Finding | None) -> dict[Any, dict[str, Any]]:
+    """How the buttons look: what can be done now, the one that is next as the primary one."""
     state, run_id = row["state"], row["id"]
     running, finished = state == states.RUNNING, state in states.FINISHED
     adapter = finished and _adapter(page, run_id)
@@ -231,22 +239,22 @@ def buttons(page: Page, live: Live, row: Row, found: Curves, cure: Finding | Non
     # Going on as it was would end the same way.
     needed = state in (states.FAILED, states.LOST) and cure is not None and cure.severity == BAD
     return {
-        live.compare: gr.Button(visible=adapter, variant="primary" if state == states.DONE else "secondary"),
-        live.remedy: gr.Button(visible=cure is not None, variant="primary" if needed else "secondary"),
-        live.resume: gr.Button(
-            t("Resume from the last checkpoint") if goes_on else t("Start again"),
-            visible=resumable,
-            variant="secondary" if needed else "primary",
-        ),
-        live.pause: gr.Button(visible=running),
-        live.checkpoint: gr.Button(visible=running),
-        live.sample: gr.Button(visible=running and bool(found.of("sample"))),
-        live.stop: gr.Button(
-            t("Take out of the queue") if state == states.QUEUED else t("Stop and keep"),
-            visible=state in (states.QUEUED, states.STARTING, states.RUNNING, states.PAUSING),
-        ),
-        live.again: gr.Button(visible=finished),
-        live.show_log: gr.Button(visible=state in (states.FAILED, states.LOST)),
+        live.compare: {"visible": adapter, "variant": "primary" if state == states.DONE else "secondary"},
+        live.remedy: {"visible": cure is not None, "variant": "primary" if needed else "secondary"},
+        live.resume: {
+            "value": t("Resume from the last checkpoint") if goes_on else t("Start again"),
+            "visible": resumable,
+            "variant": "secondary" if needed else "primary",
+        },
+        live.pause: {"visible": running},
+        live.checkpoint: {"visible": running},
+        live.sample: {"visible": running and bool(found.of("sample"))},
+        live.stop: {
+            "value": t("Take out of the queue") if state == states.QUEUED else t("Stop and keep"),
+            "visible": state in (states.QUEUED, states.STARTING, states.RUNNING, states.PAUSING),
+        },
+        live.again: {"visible": finished},
+        live.show_log: {"visible": state in (states.FAILED, states.LOST)},
     }
 
 
@@ -284,7 +292,7 @@ def wire(page: Page, live: Live, form: gr.Column) -> None:
     shown = [*every, form]
     page.run.change(show, [page.run, *options], shown, **HIDDEN)
     page.run.change(None, page.run, None, js="(run) => window.studioAddress('run', run)", **HIDDEN)
-    live.timer.tick(tick, [page.run, live.seen, *options], shown, concurrency_limit=8, **HIDDEN)
+    live.timer.tick(tick, [page.run, live.seen, *options], shown, **TICK)
     gr.on(
         [live.log_scale.input, live.smoothing.input],
         lambda run_id, log, weight: curves_html(curves.of_run(store, run_id), store.run(run_id), log, weight),

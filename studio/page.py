@@ -28,6 +28,10 @@ TAB_IDS = tuple(TAB_TITLES)
 HIDDEN: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 """For callbacks of the page itself: quiet, and no part of the public interface."""
 
+TICK: dict[str, Any] = {**HIDDEN, "queue": False}
+"""For what a timer asks while a page is looked at. Past Gradio's queue the page has one answer to a question instead of
+five words on its progress, for each of which it goes through all that it shows."""
+
 PICK = """element.addEventListener('click', (event) => {
   const named = event.target.closest('[data-run]');
   if (named) trigger('click', {run: named.dataset.run});

@@ -76,6 +76,8 @@ def build(page: Page) -> Parts:
             if not owned.method and not owned.task and owned.field.group == group:
                 place(owned)
 
+    # Before the form, which never shows beside it: the page looks each part up from its top on, once a second.
+    running = live.build()
     with gr.Column(elem_id="train-form") as form:
         gr.HTML(f'<h2 class="page-title">{esc(t("What should learn, and how?"))}</h2>')
         with gr.Row():
@@ -201,7 +203,7 @@ def build(page: Page) -> Parts:
         fault=fault,
         start=start,
         to_data=to_data,
-        live=live.build(),
+        live=running,
     )
 
 

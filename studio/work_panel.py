@@ -14,7 +14,7 @@ from studio import adapter_words, exporting, states
 from studio.adapter_api import served
 from studio.context import Studio
 from studio.i18n import t
-from studio.page import HIDDEN
+from studio.page import HIDDEN, TICK
 
 
 @dataclass
@@ -101,6 +101,6 @@ def wire(
         key = row["id"] if row else ""
         return {**shown(studio, parts, key), parts.dismissed: key}
 
-    parts.timer.tick(tick, [parts.seen, *view], outputs, **HIDDEN)
+    parts.timer.tick(tick, [parts.seen, *view], outputs, **TICK)
     parts.stop.click(stop, parts.dismissed, parts.widgets, **HIDDEN)
     parts.dismiss.click(dismiss, None, parts.widgets, **HIDDEN)

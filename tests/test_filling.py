@@ -30,7 +30,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pages]:
 
 @pytest.fixture(scope="module")
 def first(pages: Pages) -> Config:
-    with filling.only_first():
+    with filling.asking(filling.FIRST):
         return pages.config
 
 
@@ -110,9 +110,9 @@ def test_what_can_be_changed_is_decided_by_the_whole_page(pages: Pages, first: C
 
 
 def test_the_first_page_speaks_the_language_of_whoever_asks(pages: Pages) -> None:
-    with speaking(KOREAN), filling.only_first():
+    with speaking(KOREAN), filling.asking(filling.FIRST):
         korean = {item["id"]: item["props"] for item in pages.config["components"] if item["type"] == "tabitem"}
-    with filling.only_first():
+    with filling.asking(filling.FIRST):
         english = {item["id"]: item["props"] for item in pages.config["components"] if item["type"] == "tabitem"}
     assert english.keys() == korean.keys()
     assert all(korean[number]["label"] != english[number]["label"] for number in english)
@@ -185,10 +185,10 @@ def test_nothing_but_those_scripts_is_answered_for(path: str) -> None:
 
 
 def test_an_address_with_a_place_in_it_is_sent_whole(pages: Pages) -> None:
-    seen: list[bool] = []
+    seen: list[str] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        seen.append(filling.is_only_first())
+        seen.append(filling.asked())
 
     async def ask(query: bytes) -> None:
         scope = {"type": "http", "method": "GET", "path": "/", "query_string": query, "headers": []}
@@ -196,4 +196,18 @@ def test_an_address_with_a_place_in_it_is_sent_whole(pages: Pages) -> None:
 
     for query in (b"", b"tab=start", b"tab=train", b"run=run-01234567"):
         asyncio.run(ask(query))
-    assert seen == [True, True, False, False] and not filling.is_only_first()
+    assert seen == ["first", "first", "whole", "whole"] and not filling.asked()
+
+
+def test_a_whole_page_leaves_out_only_what_nobody_sees(pages: Pages) -> None:
+    whole = pages.config
+    with filling.asking(filling.WHOLE):
+        drawn = pages.config
+    assert drawn["layout"]["id"] == whole["layout"]["id"] and len(ids(drawn["layout"])) == len(drawn["components"])
+    gone = {item["id"] for item in whole["components"]} - {item["id"] for item in drawn["components"]}
+    kinds = {item["id"]: item["type"] for item in whole["components"]}
+    assert {kinds[number] for number in gone} >= {"api"} and "api" not in {item["type"] for item in drawn["components"]}
+    calls = {call["id"]: call for call in drawn["dependencies"]}
+    for call in whole["dependencies"]:
+        known = calls[call["id"]]
+        assert known == call if call["api_visibility"] != "public" else known["api_name"] == call["api_name"]

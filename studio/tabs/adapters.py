@@ -307,7 +307,6 @@ def wire(page: Page) -> None:
         return message(base=row["base"], runs=[row["id"]]), go(COMPARE)
 
     page.tab[ID].select(arrive, [*view, box.dismissed], outputs, **HIDDEN)
-    page.blocks.load(arrive, [*view, box.dismissed], outputs, **HIDDEN)
     parts.cards.click(pick, view, outputs, **HIDDEN)
     gr.on(
         [parts.search.change, parts.base.input, mixed.chosen.change],

@@ -264,9 +264,8 @@ def wire(page: Page) -> None:
     suggested = {"fn": None, "inputs": [parts.suggested, parts.prompt], "outputs": parts.prompt, "js": _SUGGEST}
     # One after the other, so that the second of two arrivals sees what the first has filled in.
     arrival: dict[str, Any] = {"trigger_mode": "always_last", **HIDDEN}
-    arrivals = [page.tab[ID].select, page.blocks.load]
-    gr.on(arrivals, form.enter, arrived, views, **arrival).then(**suggested, **HIDDEN)
-    gr.on(arrivals, refreshed["fn"], refreshed["inputs"], refreshed["outputs"], **arrival)
+    page.tab[ID].select(form.enter, arrived, views, **arrival).then(**suggested, **HIDDEN)
+    page.tab[ID].select(refreshed["fn"], refreshed["inputs"], refreshed["outputs"], **arrival)
     parts.base.input(form.rebase, parts.base, views, **HIDDEN)
     parts.columns.input(form.chosen, [parts.base, parts.columns], views, **HIDDEN)
     inputs = [parts.base, parts.columns, parts.prompt, parts.picture, *parts.how.inputs]

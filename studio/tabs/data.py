@@ -402,5 +402,4 @@ def wire_shelf(page: Page, outputs: list[Any]) -> None:
     box.no.click(lambda: gr.Row(visible=False), None, box.asked, **HIDDEN)
     box.yes.click(empty, dataset, outputs, **HIDDEN)
     seen = [parts.earlier, parts.offered, parts.recent, *box]
-    for come in (page.tab[ID].select, page.blocks.load):
-        come(lambda dataset_id: arrived(page, dataset_id), dataset, seen, **HIDDEN)
+    page.tab[ID].select(lambda dataset_id: arrived(page, dataset_id), dataset, seen, **HIDDEN)

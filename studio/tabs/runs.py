@@ -13,7 +13,7 @@ from studio import overlay, run_list, run_panel, run_together, run_words, states
 from studio.history import COLUMNS, MOST_ROWS, PAGE, History
 from studio.i18n import t
 from studio.markup import error, notice
-from studio.page import COMPARE, HIDDEN, RUNS, START, TRAIN, Page, go, message
+from studio.page import COMPARE, HIDDEN, RUNS, START, TICK, TRAIN, Page, go, message
 from studio.run_list import View, Whole
 from studio.store import Row
 
@@ -297,8 +297,8 @@ def wire(page: Page) -> None:
         except EngineError as fault:
             return {**act.listing(view), parts.fault: gr.HTML(error(fault), visible=True)}
 
-    on(act.listing, [page.tab[ID].select, page.blocks.load])
-    parts.timer.tick(act.tick, shown, outputs, **HIDDEN)
+    on(act.listing, [page.tab[ID].select])
+    parts.timer.tick(act.tick, shown, outputs, **TICK)
     # Each press counts, also while another is being answered.
     gr.on(
         [parts.queue.click, parts.table.click, detail.tags.click],

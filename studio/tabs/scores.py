@@ -12,7 +12,7 @@ from engine.errors import EngineError
 from studio import presets, score_words, scores, states
 from studio.i18n import t
 from studio.markup import error, esc, notice
-from studio.page import HIDDEN, PICK, SCORES, START, Page, go
+from studio.page import HIDDEN, PICK, SCORES, START, TICK, Page, go
 from studio.scoring import ANSWERED, SHOWN
 from studio.store import Row
 
@@ -295,8 +295,7 @@ def wire(page: Page) -> None:
 
     choice = [parts.group, parts.metric, parts.cost]
     page.tab[ID].select(enter, [parts.run, *choice], outputs, **HIDDEN)
-    page.blocks.load(enter, [parts.run, *choice], outputs, **HIDDEN)
-    parts.timer.tick(tick, [parts.seen, parts.run, *choice], outputs, concurrency_limit=8, **HIDDEN)
+    parts.timer.tick(tick, [parts.seen, parts.run, *choice], outputs, **TICK)
     parts.run.input(choose, [parts.run, parts.metric, parts.cost], outputs, **HIDDEN)
     parts.score.click(start, [parts.run, parts.shown, parts.answered], outputs, trigger_mode="once", **HIDDEN)
     parts.stop.click(stop, parts.run, outputs, **HIDDEN)

@@ -175,7 +175,6 @@ def wire(page: Page) -> None:
         """One after another, in the order in which they were asked for: the later one's word stands."""
         event(fn, [*inputs], everything, concurrency_id="train-form", concurrency_limit=1, **HIDDEN).then(**CHANGED)
 
-    fills(page.blocks.load, enter, *chosen)
     fills(page.tab[ID].select, enter, *chosen, page.recipe)
     fills(page.dataset.change, use, page.dataset, parts.task)
     fills(page.recipe.change, fill, page.recipe)
