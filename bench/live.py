@@ -6,7 +6,9 @@ Always: the server's part of a redraw (new events read, the doctor, all charts) 
 at a run, by number of steps; beside it what reading every step anew takes. Milliseconds of the processor, which other
 programs do not lengthen much. With `--page`: from a worker's write to the step on the page, in a Chromium. With
 `--cost`: steps of a real run of the toy with the page open against those with it closed, in turn within the one run, so
-that what else the machine does falls on both alike.
+that what else the machine does falls on both alike: once with the browser elsewhere, so that only what the server does
+for the page falls on the training (its question of each second is asked as the page asks it), and once with the browser
+on this machine too, drawing by software. Beside it the milliseconds of the processor that the server takes in a second.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,8 @@ from studio.datasets import Datasets
 from studio.store import Store
 
 CHROMIUM = os.environ.get("STUDIO_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+LOOKS = ("closed", "elsewhere", "here")
+"""Where a run's page is open."""
 SEEN = """() => {
   window.seen = {};
   const look = () => {
@@ -186,8 +191,48 @@ def lag(count: int = 60) -> dict[str, Any]:
     }
 
 
-def cost(stretches: int = 12, seconds: float = 12.0) -> dict[str, Any]:
-    """A real run's seconds a step with its live page open and with it closed, in turn."""
+class Elsewhere:
+    """A page of a run whose browser is on another machine: asks what the page asks, once a second."""
+
+    def __init__(self, address: str, run: str) -> None:
+        self.address, self.run, self.session = address, run, f"bench{time.time_ns()}"
+        self.ended = threading.Event()
+        config = json.loads(urllib.request.urlopen(f"{address}/config", timeout=60).read())
+        ticks = [call["id"] for call in config["dependencies"] if call["targets"] and call["targets"][0][1] == "tick"]
+        # The live page's is the first: Train stands before the other tabs that follow something.
+        self.asked = {"data": [run, None, False, 0.6], "fn_index": ticks[0], "session_hash": self.session}
+
+    def __enter__(self) -> Elsewhere:
+        self.bytes = 0
+        self.thread = threading.Thread(target=self._ask)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.ended.set()
+        self.thread.join(30)
+        if not self.bytes:
+            raise SystemExit("the server had nothing new for the page: this measures nothing")
+
+    def _ask(self) -> None:
+        while not self.ended.wait(1.0):
+            request = urllib.request.Request(
+                f"{self.address}/gradio_api/run/predict",
+                json.dumps(self.asked).encode(),
+                {"content-type": "application/json", "x-gradio-user": "app"},
+            )
+            body = urllib.request.urlopen(request, timeout=60).read()
+            self.bytes += len(body) if b"polyline" in body else 0
+
+
+def spent(pid: int) -> float:
+    """Seconds of the processor that a process has taken."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def cost(rounds: int = 12, seconds: float = 10.0) -> dict[str, Any]:
+    """A real run's seconds a step with its live page closed, open elsewhere and open on this machine, in turn."""
     with tempfile.TemporaryDirectory(prefix="bench-live-") as folder:
         home = Path(folder)
         studio = Studio.open(home)
@@ -197,19 +242,21 @@ def cost(stretches: int = 12, seconds: float = 12.0) -> dict[str, Any]:
             max_steps=100_000, batch_size=8, max_length=128, eval_every=10**6, checkpoint_every=10**6
         )
         run = studio.jobs.submit(JobSpec(model="tiny-llama", data=data, training=training), kept.id)
-        spans: list[tuple[bool, float, float]] = []
+        spans: list[tuple[str, float, float, float]] = []
         with serving(home) as address, opened() as page:
+            server = next(int(n.name) for n in Path("/proc").iterdir() if n.name.isdigit() and _serves(n, address))
             while not studio.store.newest(run, "step"):
                 time.sleep(1)
-            for number in range(2 * stretches):
-                looking = number % 2 == 0
-                page.goto(f"{address}/?run={run}" if looking else "about:blank")
-                if looking:
+            for number in range(rounds * len(LOOKS)):
+                look = LOOKS[number % len(LOOKS)]
+                page.goto(f"{address}/?run={run}" if look == "here" else "about:blank")
+                if look == "here":
                     page.locator("#live-curves polyline.thin").first.wait_for()
-                page.wait_for_timeout(2000)
-                started = time.time()
-                page.wait_for_timeout(1000 * seconds)
-                spans.append((looking, started, time.time()))
+                with Elsewhere(address, run) if look == "elsewhere" else nullcontext():
+                    page.wait_for_timeout(2000)
+                    started, before = time.time(), spent(server)
+                    page.wait_for_timeout(1000 * seconds)
+                    spans.append((look, started, time.time(), spent(server) - before))
             pid = studio.store.run(run)["pid"]
             studio.jobs.stop(run)
             for _ in range(60):
@@ -220,20 +267,30 @@ def cost(stretches: int = 12, seconds: float = 12.0) -> dict[str, Any]:
                 os.kill(pid, signal.SIGTERM)
         moments = [event["time"] for event in studio.store.since(run, 0, ["step"])]
         studio.close()
-    rates = []
-    for _, start, end in spans:
+    rates: dict[str, list[float]] = {look: [] for look in LOOKS}
+    servers: dict[str, list[float]] = {look: [] for look in LOOKS}
+    for look, start, end, taken in spans:
         inside = [moment for moment in moments if start <= moment <= end]
-        rates.append((inside[-1] - inside[0]) / (len(inside) - 1))
-    # Each stretch with the page against the one without that follows it.
-    ratios = sorted(rates[i] / rates[i + 1] for i in range(0, len(rates), 2))
-    quarter = len(ratios) // 4
-    return {
-        "pairs": len(ratios),
-        "step_ms": round(1000 * statistics.median(rates[1::2]), 1),
-        "ratio": round(statistics.median(ratios), 3),
-        "middle_half": [round(ratios[quarter], 3), round(ratios[-1 - quarter], 3)],
-        "load_by_core": round(os.getloadavg()[0] / (os.cpu_count() or 1), 1),
-    }
+        rates[look].append((inside[-1] - inside[0]) / (len(inside) - 1))
+        servers[look].append(1000 * taken / (end - start))
+    found: dict[str, Any] = {"rounds": rounds, "step_ms": round(1000 * statistics.median(rates["closed"]), 1)}
+    for look in LOOKS[1:]:
+        # Each stretch with the page against the one without of the same round.
+        ratios = sorted(a / b for a, b in zip(rates[look], rates["closed"], strict=True))
+        quarter = len(ratios) // 4
+        half = [round(ratios[quarter], 3), round(ratios[-1 - quarter], 3)]
+        found[look] = {"ratio": round(statistics.median(ratios), 3), "middle_half": half}
+    found["server_ms_per_s"] = {look: round(statistics.median(taken), 1) for look, taken in servers.items()}
+    return found | {"load_by_core": round(os.getloadavg()[0] / (os.cpu_count() or 1), 1)}
+
+
+def _serves(process: Path, address: str) -> bool:
+    """Whether a process is the studio at an address."""
+    try:
+        said = (process / "cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return b"app.py" in said and address.rpartition(":")[2].encode() in said
 
 
 def main() -> None:

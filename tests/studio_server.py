@@ -65,9 +65,9 @@ def serving(home: Path) -> Iterator[Running]:
     finally:
         running.process.terminate()
         running.process.wait(20)
-    # Gradio itself logs what it refuses and visitors who leave, and each of its requests passes through our middleware;
-    # a traceback through any other function of our files is a fault.
+    # Gradio itself logs what it refuses and visitors who leave, and each of its requests passes through our middleware
+    # and our page's `process_api`; a traceback through any other function of our files is a fault.
     ours = "|".join(re.escape(str(REPOSITORY / folder)) for folder in ("studio", "engine"))
-    frame = re.compile(rf'File "(?:{ours})/[^"]+", line \d+, in (?!__call__$|answer$)', re.MULTILINE)
+    frame = re.compile(rf'File "(?:{ours})/[^"]+", line \d+, in (?!__call__$|answer$|process_api$)', re.MULTILINE)
     faults = [part for part in running.log.read_text().split("Traceback")[1:] if frame.search(part)]
     assert not faults, faults[0][-3000:]
