@@ -175,6 +175,8 @@ class Store:
 
         Two racing callers: one wins.
         """
+        if not is_run_id(run_id):
+            return False
         allowed = tuple(allowed)
         assignments = ", ".join(f"{name} = ?" for name in ("state", *values))
         marks = ", ".join("?" * len(allowed))

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, EngineError
 from engine.train.job import DataSpec, JobSpec
 from studio import run_words, states
 from studio.context import Studio
 from studio.history import COLUMNS, MOST_TAGS, SPARK_POINTS, History, Wanted, sort_keys
+from studio.run_api import RunEndpoints
 from studio.storage import folder_bytes
 from studio.store import UnknownError
 
@@ -41,6 +42,26 @@ def add(studio: Studio, name: str, **values: Any) -> str:
     run = studio.jobs.submit(spec, values.pop("dataset", None))
     studio.store.update_run(run, **{"state": states.DONE, "started": 1.0, "ended": 2.0, **values})
     return run
+
+
+@pytest.mark.parametrize(
+    "odd", [[], [[]], {}, {"a": 1}, None, 5, 1.5, True, b"run-00000000", "../run-00000000"], ids=repr
+)
+def test_what_is_no_id_is_refused_by_every_call_on_a_run(studio: Studio, odd: Any) -> None:
+    ends = RunEndpoints(studio)
+    calls = (
+        lambda: ends.cancel_run(odd),
+        lambda: ends.move_in_queue(odd, "up"),
+        lambda: ends.tag_run(odd, ["x"]),
+        lambda: ends.untag_run(odd, ["x"]),
+        lambda: ends.rename_run(odd, "name"),
+        lambda: ends.delete_run(odd),
+        lambda: ends.restore_run(odd),
+        lambda: ends.run_settings(odd),
+    )
+    for call in calls:
+        with pytest.raises(EngineError):
+            call()
 
 
 def names(history: History, *wanted: Any, **more: Any) -> list[str]:
