@@ -223,7 +223,8 @@ def test_no_function_of_the_page_can_be_turned_against_the_machine(target: Targe
     assert TOKEN not in log and CANARY not in log
     assert httpx.get(target.running.address, timeout=60).status_code == 200
     (alive,) = attacker.ask([(attacker.named("list_runs"), [])])
-    assert alive.success and "seed run" in alive.said
+    # The seed run itself may have another name by now, or lie in the bin: that is what some of the endpoints are for.
+    assert alive.success and '"runs": [{"id": "run-' in alive.said
 
 
 JOBS: list[dict[str, Any]] = [
