@@ -20,8 +20,9 @@ from studio.points import decimate as decimate
 from studio.points import smooth as smooth
 
 RAW_POINTS = 600
-SIDE_POINTS = 120
 """Of the thin curve of every step, whose extremes are what it is looked at for."""
+SIDE_POINTS = 120
+"""Of a small curve, half a page wide."""
 
 
 @dataclass(frozen=True)

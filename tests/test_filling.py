@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from copy import copy
 from typing import Any
 
 import gradio as gr
@@ -38,7 +37,7 @@ def ids(node: Config) -> list[int]:
     return [number for child in node.get("children") or [] for number in (child["id"], *ids(child))]
 
 
-def answers(pages: Pages, **request: Any) -> list[Config]:
+def answers(pages: Pages) -> list[Config]:
     """What each callback of the chain answers."""
 
     async def asked(number: int) -> Config:
@@ -120,8 +119,6 @@ def test_the_first_page_speaks_the_language_of_whoever_asks(pages: Pages) -> Non
 
 def test_a_visit_has_its_own_values_of_a_layout_that_is_described_once(pages: Pages) -> None:
     assert isinstance(pages.default_config, Visits)
-    plain = SessionState.__new__(SessionState)
-    plain.blocks_config = copy(pages.default_config)
     one, other = SessionState(pages), SessionState(pages)
     assert one.config_values.keys() == pages.blocks.keys()
     asked = {
