@@ -20,9 +20,10 @@ from tests.test_kernels import distance, llama
 
 @pytest.fixture
 def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of two tokens, so that every test has several and a rest."""
+    """Chunks of two tokens and windows of one, so that every test has several and a rest."""
     monkeypatch.setattr(loss, "_LEAST", 2)
-    monkeypatch.setattr(loss, "_ENTRIES", 1)
+    monkeypatch.setattr(loss, "_ROOM", 1)
+    monkeypatch.setattr(loss, "_WINDOW", 1)
 
 
 def both(hidden: Tensor, head: nn.Linear, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from engine import kernels
 
-_ENTRIES = 1 << 23  # logits in a chunk: 32 MiB of float32
+_ROOM = 1 << 25  # bytes of a chunk's logits, 32 MiB
 _LEAST = 64  # tokens in a chunk, so that the weight is read for enough of them
+_WINDOW = 1 << 21  # bytes of float32 that a processor's caches hold on to
 
 
 class TokenLosses(torch.autograd.Function):
@@ -33,23 +34,22 @@ class TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
         learns = ctx.needs_input_grad[0]
-        size = max(_LEAST, _ENTRIES // weight.shape[0])
         losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         gradient = torch.empty_like(hidden) if learns else None
+        # The same room for every chunk: a heap that is asked anew each time finds no hole that is just large enough.
+        size = min(max(_LEAST, _ROOM // (weight.shape[0] * weight.element_size())), hidden.shape[0])
+        room = hidden.new_empty(size, weight.shape[0])
         for start in range(0, hidden.shape[0], size):
             part = slice(start, start + size)
-            logits = F.linear(hidden[part], weight, bias).float()
-            wanted = targets[part].unsqueeze(1)
-            # One buffer all along: shifted logits, their exponentials, the softmax, its gradient.
-            logits -= logits.amax(1, keepdim=True)
-            own = logits.gather(1, wanted)
-            total = logits.exp_().sum(1, keepdim=True)
-            losses[part] = (total.log() - own).squeeze(1)
+            rows = hidden[part]
+            logits = room[: rows.shape[0]]
+            if bias is None:
+                torch.mm(rows, weight.t(), out=logits)
+            else:
+                torch.addmm(bias, rows, weight.t(), out=logits)
+            _to_gradient(logits, targets[part].unsqueeze(1), losses[part])
             if gradient is not None:
-                logits /= total
-                logits.scatter_add_(1, wanted, torch.full_like(own, -1))
-                torch.mm(logits.to(weight.dtype), weight, out=gradient[part])
-            del logits
+                torch.mm(logits, weight, out=gradient[part])
         ctx.save_for_backward(gradient)
         return losses
 
@@ -58,6 +58,25 @@ class TokenLosses(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return None if gradient is None else gradient * grad.unsqueeze(1).to(gradient.dtype), None, None, None
+
+
+def _to_gradient(logits: Tensor, wanted: Tensor, losses: Tensor) -> None:
+    """Writes the losses, (tokens,), and their gradients over the logits, (tokens, vocabulary), in place.
+
+    It goes window by window in float32, so that a processor reads from its caches what it has just written.
+    """
+    size = max(1, _WINDOW // (4 * logits.shape[1])) if logits.device.type == "cpu" else logits.shape[0]
+    windows = list(zip(logits.split(size), wanted.split(size), losses.split(size), strict=True))
+    if type(logits).__name__ == "FakeTensor":
+        # Shapes without numbers, engine.memory's: one window takes what each of them takes.
+        del windows[1:]
+    for rows, columns, into in windows:
+        wide = rows.float()
+        own, top = wide.gather(1, columns), wide.amax(1, keepdim=True)
+        shares = torch.softmax(wide, 1)
+        # The largest share is exp(top - log sum exp), and never so small that its logarithm would suffer.
+        into.copy_((top - shares.amax(1, keepdim=True).log() - own).squeeze(1))
+        rows.copy_(shares.scatter_add_(1, columns, torch.full_like(own, -1)))
 
 
 def token_losses(model: nn.Module, run: Callable[[], Any], pick: Callable[[Tensor], Tensor], targets: Tensor) -> Tensor:

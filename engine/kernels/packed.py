@@ -5,7 +5,8 @@ by itself: the sum of t_i^2 instead of T^2. The rows' lengths travel in the plac
 tensor (1, 1, 1, rows), which models hand through to their attention as they would a mask of four dimensions; so they
 are there again when checkpointed activations are recomputed.
 
-For processors only. torch's kernel for them is slow in half precision, backward above all, so it runs in float32.
+For processors only. torch's kernel for them is slow in half precision, backward above all, so it runs in float32; short
+rows in half precision go by matrix products (engine.kernels.rows).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import kernels
+from engine.kernels import rows
 
 NAME = "sdpa_rows"
 """The attention's name at transformers."""
@@ -72,7 +74,8 @@ def attention(
         lengths = mask.flatten().tolist()
         if not dropout and kernels.enabled() and kwargs.get("position_bias") is None:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            out: Tensor = RowsAttention.apply(query, key, value, lengths, scale)
+            node: Any = rows.ShortRows if rows.fits(query, lengths) else RowsAttention
+            out: Tensor = node.apply(query, key, value, lengths, scale)
             return out.transpose(1, 2).contiguous(), None
         mask = _blocks(lengths, query.device)
     plain: tuple[Tensor, None] = sdpa_attention_forward(
@@ -83,8 +86,8 @@ def attention(
 
 def _blocks(lengths: list[int], device: torch.device) -> Tensor:
     """(1, 1, T, T): which tokens see which."""
-    rows = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
-    return ((rows[:, None] == rows) & torch.ones(len(rows), len(rows), device=device).tril().bool())[None, None]
+    row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
+    return ((row[:, None] == row) & torch.ones(len(row), len(row), device=device).tril().bool())[None, None]
 
 
 def as_mask(lengths: Tensor) -> Tensor:
@@ -142,7 +145,7 @@ def _same(base: Any, parameter: Tensor) -> bool:
     was_training = base.training
     base.eval()
     try:
-        rows, masked = (
+        apart, masked = (
             base(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).logits
             for mask in (as_mask(lengths), None)
         )
@@ -151,8 +154,8 @@ def _same(base: Any, parameter: Tensor) -> bool:
         return False
     finally:
         base.train(was_training)
-    if type(rows).__name__ == "FakeTensor":
+    if type(apart).__name__ == "FakeTensor":
         return True
     scale = float(masked.float().abs().max()) or 1.0
     limit = 0.05 if parameter.dtype is not torch.float32 else 1e-4
-    return float((rows - masked).float().abs().max()) <= limit * scale
+    return float((apart - masked).float().abs().max()) <= limit * scale

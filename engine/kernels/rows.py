@@ -1,0 +1,192 @@
+"""Causal attention of short rows by matrix products in half precision.
+
+    P = softmax(s Q K^T),  O = P V
+    dV = P^T dO,  dP = dO V^T,  dS = P (dP - rowsum(P dP)),  dQ = s dS K,  dK = s dS^T Q
+
+torch's kernel for processors takes one row at a time, and its backward pass is slow in half precision. Here rows of
+like length lie side by side, (rows, heads, longest), filled up with zeros, and go through batched products together.
+Queries go in blocks, each against the keys up to its end, so that of a long row little more than the half that is seen
+is computed. P is kept for the backward pass while it is no larger than Q, K and V, and computed again otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LONGEST = 1024
+"""Tokens of a row. From there on the scores, whose number grows with its square, cost more than torch's kernel."""
+_BLOCK = 256
+_LIKE = 0.75  # the shortest row of a group over its longest
+_ROOM = 1 << 24  # bytes of a group's scores
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Rows that are computed together.
+
+    Attributes:
+        count: rows.
+        width: tokens of the longest.
+        tokens: positions in the batch, (tokens of the group); None for all of them, in their order.
+        slots: where they lie in (count * width), likewise.
+    """
+
+    count: int
+    width: int
+    tokens: Tensor | None
+    slots: Tensor | None
+
+    def taken(self, flat: Tensor) -> Tensor:
+        """(count * width, any) of (T, any), zeros where a row is shorter than the longest."""
+        if self.tokens is None or self.slots is None:
+            return flat
+        padded = flat.new_zeros(self.count * self.width, flat.shape[1])
+        return padded.index_copy_(0, self.slots, flat.index_select(0, self.tokens))
+
+    def given(self, padded: Tensor, flat: Tensor) -> None:
+        """The inverse: into (T, any)."""
+        if self.tokens is None or self.slots is None:
+            flat.copy_(padded)
+        else:
+            flat.index_copy_(0, self.tokens, padded.index_select(0, self.slots))
+
+    def folded(self, x: Tensor, shared: int) -> Tensor:
+        """(1, H, T, d) as (count * shared, H / shared * width, d): the heads that read the same keys in one matrix."""
+        heads, size = x.shape[1], x.shape[3]
+        flat = self.taken(x.transpose(1, 2).reshape(-1, heads * size))
+        parts = flat.view(self.count, self.width, shared, heads // shared, size)
+        return parts.permute(0, 2, 3, 1, 4).reshape(self.count * shared, -1, size)
+
+    def unfolded(self, x: Tensor, shared: int, flat: Tensor) -> None:
+        """The inverse of `folded`, into (T, H d)."""
+        size = x.shape[-1]
+        parts = x.view(self.count, shared, -1, self.width, size).permute(0, 3, 1, 2, 4)
+        self.given(parts.reshape(self.count * self.width, -1), flat)
+
+
+def fits(q: Tensor, lengths: Sequence[int]) -> bool:
+    """Whether this form is the faster one."""
+    return q.dtype == torch.bfloat16 and q.device.type == "cpu" and max(lengths) <= LONGEST
+
+
+def groups(lengths: Sequence[int], heads: int, device: torch.device) -> list[Group]:
+    """Rows of like length together."""
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    members: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+        width = lengths[members[-1][0]] if members else 0
+        room = 4 * heads * min(width, _BLOCK) * width * (len(members[-1]) + 1) if members else 0
+        if members and lengths[row] >= _LIKE * width and room <= _ROOM:
+            members[-1].append(row)
+        else:
+            members.append([row])
+    if len(members) == 1 and len(set(lengths)) == 1:
+        return [Group(len(lengths), lengths[0], None, None)]
+    found: list[Group] = []
+    for rows in members:
+        width = lengths[rows[0]]
+        tokens = [starts[row] + offset for row in rows for offset in range(lengths[row])]
+        slots = [number * width + offset for number, row in enumerate(rows) for offset in range(lengths[row])]
+        places = torch.tensor([tokens, slots], device=device)
+        found.append(Group(len(rows), width, places[0], places[1]))
+    return found
+
+
+def _blocks(width: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, width, _BLOCK):
+        yield start, min(start + _BLOCK, width)
+
+
+def _block_of(x: Tensor, width: int, start: int, end: int) -> Tensor:
+    """The block's queries of each head, from (any, heads * width, d)."""
+    if end - start == width:
+        return x
+    return x.view(x.shape[0], -1, width, x.shape[2])[:, :, start:end].reshape(x.shape[0], -1, x.shape[2])
+
+
+def _shares(q: Tensor, k: Tensor, start: int, scale: float) -> Tensor:
+    """softmax(s Q K^T) of a block of queries against the keys up to its end, in the type of q."""
+    end = k.shape[1]
+    scores = torch.bmm(q, k.transpose(1, 2)).float().mul_(scale)
+    own = scores.view(-1, end - start, end)[:, :, start:]
+    own += torch.full((end - start, end - start), -torch.inf, device=q.device).triu_(1)
+    return torch.softmax(scores, -1).to(q.dtype)
+
+
+class ShortRows(torch.autograd.Function):
+    """(1, H, T, d) from q (1, H, T, d), k and v (1, H or fewer, T, d), causal within each row."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+        heads, shared, total = q.shape[1], k.shape[1], q.shape[2]
+        # In the layout of the projections, so that what follows needs no copy.
+        out = q.new_empty(total, heads * v.shape[3])
+        parts = groups(lengths, heads, q.device)
+        kept: list[Tensor | None] = []
+        for group in parts:
+            one, two, three = (group.folded(t, shared) for t in (q, k, v))
+            pieces = []
+            shares = None
+            for start, end in _blocks(group.width):
+                shares = _shares(_block_of(one, group.width, start, end), two[:, :end], start, scale)
+                pieces.append(torch.bmm(shares, three[:, :end]))
+            group.unfolded(_joined(pieces, heads // shared), shared, out)
+            small = group.width * heads <= q.shape[3] * (heads + 2 * shared)
+            kept.append(shares if small and len(pieces) == 1 else None)
+        ctx.save_for_backward(q, k, v, *kept)
+        ctx.parts, ctx.scale = parts, scale
+        return out.view(1, total, heads, -1).transpose(1, 2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *kept = ctx.saved_tensors
+        shared, scale = k.shape[1], ctx.scale
+        found = [t.new_empty(t.shape[2], t.shape[1] * t.shape[3]) for t in (q, k, v)]
+        for group, shares in zip(ctx.parts, kept, strict=True):
+            one, two, three, above = (group.folded(t, shared) for t in (q, k, v, grad))
+            results = _gradients(one, two, three, above, shares, group.width, scale)
+            for result, into in zip(results, found, strict=True):
+                group.unfolded(result, shared, into)
+        shaped = (t.view(1, t.shape[0], like.shape[1], -1).transpose(1, 2) for t, like in zip(found, (q, k, v), strict=True))
+        return *shaped, None, None
+
+
+def _joined(pieces: list[Tensor], heads: int) -> Tensor:
+    """The blocks of queries of each head one after another again."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return torch.cat([piece.view(piece.shape[0], heads, -1, piece.shape[2]) for piece in pieces], 2)
+
+
+def _gradients(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, shares: Tensor | None, width: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of q, k and v, each folded."""
+    pieces: list[Tensor] = []
+    dk = dv = None
+    for start, end in _blocks(width):
+        rows, above = (_block_of(t, width, start, end) for t in (q, grad))
+        keys, values = k[:, :end], v[:, :end]
+        p = _shares(rows, keys, start, scale) if shares is None else shares
+        ds = torch.bmm(above, values.transpose(1, 2)).float()
+        # The scale here once in place of twice below.
+        ds = torch._softmax_backward_data(ds, p.float(), -1, torch.float32).mul_(scale).to(q.dtype)
+        pieces.append(torch.bmm(ds, keys))
+        own = torch.bmm(ds.transpose(1, 2), rows), torch.bmm(p.transpose(1, 2), above)
+        if end - start == width:
+            return pieces[0], *own
+        if dk is None or dv is None:
+            # A key's gradient is a sum over the blocks: in float32, or each would round it.
+            dk, dv = (t.new_zeros(t.shape, dtype=torch.float32) for t in (k, v))
+        dk[:, :end] += own[0]
+        dv[:, :end] += own[1]
+    assert dk is not None and dv is not None
+    return _joined(pieces, q.shape[1] // width), dk.to(k.dtype), dv.to(v.dtype)
