@@ -21,6 +21,7 @@ from engine.attaching import check_row, check_weights, oriented, own_biases, ref
 from engine.compat import BaseSignature, PeftCalls, check_loading, subfolder_of
 from engine.errors import ConfigError, EngineError
 from engine.inject import find_targets, module_at, unwrapped, wrap, wrap_saved, wrappers
+from engine.kernels import norm
 from engine.layers import AdapterLayer, Wrapper
 from engine.model_state import BaseModel
 from engine.model_state import spec_of as spec_of
@@ -69,6 +70,7 @@ class PeftModel(PeftCalls):
             for parameter in trained:
                 parameter.requires_grad_(True)
             raise
+        norm.install(model)
         self.set_adapter(adapter_name)
 
     # --- attaching and removing -------------------------------------------------------------------------------
