@@ -229,16 +229,21 @@ def module_at(model: nn.Module, name: str) -> nn.Module:
 
 def wrap(model: nn.Module, name: str, switchboard: Switchboard) -> AdapterLayer:
     """The adapter layer at `name`, made on first use."""
-    module = module_at(model, name)
+    parent, _, own = name.rpartition(".")
+    holder = unwrapped(module_at(model, parent))
+    module = holder._modules.get(own) or getattr(holder, own)
     if isinstance(module, AdapterLayer):
         return module
     layer = AdapterLayer(module, switchboard, name)
     # The layer's own parts alone: what it wraps has its modes already.
     layer.training = layer.adapters.training = layer.biases.training = module.training
-    replace_module(model, name, layer)
-    parent, _, own = name.rpartition(".")
+    other = next((one for one in holder._modules.values() if isinstance(one, AdapterLayer)), None)
+    if other is not None:
+        layer.siblings = other.siblings
+        layer.siblings.forget()
+    setattr(holder, own, layer)
     if own == gated.DOWN:
-        gated.install(unwrapped(module_at(model, parent)))
+        gated.install(holder)
     return layer
 
 

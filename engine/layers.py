@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from engine import bnb, kernels, stacked
 from engine.adapters.base import CONV2D, AdapterWeights, Switchboard, layer_kind, master
 from engine.errors import EngineError, TargetError
+from engine.kernels.together import Siblings
 
 PEFT_NAMES = {"scaling": "scale", "lora_dropout": "dropout"} | {
     name: name
@@ -37,6 +38,7 @@ class AdapterLayer(nn.Module):
         merge_error: what the last merge into a quantised weight cost; None otherwise.
         shifting: the adapters that also change the base layer's input.
         stack: what a mixed batch's adapters amount to here, between two calls.
+        siblings: the adapted layers of the same module, which may read the same input.
     """
 
     def __init__(self, base: nn.Module, switchboard: Switchboard, name: str) -> None:
@@ -50,6 +52,7 @@ class AdapterLayer(nn.Module):
         self.shifting: set[str] = set()
         self.merge_error: bnb.MergeError | None = None
         self.stack = stacked.Stack()
+        self.siblings = Siblings()
         self._before: dict[str, Tensor] = {}
         self._codes_before: tuple[Tensor, Any] | None = None
 
@@ -105,6 +108,9 @@ class AdapterLayer(nn.Module):
         if board.disabled:
             return self.base_layer(x, *args, **kwargs)
         if not (args or kwargs):
+            shared = self.siblings.output(self, x)
+            if shared is not None:
+                return shared
             parts = self.parts(x)
             if parts is not None:
                 return parts.output(x)

@@ -158,17 +158,17 @@ class Product:
         # A gain of 0 has taken v from y. (Shapes without numbers, engine.memory's, have none.)
         if kept is not None and (type(kept).__name__ == "FakeTensor" or bool((gain != 0).all())):
             return kept.view(-1, kept.shape[-1]) / gain.to(kept.dtype)
-        v = torch.mm(flat, self._matrix(weight, flat.dtype).t())
+        v = torch.mm(flat, self.matrix(weight, flat.dtype).t())
         return v.addmm_(h, b.t(), alpha=self.factor)
 
-    def _matrix(self, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def matrix(self, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The base's weight as (out, in)."""
         if weight is None:
             return bnb.dequantized(self.base, dtype)
         return weight.t() if layer_kind(self.base) != LINEAR else weight
 
     def _input_gradient(self, dy: Tensor, weight: Tensor | None) -> Tensor:
-        return torch.mm(dy, self._matrix(weight, dy.dtype))
+        return torch.mm(dy, self.matrix(weight, dy.dtype))
 
     def _dropped(self, flat: Tensor) -> Tensor:
         if not self.drop:
