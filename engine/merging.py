@@ -12,7 +12,7 @@ from torch import nn
 
 from engine.errors import ConfigError, TargetError
 from engine.inject import base_modules, module_at, replace_module, unwrapped
-from engine.kernels import gated, norm
+from engine.kernels import gated, norm, packed
 from engine.layers import AdapterLayer
 from engine.model_state import ModelState, spec_of
 
@@ -183,6 +183,7 @@ class Merging(ModelState):
                 copies = [layer.copies[adapter] for adapter in keep if adapter in layer.copies]
                 replace_module(model, name, copies[0] if copies else layer.original_module)
         norm.remove(model)
+        packed.remove(model)
         self.peft_config.clear()
         self._layers.clear()
         self.shared.clear()

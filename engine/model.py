@@ -13,15 +13,16 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from engine import bnb, hooks, prompts, rows
+from engine import bnb, hooks, kernels, prompts, rows
 from engine.adapters.base import AdapterConfig, Switchboard, TaskType, filled_from_file
 from engine.attaching import check_row, check_weights, oriented, own_biases, refuse_both, saved_names
 from engine.compat import BaseSignature, PeftCalls, check_loading, subfolder_of
 from engine.errors import ConfigError, EngineError
 from engine.inject import find_targets, module_at, unwrapped, wrap, wrap_saved, wrappers
-from engine.kernels import norm
+from engine.kernels import norm, packed
 from engine.layers import AdapterLayer, Wrapper
 from engine.model_state import BaseModel
 from engine.model_state import spec_of as spec_of
@@ -61,6 +62,7 @@ class PeftModel(PeftCalls):
         self.shared = nn.ModuleDict()
         # A loop that adds the methods' extra loss by itself (engine.train.loop) says False.
         self.adds_extra_loss = True
+        self._unasked = True
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.requires_grad_(False)
@@ -222,6 +224,9 @@ class PeftModel(PeftCalls):
 
         In training, the loss of a method that has a term of its own (AdaLoRA) contains it.
         """
+        if self._unasked and self.training and torch.is_grad_enabled() and kernels.enabled():
+            self._unasked = False
+            packed.speed_up(self.get_base_model())
         with self._mixed(adapter_names, args, kwargs):
             outputs = prompts.run(self, args, kwargs) if self.prompts else self.base_model(*args, **kwargs)
         if self.training and self.adds_extra_loss and getattr(outputs, "loss", None) is not None:

@@ -85,7 +85,9 @@ class Capped(LlamaRMSNorm):  # type: ignore[misc]
         return result
 
 
-@pytest.mark.parametrize("module", [GemmaRMSNorm(SIZE), Capped(SIZE), nn.LayerNorm(SIZE)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "module", [GemmaRMSNorm(SIZE), Capped(SIZE), nn.LayerNorm(SIZE)], ids=lambda m: type(m).__name__
+)
 def test_other_norms_are_left_alone(module: nn.Module) -> None:
     norm.install(module)
     assert "forward" not in module.__dict__

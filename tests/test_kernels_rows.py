@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+import engine
+from engine import kernels
 from engine.kernels import packed, rows
 from engine.kernels.packed import RowsAttention
 from engine.kernels.rows import ShortRows, groups
-from tests.test_kernels import distance
+from tests.test_kernels import distance, llama
 
 MIXED = [5, 1, 9, 8, 5]
 
@@ -128,3 +133,137 @@ def test_which_form_is_taken(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
     own = inputs([length], 2, dtype)
     packed.attention(torch.nn.Identity(), *own, packed.as_mask(torch.tensor([length])), scaling=0.3)
     assert taken == [chosen]
+
+
+def of_a_batch(rows_of: int, length: int, dtype: torch.dtype) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(rows_of, length, heads, 8).to(dtype).transpose(1, 2) for heads in (4, 2, 2)]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_batch_without_a_mask(batch: int) -> None:
+    own = of_a_batch(batch, 6, torch.float32)
+    found = results(ShortRows.apply, own, [6] * batch, 0.3)
+
+    def alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.cat([plain(*(t[i : i + 1] for t in (q, k, v)), [6]) for i in range(batch)])
+
+    for one, wanted in zip(found, results(alone, [t.double() for t in own]), strict=True):
+        assert one.shape == wanted.shape and distance(one, wanted) < 1e-5
+
+
+def visible(kind: str, batch: int, queries: int, keys: int) -> Tensor:
+    """(batch, 1, queries, keys): a causal row after a prefix, one filled up on the left, every key but some."""
+    mask = torch.ones(batch, 1, queries, keys).tril(keys - queries).bool()
+    if kind == "padded":
+        mask[0, :, :, :2] = False
+        mask[0, :, :2] = False
+    elif kind == "bidirectional":
+        mask[:] = True
+        mask[1, :, :, -3:] = False
+    return mask
+
+
+@pytest.mark.parametrize("block", [256, 4])
+@pytest.mark.parametrize(("kind", "keys"), [("prefix", 9), ("padded", 6), ("bidirectional", 6), ("bidirectional", 11)])
+def test_a_batch_with_a_mask(monkeypatch: pytest.MonkeyPatch, kind: str, keys: int, block: int) -> None:
+    monkeypatch.setattr(rows, "_ROOM", 4 * 2 * 4 * keys * block)
+    monkeypatch.setattr(rows, "_BLOCK", 32 if block == 4 else 256)
+    torch.manual_seed(0)
+    shapes = [(6, 4), (keys, 2), (keys, 2)]
+    own = [torch.randn(2, length, heads, 8).transpose(1, 2) for length, heads in shapes]
+    mask = visible(kind, 2, 6, keys)
+    found = results(ShortRows.apply, own, [6, 6], 0.3, rows.sight_of(mask, False, 2, 6))
+    if block == 4:
+        assert rows.whole(own[0], own[1])[0].block == 4
+
+    def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (t.repeat_interleave(2, 1) for t in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=0.3)
+
+    for one, wanted in zip(found, results(reference, [t.double() for t in own]), strict=True):
+        assert one.shape == wanted.shape and distance(one, wanted) < 1e-5
+
+
+def test_every_query_sees_every_key_without_a_mask() -> None:
+    own = of_a_batch(2, 6, torch.float32)
+    found = results(ShortRows.apply, own, [6, 6], 0.3, rows.sight_of(None, False, 2, 6))
+
+    def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, *(t.repeat_interleave(2, 1) for t in (k, v)), scale=0.3)
+
+    for one, wanted in zip(found, results(reference, [t.double() for t in own]), strict=True):
+        assert distance(one, wanted) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("why", "taken"),
+    [("causal", True), ("not causal", True), ("mask", True), ("no gradient", False), ("float32", False),
+     ("fewer queries", False), ("dropout", False), ("disabled", False), ("biased", False)],
+)  # fmt: skip
+def test_which_batches_go_by_products(monkeypatch: pytest.MonkeyPatch, why: str, taken: bool) -> None:
+    calls: list[int] = []
+    real = ShortRows.apply
+    monkeypatch.setattr(ShortRows, "apply", lambda *args: calls.append(1) or real(*args))
+    q, k, v = of_a_batch(2, 6, torch.float32 if why == "float32" else torch.bfloat16)
+    if why == "fewer queries":
+        q = q[:, :, -2:]
+    module: Any = torch.nn.Module()
+    module.is_causal = why != "not causal"
+    module.num_key_value_groups = 2
+    q.requires_grad_(why != "no gradient")
+    mask = visible("padded", 2, 6, 6) if why in ("mask", "biased") else None
+    if why == "biased":
+        mask = mask.to(q.dtype)
+    options = {"scaling": 0.3, "dropout": 0.5 if why == "dropout" else 0.0}
+    with kernels.disabled() if why == "disabled" else contextlib.nullcontext():
+        out, _ = packed.attention(module, q, k, v, mask, **options)
+    assert bool(calls) is taken
+    if taken:
+        wanted, _ = sdpa_attention_forward(module, q, k, v, mask, scaling=0.3)
+        assert out.shape == wanted.shape and distance(out, wanted) < 1e-2
+
+
+def test_an_encoder_keeps_its_own_masks() -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    base = BertForSequenceClassification(BertConfig(**shape, vocab_size=50, hidden_dropout_prob=0.0,
+                                                    attention_probs_dropout_prob=0.0)).to(torch.bfloat16)  # fmt: skip
+    config = engine.LoraConfig(target_modules=["query", "value"], task_type="SEQ_CLS", init_lora_weights=False)
+    model: Any = engine.get_peft_model(base, config).train()
+    batch = {"input_ids": torch.arange(12).view(2, 6), "labels": torch.tensor([0, 1]),
+             "attention_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2])}  # fmt: skip
+    loss = model(**batch).loss
+    assert base.config._attn_implementation == packed.OWN and not packed.installed(model)
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    with kernels.disabled():
+        plain = model(**batch).loss
+        plain.backward()
+    assert abs(float((loss - plain).detach())) < 0.02
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and float(parameter.grad.norm()) > 1e-4:
+            assert distance(found[name], parameter.grad) < 0.1, name
+
+
+def test_a_model_in_half_precision_is_asked_at_its_first_training_pass() -> None:
+    base = llama().to(torch.bfloat16)
+    base.model.layers[0].eval()
+    model: Any = engine.get_peft_model(base, engine.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    base.model.layers[1].train()
+    assert base.config._attn_implementation == "sdpa"
+    ids = torch.arange(40).view(2, 20)
+    model.eval()(input_ids=ids)
+    assert base.config._attn_implementation == "sdpa"
+    model.train()
+    base.model.layers[0].eval()
+    loss = model(input_ids=ids, labels=ids).loss
+    assert base.config._attn_implementation == packed.NAME
+    assert base.model.layers[1].training and not base.model.layers[0].training
+    with kernels.disabled():
+        assert abs(float((loss - model(input_ids=ids, labels=ids).loss).detach())) < 0.02
+    model.unload()
+    assert base.config._attn_implementation == "sdpa"

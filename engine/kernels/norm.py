@@ -3,8 +3,8 @@
     y = w x n,   n = 1 / sqrt(mean(x^2) + eps)
     dx = n (g - x n^2 mean(g x)),   g = w dy
 
-The models' own code widens x to float32 and lets autograd keep that copy beside the numbers of each step; the node keeps
-x as it came and n, one number a token, and goes over x half as often in its backward pass.
+The models' own code widens x to float32 and lets autograd keep that copy beside the numbers of each step; the node
+keeps x as it came and n, one number a token, and goes over x half as often in its backward pass.
 """
 
 from __future__ import annotations

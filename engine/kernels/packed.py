@@ -11,6 +11,7 @@ rows in half precision go by matrix products (engine.kernels.rows).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from engine.kernels import rows
 
 NAME = "sdpa_rows"
 """The attention's name at transformers."""
+OWN = "sdpa_short"
+"""Its name where a model takes no rows' lengths, only its own masks."""
 
 
 class RowsAttention(torch.autograd.Function):
@@ -70,6 +73,12 @@ def attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     mask = attention_mask
+    if not dropout and _short(module, query, key, mask, kwargs):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        sight = rows.sight_of(mask, _is_causal(module, query, mask, kwargs), query.shape[0], query.shape[2])
+        lengths = [query.shape[2]] * query.shape[0]
+        seen: Tensor = rows.ShortRows.apply(query, key, value, lengths, scale, sight)
+        return seen.transpose(1, 2).contiguous(), None
     if mask is not None and not mask.is_floating_point() and mask.dtype is not torch.bool:
         lengths = mask.flatten().tolist()
         if not dropout and kernels.enabled() and kwargs.get("position_bias") is None:
@@ -82,6 +91,27 @@ def attention(
         module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
     )
     return plain
+
+
+def _short(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]) -> bool:
+    """Whether a batch is to be learned from and short, and what its queries see known."""
+    known = key.shape[2] == query.shape[2] or not _is_causal(module, query, mask, options)
+    if mask is not None:
+        known = mask.dtype is torch.bool and mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[3] == key.shape[2]
+    return (
+        known
+        and torch.is_grad_enabled()
+        and query.requires_grad
+        and kernels.enabled()
+        and options.get("position_bias") is None
+        and rows.fits(query, (query.shape[2], key.shape[2]))
+    )
+
+
+def _is_causal(module: nn.Module, query: Tensor, mask: Tensor | None, options: dict[str, Any]) -> bool:
+    """As transformers decides it."""
+    asked = options.get("is_causal")
+    return mask is None and query.shape[2] > 1 and bool(getattr(module, "is_causal", True) if asked is None else asked)
 
 
 def _blocks(lengths: list[int], device: torch.device) -> Tensor:
@@ -118,44 +148,92 @@ def install(model: Any) -> bool:
     Returns:
         Whether it does; if not, the model is as it was.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config: Any = getattr(base, "config", None)
-    parameter = next(base.parameters())
     if installed(model):
         return True
-    if getattr(config, "_attn_implementation", None) != "sdpa" or parameter.device.type != "cpu":
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return _registered(base) and _kept_if(base, NAME, _with_lengths)
+
+
+def speed_up(model: nn.Module) -> None:
+    """Let a model in half precision attend by matrix products where rows are short, if it computes the same then.
+
+    The model is asked with twelve tokens, so this is for the first training pass, not for attaching an adapter.
+    """
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if parameter is None or parameter.dtype != torch.bfloat16 or hasattr(parameter, "placements"):
+        return
+    if _registered(model) and not _kept_if(model, NAME, _with_lengths):
+        _kept_if(model, OWN, _with_masks)
+
+
+def remove(model: Any) -> None:
+    """The model's own attention again."""
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "_attn_implementation", None) in (NAME, OWN):
+        config._attn_implementation = "sdpa"
+
+
+def _registered(base: Any) -> bool:
+    """Whether `attention` can stand for a model's own; transformers knows it then."""
+    config: Any = getattr(base, "config", None)
+    if getattr(config, "_attn_implementation", None) != "sdpa" or next(base.parameters()).device.type != "cpu":
         return False
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    config._attn_implementation = NAME
-    if _same(base, parameter):
+    for name in (NAME, OWN):
+        AttentionInterface.register(name, attention)
+        AttentionMaskInterface.register(name, sdpa_mask)
+    return True
+
+
+def _kept_if(base: Any, name: str, ask: Callable[[Any], tuple[Tensor, Tensor]]) -> bool:
+    """Gives the model the attention `name`, and takes it away again unless two answers then agree."""
+    base.config._attn_implementation = name
+    modes = [(module, module.training) for module in base.modules()]
+    base.eval()
+    try:
+        one, other = (answer.detach() for answer in ask(base))
+    except Exception:
+        # A model whose own code reads its mask, or that takes other inputs.
+        base.config._attn_implementation = "sdpa"
+        return False
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    if type(one).__name__ == "FakeTensor":
         return True
-    config._attn_implementation = "sdpa"
-    return False
+    scale = float(other.float().abs().max()) or 1.0
+    limit = 0.05 if one.dtype != torch.float32 else 1e-4
+    same = float((one - other).float().abs().max()) <= limit * scale
+    if not same:
+        base.config._attn_implementation = "sdpa"
+    return same
+
+
+def _ids(base: Any, *shape: int) -> Tensor:
+    count = base.get_input_embeddings().num_embeddings
+    return torch.randint(count, shape, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
-def _same(base: Any, parameter: Tensor) -> bool:
-    lengths = torch.tensor([5, 7])
-    ids = torch.randint(base.get_input_embeddings().num_embeddings, (1, 12), generator=torch.Generator().manual_seed(0))
-    positions = torch.tensor([[*range(5), *range(7)]])
-    was_training = base.training
-    base.eval()
-    try:
-        apart, masked = (
-            base(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).logits
-            for mask in (as_mask(lengths), None)
-        )
-    except Exception:
-        # A model whose own code reads its mask.
-        return False
-    finally:
-        base.train(was_training)
-    if type(apart).__name__ == "FakeTensor":
-        return True
-    scale = float(masked.float().abs().max()) or 1.0
-    limit = 0.05 if parameter.dtype is not torch.float32 else 1e-4
-    return float((apart - masked).float().abs().max()) <= limit * scale
+def _with_lengths(base: Any) -> tuple[Tensor, Tensor]:
+    """Two rows end to end by their lengths, and by transformers' own mask."""
+    ids, positions = _ids(base, 1, 12), torch.tensor([[*range(5), *range(7)]])
+    one, other = (
+        base(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).logits
+        for mask in (as_mask(torch.tensor([5, 7])), None)
+    )
+    return one, other
+
+
+@torch.enable_grad()
+def _with_masks(base: Any) -> tuple[Tensor, Tensor]:
+    """Two rows, one of them filled up, as in training and by the model's own attention."""
+    ids, mask = _ids(base, 2, 6), torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+    one = base(input_ids=ids, attention_mask=mask)[0]
+    name, base.config._attn_implementation = base.config._attn_implementation, "sdpa"
+    other = base(input_ids=ids, attention_mask=mask)[0]
+    base.config._attn_implementation = name
+    # A model of one answer a row has it first as well.
+    return (one[mask.bool()], other[mask.bool()]) if one.shape[:2] == mask.shape else (one, other)

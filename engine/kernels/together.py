@@ -18,7 +18,7 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine import kernels
 from engine.kernels.linear import Parts, Product, frozen_weight
@@ -121,7 +121,7 @@ class Siblings:
     def output(self, layer: Any, x: Tensor) -> Tensor | None:
         """The layer's output where the group has it, or None: then the layer is to compute it by itself."""
         learns = torch.is_grad_enabled()
-        if not learns and self._groups is not None or not kernels.enabled():
+        if (not learns and self._groups is not None) or not kernels.enabled():
             return None
         if self._groups is None:
             if learns and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
