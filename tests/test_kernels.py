@@ -160,6 +160,14 @@ def test_masks_drop_the_share_they_are_to_and_keep_the_mean(p: float, dtype: tor
         assert abs(float(torch.corrcoef(pair)[0, 1])) < 0.01
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.05, 0.1, 0.3, 0.5, 0.9])
+def test_what_a_mask_keeps_grows_by_as_much_as_the_type_can_say(p: float, dtype: torch.dtype) -> None:
+    mask = mask_like(torch.empty(50, 3, dtype=dtype), p)
+    share = round(p * 65536) / 65536
+    assert mask.dtype == dtype and mask.unique().tolist() == [0, float(torch.tensor(1 / (1 - share), dtype=dtype))]
+
+
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_starts_that_leave_an_offset(start: str) -> None:
     config = engine.LoraConfig(r=4, target_modules=["proj"], init_lora_weights=start, lora_dropout=0.2, lora_bias=True)
