@@ -76,6 +76,20 @@ class Kept:
         return self._value
 
 
+def _thin_product(w: Tensor, a: Tensor, training: bool) -> Tensor:
+    """W A^T, (out, r), in the type of A.
+
+    In training W in bfloat16 is not widened: A goes as the sum of two matrices in bfloat16, and the result is rounded.
+    g - 1 is about -s (W A^T) B / n^2 + dm, so that it errs by no more than its own rounding.
+    """
+    if training and w.dtype == torch.bfloat16:
+        first = a.to(w.dtype)
+        both = torch.mm(w, torch.cat([first, (a - first.to(a.dtype)).to(w.dtype)]).T).to(a.dtype)
+        return both[:, : a.shape[0]] + both[:, a.shape[0] :]
+    blocks = w.split(_BLOCK) if w.dtype != a.dtype else [w]
+    return torch.cat([block.to(a.dtype) @ a.T for block in blocks])
+
+
 class DoRAWeights(LowRankWeights):
     """The magnitudes, over any of the low-rank kinds."""
 
@@ -126,8 +140,7 @@ class DoRAWeights(LowRankWeights):
             wide = torch.promote_types(w.dtype, torch.float32)
             a, b = (matrix.to(wide) for matrix in self.matrices())
             squares = self._squares.get([weight], lambda: torch.linalg.vector_norm(w, dim=1, dtype=wide).square())
-            blocks = w.split(_BLOCK) if w.dtype != wide else [w]
-            wa = torch.cat([block.to(wide) @ a.T for block in blocks])
+            wa = _thin_product(w, a, self.training)
             n2 = squares + (2 * self.scale) * (wa * b).sum(1) + self.scale**2 * ((b @ (a @ a.T)) * b).sum(1)
             # Rounding may leave a little below zero; a row of zeros has gain 0 and stays zero.
             return n2.clamp_min(torch.finfo(n2.dtype).tiny).sqrt()
