@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -123,3 +124,70 @@ def test_apply_after_torch_warns_and_still_sets_the_count() -> None:
     result = run("import torch; from engine import threads; threads.apply(1); print(torch.get_num_threads())")
     assert result.stdout.split() == ["1"]
     assert "imported before the thread settings" in result.stderr
+
+
+SHAPES = """
+import ctypes, sys, torch
+from engine import threads
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena a b c d e f used free keep".split()]
+libc = ctypes.CDLL("libc.so.6")
+libc.mallinfo2.restype = Info
+if sys.argv[1] == "few":
+    threads.keep_few_products()
+def product(rows):
+    torch.mm(torch.ones(rows, 128, dtype=torch.bfloat16), torch.ones(128, 128, dtype=torch.bfloat16))
+product(10)
+before = libc.mallinfo2().used
+for rows in range(100, 400):
+    product(rows)
+print(libc.mallinfo2().used - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the GNU C library's heap")
+def test_shapes_of_products_are_forgotten() -> None:
+    script = ["-c", SHAPES]
+    clean = {key: value for key, value in os.environ.items() if "CACHE_CAPACITY" not in key}
+    grown = [
+        int(subprocess.run([sys.executable, *script, how], capture_output=True, text=True, cwd=REPOSITORY, env=clean,
+                           timeout=120, check=True).stdout)
+        for how in ("few", "all")
+    ]  # fmt: skip
+    # A processor whose products remember nothing has nothing to forget.
+    assert grown[1] < 1 << 20 or grown[0] < 0.6 * grown[1]
+
+
+def test_what_is_kept_of_shapes_is_the_users_choice_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    # Set first, so that it is taken away again afterwards.
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")
+    del os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]
+    threads.keep_few_products()
+    assert (os.environ["LRU_CACHE_CAPACITY"], os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) == ("7", "96")
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "few"), [("tiny-llama", "causal_lm", True), ("tiny-sd", "text_to_image", False)]
+)
+def test_runs_whose_batches_differ_in_length_keep_few(
+    model: str, task: str, few: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from engine.train import worker
+    from engine.train.events import Recorder
+    from engine.train.job import DataSpec, JobSpec
+
+    class Enough(Exception):
+        pass
+
+    def stop() -> None:
+        raise Enough
+
+    def examples(*_: object) -> None:
+        raise KeyError
+
+    monkeypatch.setattr(threads, "keep_few_products", stop)
+    monkeypatch.setattr(worker, "examples_of", examples)
+    spec = JobSpec(model=model, task=task, data=DataSpec(path="none"))
+    with pytest.raises(Enough if few else KeyError):
+        worker.run(spec, tmp_path / "out", Recorder(), SimpleNamespace(poll=lambda: None))

@@ -92,6 +92,8 @@ class Task(Protocol):
 
     It is a frozen dataclass; its fields are the task's own options in a job (`options: {beta: 0.1}`), checked in its
     `__post_init__` (a ConfigError names the option, the value and what was needed).
+
+    A task whose batches all have one shape says `one_shape: ClassVar[bool] = True`.
     """
 
     name: ClassVar[str]

@@ -85,6 +85,7 @@ class TextToImage:
 
     name: ClassVar[str] = "text_to_image"
     task_type: ClassVar[TaskType | None] = None
+    one_shape: ClassVar[bool] = True
     formats: ClassVar[tuple[str, ...]] = ("images", "pictures")
     text_metrics: ClassVar[tuple[str, ...]] = ()
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine import threads
 from engine.errors import CheckpointError
 from engine.train.events import Control, Sink
 from engine.train.job import JobSpec
@@ -82,6 +83,8 @@ def _run(spec: JobSpec, out: Path, sink: Sink, control: Control, resume: bool) -
         sink.emit({"type": "status", "phase": phase, "fraction": fraction, "message": message})
 
     task = get_task(spec.task, spec.options)
+    if not getattr(task, "one_shape", False):
+        threads.keep_few_products()
     # Faults of the adapter's fields and of the data come before minutes of loading.
     config = None if spec.full else adapter_config(spec.adapter, task.task_type, portable(spec.model))
     train, held = examples_of(spec, task, sink)
