@@ -161,6 +161,24 @@ def test_lost_paused_and_early_runs_have_one_next_step_each(page: Any, server: s
     look(page, "live-failed-dark")
 
 
+FRAMES = """window.framesAsked = 0;
+const native = window.requestAnimationFrame;
+window.requestAnimationFrame = (call) => { window.framesAsked += 1; return native.call(window, call); };"""
+"""Counts the frames that the page's scripts ask for; before any of them, so that it sees what the browser sees."""
+
+
+def test_a_page_at_rest_asks_for_no_frames(page: Any, server: str) -> None:  # noqa: F811
+    page.add_init_script(FRAMES)
+    for address in (server, f"{server}/?run={RUNS['healthy']}"):
+        page.goto(address)
+        page.locator("#live-head .run-head, #start-board [data-live], #start-board[data-live]").first.wait_for()
+        # The rest of the first page is drawn by then.
+        page.wait_for_timeout(6000)
+        page.evaluate("window.framesAsked = 0")
+        page.wait_for_timeout(2000)
+        assert page.evaluate("window.framesAsked") < 20, address
+
+
 LATE_CLOSING = """(() => {
   const fetched = window.fetch;
   window.lateClosings = 0;
