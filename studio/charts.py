@@ -14,7 +14,7 @@ import numpy as np
 
 from studio.i18n import t
 from studio.markup import BASE_COLOUR, esc, number
-from studio.points import POINTS, Column, Points, finite, smoothed, thinned
+from studio.points import POINTS, Column, Frame, Points, finite, smoothed, thinned
 from studio.points import clean as clean
 from studio.points import decimate as decimate
 from studio.points import smooth as smooth
@@ -82,6 +82,7 @@ def chart(
     height: int = 220,
     waiting: str = "",
     told: Callable[[float], str] = number,
+    hover: bool = True,
 ) -> str:
     """A line chart.
 
@@ -94,6 +95,7 @@ def chart(
         height: of the drawing, in pixels.
         waiting: what an empty chart says.
         told: a value of y in words.
+        hover: whether the data of the hover text comes along, which takes more room than all the rest.
     """
     limits, x_label = {"thin": RAW_POINTS}, x_label or t("step")
     drawn = [
@@ -114,32 +116,19 @@ def chart(
     left, right = min(0.0, min(xs)), max(max(xs), x_max or 0.0)
     right = right if right > left else left + 1
 
-    def at(x: float, y: float) -> tuple[float, float]:
-        clipped = min(max((y - low) / (high - low), -0.02), 1.02)
-        return round((x - left) / (right - left) * 100, 2), round((1 - clipped) * 100, 2)
-
-    shapes = "".join(_shape(c, at) for c in drawn)
+    frame = Frame(left, right, low, high)
+    at = frame.at
+    shapes = "".join(_shape(c, frame) for c in drawn)
     y_ticks = [value for value in ticks(low, high) if low <= value <= high]
     grid = "".join(f'<line x1="0" x2="100" y1="{at(0, v)[1]}" y2="{at(0, v)[1]}"/>' for v in y_ticks)
     y_marks = "".join(f'<span class="y" style="top:{at(0, v)[1]}%">{told(10**v if log else v)}</span>' for v in y_ticks)
     x_ticks = [value for value in ticks(left, right, 5) if value == int(value)]
     x_marks = "".join(f'<span class="x" style="left:{at(v, low)[0]}%">{number(v)}</span>' for v in x_ticks)
     dots = "".join(_dots(c, at) for c in drawn if c.style == "dots")
-    hover = {
-        "x": x_label,
-        "curves": [
-            {
-                "label": c.label,
-                "colour": c.colour,
-                "points": [[*at(x, y), x, told(10**y if log else y)] for x, y in c.points],
-            }
-            for c in drawn
-            if c.style != "thin"
-        ],
-    }
+    known = f' data-hover="{esc(json.dumps(_hover(drawn, x_label, log, told, at)))}"' if hover else ""
     return (
         f'<figure class="chart" role="img" aria-label="{esc(_described(title, drawn, log, told))}">{head}'
-        f'<div class="plot" style="height:{height}px" data-hover="{esc(json.dumps(hover))}">'
+        f'<div class="plot" style="height:{height}px"{known}>'
         '<svg viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true">'
         f'<g class="grid">{grid}</g>{shapes}</svg>'
         f'{dots}{y_marks}{x_marks}<div class="tip" hidden></div></div>'
@@ -147,11 +136,32 @@ def chart(
     )
 
 
-def _shape(curve: Curve, at: object) -> str:
+def _hover(
+    curves: Sequence[Curve],
+    x_label: str,
+    log: bool,
+    told: Callable[[float], str],
+    at: Callable[[float, float], tuple[float, float]],
+) -> dict[str, object]:
+    """What the hover text says of each point but those of thin lines."""
+    return {
+        "x": x_label,
+        "curves": [
+            {
+                "label": c.label,
+                "colour": c.colour,
+                "points": [[*at(x, y), x, told(10**y if log else y)] for x, y in c.points],
+            }
+            for c in curves
+            if c.style != "thin"
+        ],
+    }
+
+
+def _shape(curve: Curve, frame: Frame) -> str:
     if curve.style == "dots":
         return ""
-    path = " ".join(f"{x},{y}" for x, y in (at(*point) for point in curve.points))  # type: ignore[operator]
-    return f'<polyline class="{curve.style}" style="stroke:{esc(curve.colour)}" points="{path}"/>'
+    return f'<polyline class="{curve.style}" style="stroke:{esc(curve.colour)}" points="{frame.path(curve.points)}"/>'
 
 
 def _dots(curve: Curve, at: object) -> str:
@@ -194,6 +204,7 @@ def loss_curves(
     log: bool = False,
     smoothing: float | None = None,
     waiting: str = "",
+    hover: bool = True,
 ) -> str:
     """Training loss raw and smoothed, evaluation as dots.
 
@@ -205,6 +216,7 @@ def loss_curves(
         log: logarithmic y.
         smoothing: as in `smoothed`.
         waiting: what an empty chart says.
+        hover: as in `chart`.
     """
     xs, ys = finite(xs, ys)
     dots = clean([(row.get("step"), row.get("loss")) for row in evals])
@@ -213,7 +225,7 @@ def loss_curves(
         Curve(t("smoothed"), thinned(xs, smoothed(ys, smoothing)), colour, "thick"),
         Curve(t("evaluation"), dots, colour, "dots"),
     ]
-    return chart(t("Loss (lower is better)"), curves, x_max=total, log=log, height=260, waiting=waiting)
+    return chart(t("Loss (lower is better)"), curves, x_max=total, log=log, height=260, waiting=waiting, hover=hover)
 
 
 def side_chart(
@@ -223,10 +235,11 @@ def side_chart(
     total: float | None,
     waiting: str = "",
     told: Callable[[float], str] = number,
+    hover: bool = True,
 ) -> str:
     """One small curve: learning rate, gradient norm, tokens a second, memory."""
     curve = Curve(title.lower(), points, colour)
-    return chart(title, [curve], x_max=total, height=130, waiting=waiting, told=told)
+    return chart(title, [curve], x_max=total, height=130, waiting=waiting, told=told, hover=hover)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
-"""Points of curves: cleaned, smoothed, and fewer of them. Pure functions over numbers."""
+"""Points of curves: cleaned, smoothed, fewer of them, and their places in a drawing. Pure functions over numbers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,33 @@ POINTS = 300
 
 Points = list[tuple[float, float]]
 Column = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a drawing shows of the plane; places are percents of its width from the left, of its height from above.
+
+    Attributes:
+        left, right: the first and the last x.
+        low, high: the lowest and the highest y.
+    """
+
+    left: float
+    right: float
+    low: float
+    high: float
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """The place of one point; what lies outside is drawn at the edge."""
+        clipped = min(max((y - self.low) / (self.high - self.low), -0.02), 1.02)
+        return round((x - self.left) / (self.right - self.left) * 100, 2), round((1 - clipped) * 100, 2)
+
+    def path(self, points: Points) -> str:
+        """The places of all points of a line, at once, as SVG has them."""
+        xs, ys = np.array(points, dtype=float).reshape(-1, 2).T
+        across = np.round((xs - self.left) / (self.right - self.left) * 100, 2)
+        down = np.round((1 - np.clip((ys - self.low) / (self.high - self.low), -0.02, 1.02)) * 100, 2)
+        return " ".join(f"{x},{y}" for x, y in zip(across.tolist(), down.tolist(), strict=True))
 
 
 def clean(pairs: Sequence[tuple[float | None, float | None]]) -> Points:
@@ -61,13 +89,20 @@ def thinned(xs: Column, ys: Column, limit: int = POINTS) -> Points:
     count, parts = len(xs), (limit - 2) // 2
     if count > limit:
         edges = np.linspace(0, count, parts + 1).astype(int)
-        kept = {0, count - 1}
-        for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-            part = ys[low:high]
-            kept.update((low + int(part.argmin()), low + int(part.argmax())))
-        chosen = sorted(kept)
+        lows, highs = (_first(ys, of.reduceat(ys, edges[:-1]), edges) for of in (np.minimum, np.maximum))
+        chosen = np.unique(np.concatenate([[0, count - 1], lows, highs]))
         xs, ys = xs[chosen], ys[chosen]
     return list(zip(xs.tolist(), ys.tolist(), strict=True))
+
+
+def _first(ys: Column, sought: Column, edges: NDArray[np.int_]) -> NDArray[np.int_]:
+    """Where each stretch between two edges first has the value that is sought there.
+
+    All stretches at once: two calls for each of hundreds are most of what a drawing takes.
+    """
+    places = np.flatnonzero(ys == np.repeat(sought, np.diff(edges)))
+    _, first = np.unique(np.searchsorted(edges, places, side="right"), return_index=True)
+    return places[first]
 
 
 def finite(xs: Column, ys: Column) -> tuple[Column, Column]:

@@ -14,7 +14,7 @@ import pytest
 
 from engine.train.job import DataSpec, JobSpec
 from studio import charts, curves, live
-from studio.points import thinned
+from studio.points import Frame, thinned
 from studio.store import Store
 
 LONG = 100_000
@@ -85,6 +85,24 @@ def test_thinning_keeps_the_ends_the_extremes_and_the_limit(count: int) -> None:
     assert len(kept) <= 300 and (len(kept) == count or count > 300)
     assert {0.0, count - 1.0, float(ys.argmin()), float(ys.argmax())} <= {x for x, _ in kept}
     assert all(ys[int(x)] == y for x, y in kept) and [x for x, _ in kept] == sorted({x for x, _ in kept})
+
+
+def test_a_line_goes_through_the_places_of_its_points() -> None:
+    frame = Frame(left=0.0, right=7.0, low=-1.0, high=2.0)
+    points = [(step / 13, math.sin(step) * 4) for step in range(91)]
+    places = [tuple(map(float, place.split(","))) for place in frame.path(points).split()]
+    assert places == [frame.at(*point) for point in points]
+    # What is outside the frame lies at its edge.
+    assert {-2.0, 102.0} <= {y for _, y in places} and frame.path([]) == ""
+
+
+def test_without_hover_text_a_chart_is_the_same_but_for_its_data() -> None:
+    steps, losses = np.arange(1.0, 50.0), np.linspace(3.0, 1.0, 49)
+    whole, bare = (
+        charts.loss_curves(steps, losses, [{"step": 7, "loss": 2.0}], COLOUR, 50, hover=hover)
+        for hover in (True, False)
+    )
+    assert re.sub(r' data-hover="[^"]*"', "", whole) == bare != whole
 
 
 def test_only_what_is_new_is_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
