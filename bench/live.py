@@ -7,7 +7,7 @@ at a run, by number of steps; beside it what reading every step anew takes. Mill
 programs do not lengthen much. With `--page`: from a worker's write to the step on the page, in a Chromium. With
 `--cost`: steps of a real run of the toy with the page open against those with it closed, in turn within the one run, so
 that what else the machine does falls on both alike: once with the browser elsewhere, so that only what the server does
-for the page falls on the training (its question of each second is asked as the page asks it), and once with the browser
+for the page falls on the training (its questions are asked as the page's script asks them), and once with the browser
 on this machine too, drawing by software. Beside it the milliseconds of the processor that the server takes in a second.
 """
 
@@ -40,6 +40,8 @@ from studio.datasets import Datasets
 from studio.store import Store
 
 CHROMIUM = os.environ.get("STUDIO_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+EVERY = 1.2
+"""Seconds between two questions of the page's script (studio/assets/scripts/live.js)."""
 LOOKS = ("closed", "elsewhere", "here")
 """Where a run's page is open."""
 SEEN = """() => {
@@ -82,7 +84,7 @@ def redraw(store: Store, run: str) -> int:
     parts = (
         words.run_head(row, live.newest(found)),
         doctor.box(doctor.findings(found, row), row),
-        live.curves_html(found, row, False, 0.6),
+        live.curves_html(found, row, False, 0.6, hover=False),
     )
     return sum(len(part) for part in parts)
 
@@ -192,15 +194,16 @@ def lag(count: int = 60) -> dict[str, Any]:
 
 
 class Elsewhere:
-    """A page of a run whose browser is on another machine: asks what the page asks, once a second."""
+    """A page of a run whose browser is on another machine: asks what the page's script asks, as often."""
 
     def __init__(self, address: str, run: str) -> None:
-        self.address, self.run, self.session = address, run, f"bench{time.time_ns()}"
+        self.address = address
         self.ended = threading.Event()
         config = json.loads(urllib.request.urlopen(f"{address}/config", timeout=60).read())
-        ticks = [call["id"] for call in config["dependencies"] if call["targets"] and call["targets"][0][1] == "tick"]
-        # The live page's is the first: Train stands before the other tabs that follow something.
-        self.asked = {"data": [run, None, False, 0.6], "fn_index": ticks[0], "session_hash": self.session}
+        (head,) = (item["id"] for item in config["components"] if item["props"].get("elem_id") == "live-head")
+        question = {"run": run, "looks": "", "seen": "", "language": "en", "log": False, "smoothing": 0.6}
+        named = {"component_id": head, "fn_name": "live_news", "session_hash": f"bench{time.time_ns()}"}
+        self.asked = {"data": question, **named}
 
     def __enter__(self) -> Elsewhere:
         self.bytes = 0
@@ -215,14 +218,16 @@ class Elsewhere:
             raise SystemExit("the server had nothing new for the page: this measures nothing")
 
     def _ask(self) -> None:
-        while not self.ended.wait(1.0):
+        while not self.ended.wait(EVERY):
             request = urllib.request.Request(
-                f"{self.address}/gradio_api/run/predict",
+                f"{self.address}/gradio_api/component_server/",
                 json.dumps(self.asked).encode(),
                 {"content-type": "application/json", "x-gradio-user": "app"},
             )
             body = urllib.request.urlopen(request, timeout=60).read()
-            self.bytes += len(body) if b"polyline" in body else 0
+            news = json.loads(body)
+            self.asked["data"]["seen"] = news.get("seen", self.asked["data"]["seen"])
+            self.bytes += len(body) if "polyline" in news.get("curves", "") else 0
 
 
 def spent(pid: int) -> float:

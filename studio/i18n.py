@@ -107,7 +107,8 @@ def language() -> str:
     # Not imported here: what trains and measures has no page, and loads its words without Gradio.
     context = sys.modules.get("gradio.context")
     asking = context.LocalContext.request.get(None) if context else None
-    request = asking.request if asking else None
+    # What a component asks of the server comes with the plain request, which the middleware has read already.
+    request = getattr(asking, "request", None)
     if request is None:
         return _spoken.get()
     return wanted(request.query_params, request.cookies, request.headers)

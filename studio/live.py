@@ -1,9 +1,13 @@
-"""The live part of Train: one run's state, curves, samples and its own configuration, redrawn only on news."""
+"""The live part of Train: one run's state, curves, samples and its own configuration.
+
+What changes with every step is asked for and drawn by a script of our own (`studio.live_news`). Gradio's way to change
+widgets, which goes through all that the page shows, is left for what seldom changes.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +19,15 @@ from studio import charts, curves, doctor, ranks, states, words
 from studio.curves import Curves
 from studio.forms import as_yaml
 from studio.i18n import reported, t
-from studio.markup import error, notice, number, size
+from studio.markup import error, esc, notice, number, size
 from studio.page import COMPARE, HIDDEN, TICK, Page, go, message
 from studio.points import finite, thinned
 from studio.store import Row
 
 Updates = dict[Any, Any]
+Answer = dict[str, Any]
+FOLLOW = "window.studioLive(element, server, (drawn) => trigger('stale', drawn));"
+"""The script behind the head (assets/scripts/live.js); `stale` is its word that more than numbers and lines changed."""
 
 
 @dataclass
@@ -50,18 +57,20 @@ class Live:
     config: gr.Code
     log: gr.Code
     log_part: gr.Accordion
-    timer: gr.Timer
-    seen: gr.State
 
 
 _KEPT = ("new", "log_scale", "smoothing")
 """Widgets that no redraw touches: they are the person's."""
 
 
-def build() -> Live:
-    """Lay out the live part; hidden until there is a run to show."""
+def build(live_news: Callable[[Any], Answer]) -> Live:
+    """Lay out the live part; hidden until there is a run to show.
+
+    Args:
+        live_news: what the page's script asks the server, see `studio.live_news`.
+    """
     with gr.Column(visible=False) as view:
-        head = gr.HTML(elem_id="live-head")
+        head = gr.HTML(elem_id="live-head", js_on_load=FOLLOW, server_functions=[live_news])
         fault = gr.HTML(visible=False, elem_id="live-fault")
         doctor_box = gr.HTML(elem_id="live-doctor")
         with gr.Row(elem_id="live-actions"):
@@ -109,25 +118,24 @@ def build() -> Live:
         config=config,
         log=log,
         log_part=log_part,
-        timer=gr.Timer(1.0, active=False),
-        seen=gr.State(None),
     )
 
 
-def curves_html(found: Curves, row: Row, log: bool, smoothing: float) -> str:
-    """The charts of a run; none where it ended before its first step."""
+def curves_html(found: Curves, row: Row, log: bool, smoothing: float, hover: bool = True) -> str:
+    """The charts of a run; none where it ended before its first step. Without `hover` they lack the hover text's data,
+    which is most of them."""
     colour, total = row["colour"], width(row)
     steps, evals, live = found.column("step"), found.evals, row["state"] in states.LIVE
     if not len(steps) and not evals and not live:
         return ""
     waiting = t("The curve begins with the first step.") if live else t("This run has no steps.")
     loss = charts.loss_curves(
-        steps, found.column("loss"), evals, colour, total, log=log, smoothing=smoothing, waiting=waiting
+        steps, found.column("loss"), evals, colour, total, log=log, smoothing=smoothing, waiting=waiting, hover=hover
     )
 
     def side(title: str, name: str, told: Callable[[float], str] = number) -> str:
         points = thinned(*finite(steps, found.column(name)), charts.SIDE_POINTS)
-        return charts.side_chart(title, points, colour, total, waiting, told)
+        return charts.side_chart(title, points, colour, total, waiting, told, hover)
 
     named = dict.fromkeys(name for event in evals for name in event.get("metrics") or {})
     metrics = "".join(
@@ -136,6 +144,7 @@ def curves_html(found: Curves, row: Row, log: bool, smoothing: float) -> str:
             charts.clean([(event.get("step"), (event.get("metrics") or {}).get(name)) for event in evals]),
             colour,
             total,
+            hover=hover,
         )
         for name in named
     )
@@ -168,11 +177,6 @@ def newest(found: Curves) -> dict[str, Any]:
     return {**(found.newest("status") or {}), **(found.newest("step") or {}), **ended}
 
 
-def mark(page: Page, row: Row) -> list[Any]:
-    """What a page has seen when it has drawn this row."""
-    return [row["id"], page.studio.store.last_event_id(row["id"]), row["state"]]
-
-
 def rare(found: Curves) -> list[int]:
     """What of a run is large and seldom new: its samples and ranks, as counts."""
     return [len(found.of("sample")), len(found.mean_ranks)]
@@ -188,38 +192,77 @@ def faults(row: Row, found: Curves) -> str:
     return box + "".join(notice("warn", t("Note"), reported(str(event.get("message", "")))) for event in warnings)
 
 
+def steady(page: Page, row: Row, found: Curves, told: Sequence[Finding]) -> dict[str, dict[str, Any]]:
+    """What seldom changes while a run goes on, by its name in `Live`; `told` is what the doctor finds."""
+    fault = faults(row, found)
+    return {
+        "fault": {"value": fault, "visible": bool(fault)},
+        **buttons(page, row, found, doctor.curable(told)),
+        "options": {"visible": bool(len(found.column("step"))) or row["state"] in states.LIVE},
+    }
+
+
+def looks(row: Row, found: Curves, parts: dict[str, dict[str, Any]]) -> str:
+    """Differs as soon as a page has to be drawn anew for more than numbers, lines and the doctor's words."""
+    return hashlib.sha256(repr([row["state"], rare(found), parts]).encode()).hexdigest()[:16]
+
+
+def seen(row: Row, last_id: int) -> str:
+    """Differs as soon as there is anything new of a run."""
+    return f"{last_id}-{row['state']}"
+
+
+def mark(row: Row, found: Curves, looked: str) -> str:
+    """What the page shows, as its script reads it off and tells the server."""
+    live = " data-live" if row["state"] in states.LIVE else ""
+    samples, rank_events = rare(found)
+    return (
+        f'<span class="live-mark" hidden data-run="{esc(row["id"])}" data-seen="{seen(row, found.last_id)}"'
+        f' data-looks="{looked}" data-samples="{samples}" data-ranks="{rank_events}"{live}></span>'
+    )
+
+
+def head_html(page: Page, row: Row, found: Curves) -> str:
+    """Title, state, progress and newest numbers of a run."""
+    return words.run_head(row, newest(found), row["state"] in states.FINISHED and _adapter(page, row["id"]))
+
+
 def draw(
-    page: Page, live: Live, run_id: str, log: bool, smoothing: float, whole: bool, seen: list[Any] | None = None
+    page: Page,
+    live: Live,
+    run_id: str,
+    log: bool,
+    smoothing: float,
+    whole: bool,
+    drawn: Any = None,
 ) -> Updates:
     """Everything that follows from a run's present state; with its configuration when `whole`.
 
-    What was drawn already, as `seen` says, is left out where it is large or seldom changes: for each part of an answer
-    the page goes through all that it shows, on the processor that trains.
+    Args:
+        page: the page.
+        live: its widgets.
+        run_id: the run.
+        log, smoothing: as the person has set them.
+        whole: whether configuration and log are to be filled too.
+        drawn: the data of the `mark` that a page of this run has, so that samples and ranks, which are large, are not
+            sent again.
     """
     row = page.studio.store.run(run_id)
     found = curves.of_run(page.studio.store, run_id)
-    fault, told = faults(row, found), doctor.findings(found, row)
-    # The events that were read, not those of this moment: what came between is drawn at the next tick.
-    steady: dict[Any, dict[str, Any]] = {
-        live.fault: {"value": fault, "visible": bool(fault)},
-        live.doctor: {"value": doctor.box(told, row)},
-        **buttons(page, live, row, found, doctor.curable(told)),
-        live.options: {"visible": bool(len(found.column("step"))) or row["state"] in states.LIVE},
-        live.timer: {"active": row["state"] in states.LIVE},
-    }
-    looks = hashlib.sha256(repr([*steady.values()]).encode()).hexdigest()
-    now = [row["id"], found.last_id, row["state"], rare(found), looks]
+    told = doctor.findings(found, row)
+    parts = steady(page, row, found, told)
+    # The events that were read, not those of this moment: what came between is asked for next.
+    head = mark(row, found, looks(row, found, parts)) + head_html(page, row, found)
     updates: Updates = {
-        live.head: words.run_head(row, newest(found), row["state"] in states.FINISHED and _adapter(page, run_id)),
+        live.head: head,
+        live.doctor: doctor.box(told, row),
         live.curves: curves_html(found, row, log, smoothing),
-        live.seen: now,
+        **{part: type(part)(**changes) for name, changes in parts.items() for part in [getattr(live, name)]},
     }
-    old = list(seen)[3:] if seen and seen[0] == row["id"] and not whole else [None, None]
-    if old[0] != now[3]:
+    had = drawn if isinstance(drawn, dict) and drawn.get("run") == run_id else {}
+    if [had.get("samples"), had.get("ranks")] != [*map(str, rare(found))]:
         updates[live.film] = words.film(found.of("sample"))
         updates[live.ranks] = ranks.picture(found.ranks, found.mean_ranks, row["colour"], row["total_steps"])
-    if old[1] != looks:
-        updates |= {part: type(part)(**changes) for part, changes in steady.items()}
     if whole:
         updates |= {live.config: as_yaml(row["spec"]), live.log: page.studio.jobs.log_tail(run_id)}
     return updates
@@ -229,7 +272,7 @@ def _adapter(page: Page, run_id: str) -> bool:
     return page.studio.jobs.has_adapter(run_id)
 
 
-def buttons(page: Page, live: Live, row: Row, found: Curves, cure: Finding | None) -> dict[Any, dict[str, Any]]:
+def buttons(page: Page, row: Row, found: Curves, cure: Finding | None) -> dict[str, dict[str, Any]]:
     """How the buttons look: what can be done now, the one that is next as the primary one."""
     state, run_id = row["state"], row["id"]
     running, finished = state == states.RUNNING, state in states.FINISHED
@@ -239,22 +282,22 @@ def buttons(page: Page, live: Live, row: Row, found: Curves, cure: Finding | Non
     # Going on as it was would end the same way.
     needed = state in (states.FAILED, states.LOST) and cure is not None and cure.severity == BAD
     return {
-        live.compare: {"visible": adapter, "variant": "primary" if state == states.DONE else "secondary"},
-        live.remedy: {"visible": cure is not None, "variant": "primary" if needed else "secondary"},
-        live.resume: {
+        "compare": {"visible": adapter, "variant": "primary" if state == states.DONE else "secondary"},
+        "remedy": {"visible": cure is not None, "variant": "primary" if needed else "secondary"},
+        "resume": {
             "value": t("Resume from the last checkpoint") if goes_on else t("Start again"),
             "visible": resumable,
             "variant": "secondary" if needed else "primary",
         },
-        live.pause: {"visible": running},
-        live.checkpoint: {"visible": running},
-        live.sample: {"visible": running and bool(found.of("sample"))},
-        live.stop: {
+        "pause": {"visible": running},
+        "checkpoint": {"visible": running},
+        "sample": {"visible": running and bool(found.of("sample"))},
+        "stop": {
             "value": t("Take out of the queue") if state == states.QUEUED else t("Stop and keep"),
             "visible": state in (states.QUEUED, states.STARTING, states.RUNNING, states.PAUSING),
         },
-        live.again: {"visible": finished},
-        live.show_log: {"visible": state in (states.FAILED, states.LOST)},
+        "again": {"visible": finished},
+        "show_log": {"visible": state in (states.FAILED, states.LOST)},
     }
 
 
@@ -267,32 +310,27 @@ def wire(page: Page, live: Live, form: gr.Column) -> None:
     def show(run_id: str, log: bool, smoothing: float) -> Updates:
         """Draw the run in the address, or the form where there is none."""
         if not run_id:
-            return {
-                live.view: gr.Column(visible=False),
-                form: gr.Column(visible=True),
-                live.timer: gr.Timer(active=False),
-            }
+            return {live.view: gr.Column(visible=False), form: gr.Column(visible=True), live.head: ""}
         try:
             drawn = draw(page, live, run_id, log, smoothing, whole=True)
         except EngineError as fault:
-            drawn = {live.head: error(fault), live.timer: gr.Timer(active=False)}
+            drawn = {live.head: error(fault)}
         closed = {live.log_part: gr.Accordion(open=False)}
         return {live.view: gr.Column(visible=True), form: gr.Column(visible=False), **closed, **drawn}
 
-    def tick(run_id: str, seen: list[Any] | None, log: bool, smoothing: float) -> Any:
-        """Redraw when there is something new."""
+    def catch_up(run_id: str, log: bool, smoothing: float, event: gr.EventData) -> Any:
+        """Draw what the page's script found to have changed."""
         try:
             row = store.run(run_id)
         except EngineError:
-            return {live.timer: gr.Timer(active=False)}
-        if seen is not None and list(seen)[:3] == mark(page, row):
+            # It went away meanwhile.
             return gr.skip()
-        return draw(page, live, run_id, log, smoothing, row["state"] in states.FINISHED, seen)
+        return draw(page, live, run_id, log, smoothing, row["state"] in states.FINISHED, event._data)
 
     shown = [*every, form]
     page.run.change(show, [page.run, *options], shown, **HIDDEN)
     page.run.change(None, page.run, None, js="(run) => window.studioAddress('run', run)", **HIDDEN)
-    live.timer.tick(tick, [page.run, live.seen, *options], shown, **TICK)
+    live.head.stale(catch_up, [page.run, *options], every, **TICK)
     gr.on(
         [live.log_scale.input, live.smoothing.input],
         lambda run_id, log, weight: curves_html(curves.of_run(store, run_id), store.run(run_id), log, weight),

@@ -49,7 +49,8 @@ def present() -> str | None:
     # Gradio is not imported for this: a worker's process does without.
     context = sys.modules.get("gradio.context")
     request = context.LocalContext.request.get(None) if context is not None else None
-    scope = getattr(getattr(request, "request", None), "scope", None) or {}
+    # A callback has Gradio's request; what a component asks of the server comes with the plain one.
+    scope = getattr(getattr(request, "request", request), "scope", None) or {}
     return str(scope.get(_KEY) or NOBODY)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from studio_server import serving
 from test_browser import IMAGES, WIDTHS, browser, head, page, pytestmark, steps_drawn, sync_api  # noqa: F401
 
 from engine.train.job import DataSpec, JobSpec, TrainingSpec
-from studio import states
+from studio import process, states
 from studio.context import Studio
 
 pytestmark = [*pytestmark, pytest.mark.pages]
@@ -177,6 +178,166 @@ def test_a_page_at_rest_asks_for_no_frames(page: Any, server: str) -> None:  # n
         page.evaluate("window.framesAsked = 0")
         page.wait_for_timeout(2000)
         assert page.evaluate("window.framesAsked") < 20, address
+
+
+MOVING = (
+    "document.getAnimations().filter((one) => one.playState === 'running')"
+    ".map((one) => one.effect.target.outerHTML.slice(0, 200))"
+)
+"""What moves by itself: it is drawn sixty times a second."""
+
+
+@contextlib.contextmanager
+def walking(name: str, steps: int = 30) -> Iterator[Callable[..., None]]:
+    """A run of this process that goes on, as its row says; gives what adds an event to it, the next step by default."""
+    with contextlib.closing(Studio.open(Path(RUNS["home"]))) as studio:
+        RUNS[name] = run_of(studio, name, healthy(steps=steps, total=400), states.RUNNING)
+        studio.store.update_run(RUNS[name], pid=os.getpid(), pid_started=process.started_at(os.getpid()))
+        count = steps
+
+        def happen(**event: Any) -> None:
+            nonlocal count
+            if not event:
+                count += 1
+                event = {"type": "step", "step": count, "loss": 0.75, "lr": 1e-4, "grad_norm": 1.0, "eta_s": 60.0}
+            studio.store.add_event(RUNS[name], event)
+
+        try:
+            yield happen
+        finally:
+            studio.store.update_run(RUNS[name], state=states.STOPPED)
+
+
+def asked_by(page: Any) -> list[str]:  # noqa: F811
+    """The last part of each address that the page asks from now on; the list grows."""
+    found: list[str] = []
+    page.on("request", lambda request: found.append(request.url.split("?")[0].rstrip("/").rpartition("/")[2]))
+    return found
+
+
+def at_step(page: Any, step: int) -> None:  # noqa: F811
+    sync_api.expect(page.locator("#live-head .st-facts b").first).to_have_text(str(step), timeout=20_000)
+
+
+def test_new_steps_change_numbers_and_lines_where_they_stand(page: Any, server: str) -> None:  # noqa: F811
+    page.add_init_script(FRAMES)
+    with walking("walk") as happen:
+        show(page, server, "walk")
+        line = page.locator("#live-curves polyline.thin").first
+        line.wait_for()
+        page.wait_for_timeout(3000)
+        line.evaluate("line => { line.held = true; window.framesAsked = 0; }")
+        page.evaluate("document.querySelector('#live-doctor .doctor').held = true")
+        described = page.locator("#live-curves figure").first.get_attribute("aria-label")
+        asked, begun = asked_by(page), time.monotonic()
+        for step in range(31, 35):
+            happen()
+            at_step(page, step)
+            assert page.evaluate(MOVING) == []
+        assert steps_drawn(page) == 34 and line.evaluate("line => line.held")
+        assert "34 steps" in page.locator("#live-doctor").inner_text()
+        assert page.evaluate("document.querySelector('#live-doctor .doctor').held")
+        assert page.locator("#live-curves figure").first.get_attribute("aria-label") != described
+        # Gradio has no part in it, and nothing on the page counts frames (sixty a second would).
+        assert set(asked) == {"component_server"}
+        assert page.evaluate("window.framesAsked") < 10 * (time.monotonic() - begun)
+        # In another language it has its own words.
+        show(page, server, "walk", "&language=ko")
+        happen()
+        at_step(page, 35)
+        assert "400단계 중 35" in page.locator("#live-head").inner_text()
+        assert "학습률" in page.locator("#live-curves figcaption strong").all_inner_texts()
+
+
+def test_the_pointer_finds_the_newest_values_and_keeps_them_new(page: Any, server: str) -> None:  # noqa: F811
+    with walking("pointed") as happen:
+        show(page, server, "pointed")
+        happen()
+        at_step(page, 31)
+        plot = page.locator("#live-curves .plot").first
+        box = plot.bounding_box()
+        # The chart has room for eighty steps.
+        page.mouse.move(box["x"] + box["width"] * 31 / 80, box["y"] + box["height"] / 2)
+        page.mouse.move(box["x"] + box["width"] * 31.2 / 80, box["y"] + box["height"] / 2)
+        tip = plot.locator(".tip")
+        sync_api.expect(tip.locator("strong")).to_have_text("step 31")
+        happen()
+        happen(type="eval", step=32, loss=0.5)
+        at_step(page, 32)
+        page.mouse.move(box["x"] + box["width"] * 32.1 / 80, box["y"] + box["height"] / 2)
+        sync_api.expect(tip.locator("strong")).to_have_text("step 32")
+        sync_api.expect(tip).to_contain_text("evaluation: 0.5")
+        happen(type="eval", step=32, loss=0.25)
+        # The pointer rests.
+        sync_api.expect(tip).to_contain_text("evaluation: 0.25")
+
+
+def test_scale_and_smoothing_stay_as_they_were_set(page: Any, server: str) -> None:  # noqa: F811
+    scale = page.locator("#live-curves figure").first.locator(".y")
+    with walking("scaled") as happen:
+        show(page, server, "scaled")
+        sync_api.expect(scale).to_have_text(["2", "2.5", "3"])
+        page.locator("#log-scale input").check()
+        # Round powers of ten.
+        sync_api.expect(scale.filter(has_text="2.51")).to_have_count(1)
+        happen()
+        at_step(page, 31)
+        assert "2.51" in scale.all_inner_texts()
+
+
+def test_nothing_is_asked_for_a_page_out_of_sight_and_all_of_it_once_it_is_seen(page: Any, server: str) -> None:  # noqa: F811
+    hide = (
+        "on => { Object.defineProperty(document, 'hidden', {configurable: true, get: () => on});"
+        "document.dispatchEvent(new Event('visibilitychange')); }"
+    )
+    with walking("hidden") as happen:
+        show(page, server, "hidden")
+        happen()
+        at_step(page, 31)
+        page.evaluate(hide, True)
+        page.wait_for_timeout(500)
+        asked = asked_by(page)
+        happen()
+        page.wait_for_timeout(3000)
+        assert asked == []
+        page.evaluate(hide, False)
+        page.wait_for_timeout(600)
+        at_step(page, 32)
+        # Another of the page's tabs covers it as well.
+        page.click("#tab-data-button")
+        page.locator("#data-file").wait_for()
+        page.wait_for_timeout(1500)
+        asked.clear()
+        happen()
+        page.wait_for_timeout(3000)
+        assert "component_server" not in asked
+        page.click("#tab-train-button")
+        at_step(page, 33)
+
+
+def test_a_run_that_ends_is_drawn_whole_and_asked_for_no_more(page: Any, server: str) -> None:  # noqa: F811
+    with walking("ends") as happen:
+        show(page, server, "ends")
+        happen()
+        at_step(page, 31)
+        happen(type="sample", step=31, prompt="hello", text="ahoy, matey")
+        page.locator("#live-film >> text=ahoy, matey").wait_for()
+        sync_api.expect(page.locator("#live-pause")).to_be_visible()
+    head(page, "stopped").wait_for()
+    sync_api.expect(page.locator("#live-pause")).to_be_hidden()
+    asked = asked_by(page)
+    page.wait_for_timeout(3000)
+    assert asked == []
+
+
+def test_where_the_scripts_questions_fail_gradio_draws(page: Any, server: str) -> None:  # noqa: F811
+    with walking("unheard of") as happen:
+        show(page, server, "unheard of")
+        page.locator("#live-curves polyline.thin").first.wait_for()
+        page.route("**/component_server/**", lambda route: route.abort())
+        happen()
+        at_step(page, 31)
+        assert steps_drawn(page) == 31
 
 
 LATE_CLOSING = """(() => {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import json
 import os
 import time
@@ -11,9 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import httpx
 import psutil
 import pytest
+from fastapi import Request
+from gradio.context import LocalContext
 from gradio_client import Client, handle_file
 from hostile import Attacker
 from small_adapters import finished_run, lora
@@ -127,6 +131,13 @@ def test_another_visitor_finds_nothing_by_list_or_by_id(server: Running, first: 
         assert refused["error"]["code"] == "unknown-id"
     assert mine.predict(run, 0, api_name="/run_status")["state"] == "done"
     assert mine.predict(first["work"], api_name="/download_export")[1] is None
+    # What the page of a run asks past the callbacks.
+    (head,) = (item["id"] for item in mine.config["components"] if item["props"].get("elem_id") == "live-head")
+    asked = {"data": {"run": run}, "component_id": head, "fn_name": "live_news", "session_hash": "x"}
+    for client, known in ((mine, True), (second, False)):
+        cookies = dict(client.cookies or {})
+        told = httpx.post(f"{server.address}/gradio_api/component_server", json=asked, cookies=cookies, timeout=60)
+        assert told.json().get("gone", False) is not known, cookies
 
 
 @pytest.mark.slow
@@ -254,6 +265,18 @@ def test_whoever_did_not_come_through_the_door_sees_nothing(apart: pytest.Monkey
         assert not studio.store.move(run, [states.QUEUED], states.STOPPED)
         with visitors.everyone():
             assert len(studio.store.runs()) == 1 and studio.store.run(run)["state"] == states.QUEUED
+
+
+def test_what_a_component_asks_is_asked_by_the_visitor_of_its_request(apart: pytest.MonkeyPatch) -> None:
+    def asked(request: Any) -> str | None:
+        LocalContext.request.set(request)
+        return visitors.present()
+
+    # Gradio hands the plain request on there, not its own one.
+    for request in (Request({"type": "http", "studio.visitor": "ann"}), Request({"type": "http"})):
+        wanted = request.scope.get("studio.visitor", NOBODY)
+        for given in (request, gr.Request(request)):
+            assert contextvars.copy_context().run(asked, given) == wanted
 
 
 def test_a_cookie_is_believed_only_if_this_server_made_it() -> None:

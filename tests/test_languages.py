@@ -73,6 +73,19 @@ def test_a_callback_speaks_as_its_request_asks_whatever_is_spoken_around_it() ->
     assert language() == "en"
 
 
+def test_what_a_component_asks_is_answered_in_the_language_that_is_spoken() -> None:
+    from fastapi import Request
+    from gradio.context import LocalContext
+
+    def asked() -> str:
+        # Gradio hands the plain request on there; its language has been read on the way in (`studio.languages`).
+        LocalContext.request.set(Request({"type": "http"}))  # type: ignore[arg-type]
+        return t(SAYING)
+
+    with speaking(KOREAN):
+        assert contextvars.copy_context().run(asked) == catalogue(KOREAN)[SAYING]
+
+
 def test_names_are_filled_in_and_a_missing_text_is_said_in_english_and_told_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

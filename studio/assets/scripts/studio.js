@@ -1,31 +1,40 @@
-// Hover text on charts, by one listener for the whole page: charts are redrawn while a run goes on.
-document.addEventListener("pointermove", (event) => {
-  const plot = event.target.closest ? event.target.closest(".plot[data-hover]") : null;
-  document.querySelectorAll(".plot .tip:not([hidden])").forEach((tip) => {
-    if (tip.parentElement !== plot) tip.hidden = true;
-  });
-  if (!plot) return;
-  const box = plot.getBoundingClientRect();
-  const at = ((event.clientX - box.left) / box.width) * 100;
-  const hover = JSON.parse(plot.dataset.hover);
-  const tip = plot.querySelector(".tip");
-  tip.replaceChildren();
-  let head = null;
-  for (const curve of hover.curves) {
-    const near = curve.points.reduce((a, b) => (Math.abs(b[0] - at) < Math.abs(a[0] - at) ? b : a));
-    if (head === null) {
-      head = document.createElement("strong");
-      head.textContent = `${hover.x} ${near[2]}`;
-      tip.append(head);
+// Hover text on charts, by one listener for the whole page: charts are redrawn while a run goes on, and then say what
+// stands under the pointer now (`studioHover`).
+(() => {
+  let pointed = null;
+  window.studioHover = () => {
+    const plot = pointed?.plot;
+    if (!plot?.isConnected || !plot.dataset.hover) return;
+    const box = plot.getBoundingClientRect();
+    const at = ((pointed.x - box.left) / box.width) * 100;
+    const hover = JSON.parse(plot.dataset.hover);
+    const tip = plot.querySelector(".tip");
+    tip.replaceChildren();
+    let head = null;
+    for (const curve of hover.curves) {
+      const near = curve.points.reduce((a, b) => (Math.abs(b[0] - at) < Math.abs(a[0] - at) ? b : a));
+      if (head === null) {
+        head = document.createElement("strong");
+        head.textContent = `${hover.x} ${near[2]}`;
+        tip.append(head);
+      }
+      const row = document.createElement("div");
+      row.textContent = `${curve.label}: ${near[3]}` + (near[2] !== Number(head.textContent.split(" ").pop()) ? ` (${hover.x} ${near[2]})` : "");
+      tip.append(row);
     }
-    const row = document.createElement("div");
-    row.textContent = `${curve.label}: ${near[3]}` + (near[2] !== Number(head.textContent.split(" ").pop()) ? ` (${hover.x} ${near[2]})` : "");
-    tip.append(row);
-  }
-  tip.hidden = false;
-  tip.style.left = at > 60 ? "auto" : `${at + 2}%`;
-  tip.style.right = at > 60 ? `${102 - at}%` : "auto";
-});
+    tip.hidden = false;
+    tip.style.left = at > 60 ? "auto" : `${at + 2}%`;
+    tip.style.right = at > 60 ? `${102 - at}%` : "auto";
+  };
+  document.addEventListener("pointermove", (event) => {
+    const plot = event.target.closest ? event.target.closest(".plot") : null;
+    document.querySelectorAll(".plot .tip:not([hidden])").forEach((tip) => {
+      if (tip.parentElement !== plot) tip.hidden = true;
+    });
+    pointed = plot ? { plot, x: event.clientX } : null;
+    window.studioHover();
+  });
+})();
 
 // What is shown stays in the address, so that a reload or a link comes back to it.
 window.studioAddress = (name, value) => {

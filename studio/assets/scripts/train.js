@@ -12,14 +12,20 @@ window.studioSave = (name, text) => {
   const apart = "#train-text, #train-own, [type=file]";
   let before = null;
   let changed = 0;
+  let address = null;
+  let run = null;
   window.studioFormChanged = () => {
     changed = Date.now();
   };
   setInterval(() => {
-    const form = document.getElementById("train-form");
+    if (address !== window.location.search) {
+      address = window.location.search;
+      run = new URLSearchParams(address).get("run");
+    }
     // With a run in the address the form is about to give way to it.
-    const run = new URLSearchParams(window.location.search).get("run");
-    if (document.hidden || run || !form || !form.getClientRects().length) return;
+    if (document.hidden || run) return;
+    const form = document.getElementById("train-form");
+    if (!form || !form.getClientRects().length) return;
     const fields = [...form.querySelectorAll("input, textarea")].filter((field) => !field.closest(apart));
     const now = JSON.stringify(fields.map((field) => (/checkbox|radio/.test(field.type) ? field.checked : field.value)));
     if (before !== null && now !== before) window.studioFormChanged();

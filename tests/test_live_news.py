@@ -1,0 +1,163 @@
+"""What the open page of a run is told: nothing without news, and then no more than has changed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import hostile
+import pytest
+from courses import healthy, run_of
+
+from studio import curves, doctor, live, live_news, states
+from studio.context import Studio
+from studio.i18n import KOREAN, speaking
+from studio.live import Live
+
+STEP = {"type": "step", "loss": 0.8, "lr": 1e-4, "grad_norm": 1.0, "eta_s": 60.0}
+
+
+@pytest.fixture
+def studio(tmp_path: Path) -> Iterator[Studio]:
+    found = Studio.open(tmp_path / "home")
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def page(studio: Studio) -> Any:
+    return SimpleNamespace(studio=studio)
+
+
+@pytest.fixture
+def run(studio: Studio) -> str:
+    return run_of(studio, "walk", healthy(steps=40, total=400), states.RUNNING)
+
+
+class Part:
+    """Stands in for a widget: what is drawn where is all that counts."""
+
+    def __init__(self, **changes: Any) -> None:
+        self.changes = changes
+
+
+def widgets() -> Live:
+    parts: dict[str, Any] = {name: Part() for name in Live.__dataclass_fields__}
+    return Live(**parts)
+
+
+def marked(head: str) -> dict[str, str]:
+    """The mark in a head, as the page's script reads it."""
+    (mark,) = re.findall(r'<span class="live-mark" [^>]*>', head)
+    return dict(re.findall(r'data-(\w+)="([^"]*)"', mark)) | ({"live": ""} if " data-live>" in mark else {})
+
+
+def drawn(page: Any, run: str, had: Any = None) -> dict[str, Any]:
+    """What Gradio would draw, by the part's name."""
+    row, parts = page.studio.store.run(run), page.studio
+    found = curves.of_run(parts.store, run)
+    told = doctor.findings(found, row)
+    head = live.mark(row, found, live.looks(row, found, live.steady(page, row, found, told)))
+    return {"head": head + live.head_html(page, row, found), "curves": live.curves_html(found, row, False, 0.6)}
+
+
+def question(page: Any, run: str, **more: Any) -> dict[str, Any]:
+    mark = marked(drawn(page, run)["head"])
+    return {"run": run, "looks": mark["looks"], "seen": mark["seen"], "log": False, "smoothing": 0.6, **more}
+
+
+def test_without_news_the_answer_is_empty(page: Any, run: str) -> None:
+    ask = live_news.asked(page)
+    told = question(page, run)
+    assert ask(told) == {}
+    news = ask({**told, "seen": ""})
+    assert news["seen"] == told["seen"] and ask({**told, "seen": news["seen"]}) == {}
+
+
+def test_a_step_changes_numbers_and_lines_alone(page: Any, run: str) -> None:
+    ask, told = live_news.asked(page), question(page, run)
+    page.studio.store.add_event(run, {**STEP, "step": 41})
+    news = ask(told)
+    assert not news["stale"] and "<b>41</b>" in news["head"] and "live-mark" not in news["head"]
+    whole = drawn(page, run)
+    assert whole["head"].endswith(news["head"])
+    # The data of the hover text is left out, and nothing else; asked for, it comes.
+    bare = re.sub(r' data-hover="[^"]*"', "", whole["curves"])
+    assert news["curves"] == bare != whole["curves"] and len(json.dumps(news)) < len(whole["curves"])
+    assert ask({**told, "hover": True})["curves"] == whole["curves"]
+    assert "doctor" in news["doctor"] and ask({**told, "seen": news["seen"]}) == {}
+
+
+def test_scale_and_smoothing_are_those_of_the_page(page: Any, run: str) -> None:
+    ask, told = live_news.asked(page), question(page, run, seen="")
+    row, found = page.studio.store.run(run), curves.of_run(page.studio.store, run)
+    for log, smoothing in ((True, 0.0), (False, 0.99)):
+        wanted = live.curves_html(found, row, log, smoothing, hover=False)
+        assert ask({**told, "log": log, "smoothing": smoothing})["curves"] == wanted
+    usual = ask(told)["curves"]
+    for odd in (None, "0.9", True, -1, 1, 10**400, float("nan"), [0.1]):
+        assert ask({**told, "smoothing": odd})["curves"] == usual, odd
+
+
+def test_it_speaks_as_the_page_does(page: Any, run: str) -> None:
+    ask, told = live_news.asked(page), question(page, run, seen="")
+    korean = ask({**told, "language": "ko"})
+    assert "400단계" in korean["head"] and "학습률" in korean["curves"] and "학습률" not in ask(told)["curves"]
+    with speaking(KOREAN):
+        assert (
+            ask({**told, "language": ["ko"]})["curves"] == korean["curves"] != ask({**told, "language": "en"})["curves"]
+        )
+
+
+@pytest.mark.parametrize("change", ["state", "sample", "warning", "rank"])
+def test_what_changes_more_than_numbers_is_told_and_then_drawn(page: Any, run: str, change: str) -> None:
+    ask, told, store = live_news.asked(page), question(page, run), page.studio.store
+    if change == "state":
+        store.update_run(run, state=states.PAUSED)
+    elif change == "sample":
+        store.add_event(run, {"type": "sample", "step": 40, "prompt": "hello", "text": "ahoy"})
+    elif change == "warning":
+        store.add_event(run, {"type": "warning", "step": 40, "message": "That was left out."})
+    else:
+        store.add_event(run, {"type": "rank", "step": 40, "ranks": {"layer": 4}})
+    assert ask(told)["stale"]
+    again = question(page, run, seen="")
+    assert ask(again)["stale"] is False
+    # A run that rests has no mark for the script to follow.
+    assert ("live" in marked(drawn(page, run)["head"])) == (change != "state")
+
+
+def test_samples_and_ranks_are_drawn_only_for_a_page_that_lacks_them(page: Any, run: str) -> None:
+    page.studio.store.add_event(run, {"type": "sample", "step": 40, "prompt": "hello", "text": "ahoy"})
+    had, parts = marked(drawn(page, run)["head"]), widgets()
+    large = {parts.film, parts.ranks}
+
+    def redrawn(known: Any) -> set[Any]:
+        return large & set(live.draw(page, parts, run, False, 0.6, False, known))
+
+    assert redrawn(None) == redrawn("odd") == redrawn({**had, "samples": "0"}) == redrawn({**had, "run": "x"}) == large
+    assert redrawn(had) == set()
+
+
+def test_no_question_is_odd_enough_to_break_it(page: Any, run: str, tmp_path: Path) -> None:
+    ask = live_news.asked(page)
+    odd = [*hostile.texts(tmp_path / "secret", "http://127.0.0.1:9", 1), *hostile.values(tmp_path / "secret", "x")]
+    for value in odd:
+        assert ask(value) == ask({"run": value}) == {"gone": True}
+        news = ask(
+            {
+                "run": run,
+                "seen": value,
+                "looks": value,
+                "log": value,
+                "smoothing": value,
+                "hover": value,
+                "language": value,
+            }
+        )
+        assert news["stale"] is True and "/etc/passwd" not in json.dumps(news)
+    assert not (tmp_path / "touched").exists()
