@@ -41,20 +41,34 @@ class AdapterLayer(nn.Module):
         siblings: the adapted layers of the same module, which may read the same input.
     """
 
+    base_layer: nn.Module
+    adapters: nn.ModuleDict
+    biases: nn.ParameterDict
+    switchboard: Switchboard
+    module_name: str
+    merged: dict[str, float]
+    shifting: set[str]
+    merge_error: bnb.MergeError | None
+    stack: stacked.Stack
+    siblings: Siblings
+    _before: dict[str, Tensor]
+    _codes_before: tuple[Tensor, Any] | None
+
     def __init__(self, base: nn.Module, switchboard: Switchboard, name: str) -> None:
         super().__init__()
-        self.base_layer = base
-        self.adapters = nn.ModuleDict()
-        self.biases = nn.ParameterDict()
-        self.switchboard = switchboard
-        self.module_name = name
-        self.merged: dict[str, float] = {}
-        self.shifting: set[str] = set()
-        self.merge_error: bnb.MergeError | None = None
-        self.stack = stacked.Stack()
-        self.siblings = Siblings()
-        self._before: dict[str, Tensor] = {}
-        self._codes_before: tuple[Tensor, Any] | None = None
+        # Past torch's __setattr__, which costs more than the rest of a layer's making.
+        self._modules.update(base_layer=base, adapters=nn.ModuleDict(), biases=nn.ParameterDict())
+        self.__dict__.update(
+            switchboard=switchboard,
+            module_name=name,
+            merged={},
+            shifting=set(),
+            merge_error=None,
+            stack=stacked.Stack(),
+            siblings=Siblings(),
+            _before={},
+            _codes_before=None,
+        )
 
     def __getattr__(self, name: str) -> Any:
         """Whatever the model's own code reads off the layer (`weight`, `in_features`, ...) is the base layer's."""

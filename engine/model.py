@@ -66,13 +66,15 @@ class PeftModel(PeftCalls):
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.requires_grad_(False)
+        # Before the wrappers come, which are most of the modules then.
+        norm.install(model)
         try:
             self.add_adapter(adapter_name, peft_config)
         except EngineError:
+            norm.remove(model)
             for parameter in trained:
                 parameter.requires_grad_(True)
             raise
-        norm.install(model)
         self.set_adapter(adapter_name)
 
     # --- attaching and removing -------------------------------------------------------------------------------
