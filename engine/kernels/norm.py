@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from engine import kernels
 
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Not float64: the models' own code takes float32 for that too."""
 _EPS = ("variance_epsilon", "eps")
 
 
@@ -53,6 +55,7 @@ def forward(norm: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         or not (kernels.enabled() and torch.is_grad_enabled() and x.requires_grad)
         or weight.requires_grad
         or weight.dtype != x.dtype
+        or x.dtype not in _TYPES
         or hasattr(weight, "placements")
         or torch._C._are_functorch_transforms_active()
     ):

@@ -9,7 +9,8 @@ place, where autograd would add whole tensors.
 
 Which layers belong together is seen, not assumed: the layers of one module note in its first pass who was called with
 the very same tensor, one right after the other. From then on the first of them computes for all in training, and the
-others hand out what is there. A pass that goes another way ends that for good.
+others hand out what is there. A pass that goes another way ends that for good. The first pass differs from the others
+in the last digits, so that `engine.train.loop` makes one of its own before it begins.
 """
 
 from __future__ import annotations
@@ -120,8 +121,10 @@ class Siblings:
 
     def output(self, layer: Any, x: Tensor) -> Tensor | None:
         """The layer's output where the group has it, or None: then the layer is to compute it by itself."""
-        learns = torch.is_grad_enabled()
-        if (not learns and self._groups is not None) or not kernels.enabled():
+        learns = torch.is_grad_enabled() and layer.training
+        if not learns and (self._groups is not None or torch.is_grad_enabled()):
+            return None
+        if not kernels.enabled():
             return None
         if self._groups is None:
             if learns and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:

@@ -6,12 +6,12 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from engine.kernels.loss import output_layer
@@ -61,6 +61,7 @@ class Simulation:
         for parameter in self.parameters.values():
             parameter.register_post_accumulate_grad_hook(self._got_gradient)
         self.stack = None if whole else depth.find(trainee.model)
+        self._looked = False
         self._optimizer_state: Any = {}
         # What the blocks that are left out keep from step to step, beside their weights.
         self._missing: Counter[str] = Counter()
@@ -77,6 +78,8 @@ class Simulation:
 
         With gradient accumulation the second forward pass finds the first one's gradients there.
         """
+        if not self._looked:
+            self._look(batch)
         if self.stack is not None:
             try:
                 found = self._shortened_step(batch, self.stack)
@@ -85,9 +88,20 @@ class Simulation:
                 logger.info("A step is run over all blocks: %s", error or "they do not all do the same")
                 self.stack, self._missing = None, Counter()
                 self._update(self.parameters)
+                self._look(batch)
         if self.stack is None:
             found = self._whole_step(batch)
         return max(self.updating, found, key=Counter.total)
+
+    def _look(self, batch: Batch) -> None:
+        """What the loop does before its first step, which is not a part of any (`engine.train.loop.look`)."""
+        self._looked = True
+        if self.spec.full:
+            return
+        # A model that wants all its blocks says so in the step itself; what is said of an evaluation has no numbers.
+        faults = (LookupError, ValueError, DataDependentOutputException, DynamicOutputShapeException)
+        with self.shortened(), _quiet(), torch.no_grad(), suppress(*faults):
+            self.task.loss(self.model.trainee.model, dict(batch))
 
     def _whole_step(self, batch: Batch) -> Counter[str]:
         with self._training():

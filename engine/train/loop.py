@@ -9,6 +9,7 @@ targets, however they fall into batches. The order of rows is a permutation draw
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -142,6 +143,23 @@ class Run:
         return training.max_steps or max(1, round(training.epochs * self.steps_per_epoch))
 
 
+@torch.no_grad()
+def look(run: Run) -> None:
+    """A short row goes through the model without gradients, and leaves no trace but what the model sees of itself.
+
+    Layers that read the same input find each other so (`engine.kernels.together`). It has to be before the first step
+    of a run, begun or resumed, or a resumed one would not take the steps of one that was never interrupted.
+    """
+    rows = run.train_rows
+    row = min(rows[:64], key=run.length) if run.length else rows[0]
+    run.wrapped.eval()
+    devices = [run.accelerator.device] if run.accelerator.device.type == "cuda" else []
+    state = random.getstate()
+    with torch.random.fork_rng(devices):
+        run.loss(run.collate([row]))
+    random.setstate(state)
+
+
 def fit(run: Run, resume: bool) -> str:
     """Train to the end, or until the control says stop or pause.
 
@@ -152,6 +170,8 @@ def fit(run: Run, resume: bool) -> str:
         TrainingError: the loss or the gradient is not finite.
         CheckpointError: resuming from a checkpoint that does not belong to this job.
     """
+    if not run.spec.full:
+        look(run)
     if resume:
         _resume(run)
     trainable, parameters = run.trainee.counts()
