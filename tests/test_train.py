@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -205,6 +207,38 @@ def test_pause_and_resume_are_exact(data: Path, tmp_path: Path) -> None:
     assert state == "done"
     curve = losses(first) | losses(second)
     assert max(abs(curve[s] - loss) for s, loss in losses(whole).items()) < 1e-6
+
+
+def test_every_step_takes_the_same_form_and_the_look_before_it_no_random_numbers(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engine.kernels.together import TogetherLinears
+    from engine.train import loop
+
+    calls, drawn = 0, []
+    real, look = TogetherLinears.apply, loop.look
+
+    def counted(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return real(*args)
+
+    def watched(run: Any) -> None:
+        before = torch.get_rng_state(), random.getstate()
+        look(run)
+        drawn.append(not torch.equal(before[0], torch.get_rng_state()) or before[1] != random.getstate())
+
+    monkeypatch.setattr(TogetherLinears, "apply", counted)
+    monkeypatch.setattr(loop, "look", watched)
+    spec = job(data, max_steps=4, eval_every=100, checkpoint_every=100)
+    spec = dataclasses.replace(spec, adapter={**spec.adapter, "lora_dropout": 0.0})
+    train(spec, tmp_path / "whole")
+    every, calls = calls, 0
+    assert every and every % 4 == 0 and drawn == [False]
+    train(spec, tmp_path / "run", At(4, "pause"))
+    first, calls = calls, 0
+    train(spec, tmp_path / "run", resume=True)
+    assert first > 0 and first + calls == every
 
 
 def test_stop_keeps_a_usable_adapter(data: Path, tmp_path: Path) -> None:
