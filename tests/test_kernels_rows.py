@@ -21,6 +21,12 @@ from tests.test_kernels import distance, llama
 MIXED = [5, 1, 9, 8, 5]
 
 
+@pytest.fixture(autouse=True)
+def forgotten() -> None:
+    """What other tests' blocks and rooms have led to."""
+    rows._known.cache_clear()
+
+
 def inputs(lengths: list[int], shared: int, dtype: torch.dtype, value_size: int = 8) -> list[Tensor]:
     torch.manual_seed(0)
     shapes = [(4, 8), (4 // shared, 8), (4 // shared, value_size)]
@@ -47,7 +53,7 @@ def results(node: Any, tensors: list[Tensor], *arguments: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("block", [256, 4])
-@pytest.mark.parametrize("lengths", [MIXED, [7], [6, 6, 6]], ids=str)
+@pytest.mark.parametrize("lengths", [MIXED, [7], [6, 6, 6], [7, 9, 8]], ids=str)
 @pytest.mark.parametrize("shared", [1, 2, 4])
 def test_values_and_gradients(monkeypatch: pytest.MonkeyPatch, shared: int, lengths: list[int], block: int) -> None:
     monkeypatch.setattr(rows, "_BLOCK", block)
@@ -96,6 +102,10 @@ def test_rows_of_like_length_are_computed_together() -> None:
     assert [(one.count, one.width) for one in found] == [(2, 9), (2, 5), (1, 1)]
     every = torch.cat([one.tokens for one in found if one.tokens is not None])
     assert every.sort().values.tolist() == list(range(sum(MIXED)))
+    assert all(one.order is None for one in found)
+    (like,) = groups([7, 9, 8], 4, torch.device("cpu"))
+    assert like.order is not None and like.slots is not None and like.tokens is not None
+    assert torch.equal(like.order[like.tokens], like.slots)
     (alone,) = groups([6, 6, 6], 4, torch.device("cpu"))
     assert (alone.count, alone.width, alone.tokens) == (3, 6, None)
 

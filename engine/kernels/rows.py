@@ -12,6 +12,7 @@ otherwise.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,8 @@ class Group:
         width: tokens of the longest.
         tokens: positions in the batch, (tokens of the group); None for all of them, in their order.
         slots: where they lie in (count * width), likewise.
+        filled: for each slot the token that it takes; where a row has ended, its first one.
+        order: the slots in the order of the tokens, where these are all of the batch.
         block: queries that are computed at a time.
     """
 
@@ -42,6 +45,8 @@ class Group:
     width: int
     tokens: Tensor | None = None
     slots: Tensor | None = None
+    filled: Tensor | None = None
+    order: Tensor | None = None
     block: int = 256
 
     def blocks(self) -> Iterator[tuple[int, int]]:
@@ -49,10 +54,16 @@ class Group:
         for start in range(0, self.width, self.block):
             yield start, min(start + self.block, self.width)
 
-    def taken(self, flat: Tensor) -> Tensor:
-        """(count * width, any) of (T, any), zeros where a row is shorter than the longest."""
-        if self.tokens is None or self.slots is None:
+    def taken(self, flat: Tensor, zeros: bool) -> Tensor:
+        """(count * width, any) of (T, any).
+
+        Where a row is shorter than the longest there are `zeros`, or what no other token sees and nobody takes: that
+        is enough but for gradients from above, which would go into the keys.
+        """
+        if self.tokens is None or self.slots is None or self.filled is None:
             return flat
+        if not zeros:
+            return flat.index_select(0, self.filled)
         padded = flat.new_zeros(self.count * self.width, flat.shape[1])
         return padded.index_copy_(0, self.slots, flat.index_select(0, self.tokens))
 
@@ -60,13 +71,15 @@ class Group:
         """The inverse: into (T, any)."""
         if self.tokens is None or self.slots is None:
             flat.copy_(padded)
+        elif self.order is not None:
+            torch.index_select(padded, 0, self.order, out=flat)
         else:
             flat.index_copy_(0, self.tokens, padded.index_select(0, self.slots))
 
-    def folded(self, x: Tensor, shared: int) -> Tensor:
+    def folded(self, x: Tensor, shared: int, zeros: bool = False) -> Tensor:
         """(B, H, T, d) as (count * shared, H / shared * width, d): the heads that read the same keys in one matrix."""
         heads, size = x.shape[1], x.shape[3]
-        flat = self.taken(x.transpose(1, 2).reshape(-1, heads * size))
+        flat = self.taken(x.transpose(1, 2).reshape(-1, heads * size), zeros)
         parts = flat.view(self.count, -1, shared, heads // shared, size)
         return parts.permute(0, 2, 3, 1, 4).reshape(self.count * shared, -1, size)
 
@@ -91,6 +104,13 @@ def whole(q: Tensor, k: Tensor) -> list[Group]:
 
 def groups(lengths: Sequence[int], heads: int, device: torch.device) -> list[Group]:
     """Rows of like length together."""
+    if torch._C._len_torch_dispatch_stack():
+        # Tensors that are made under another mode are its own.
+        return _groups(tuple(lengths), heads, device)
+    return _known(tuple(lengths), heads, device)
+
+
+def _groups(lengths: tuple[int, ...], heads: int, device: torch.device) -> list[Group]:
     starts = [0]
     for length in lengths:
         starts.append(starts[-1] + length)
@@ -109,9 +129,16 @@ def groups(lengths: Sequence[int], heads: int, device: torch.device) -> list[Gro
         width = lengths[rows[0]]
         tokens = [starts[row] + offset for row in rows for offset in range(lengths[row])]
         slots = [number * width + offset for number, row in enumerate(rows) for offset in range(lengths[row])]
-        places = torch.tensor([tokens, slots], device=device)
-        found.append(Group(len(rows), width, places[0], places[1], _BLOCK))
+        filled = [starts[row] + (at if at < lengths[row] else 0) for row in rows for at in range(width)]
+        order = sorted(range(len(tokens)), key=tokens.__getitem__) if len(members) == 1 else None
+        taken, lying, filling = (torch.tensor(places, device=device) for places in (tokens, slots, filled))
+        back = None if order is None else lying[torch.tensor(order, device=device)]
+        found.append(Group(len(rows), width, taken, lying, filling, back, _BLOCK))
     return found
+
+
+# All layers of a step ask for the same.
+_known = functools.lru_cache(maxsize=4)(_groups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +240,8 @@ class ShortRows(torch.autograd.Function):
             grad = grad * sight.seeing[:, None].to(grad.dtype)
         found = [t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]) for t in (q, k, v)]
         for group, shares in zip(ctx.parts, kept, strict=True):
-            one, two, three, above = (group.folded(t, shared) for t in (q, k, v, grad))
+            one, two, three = (group.folded(t, shared) for t in (q, k, v))
+            above = group.folded(grad, shared, zeros=True)
             results = _gradients(one, two, three, above, shares, group, ctx.scale, sight)
             keys = two.shape[1]
             for result, width, into in zip(results, (group.width, keys, keys), found, strict=True):
