@@ -28,8 +28,11 @@ TOKEN = 600
 SLACK = {"cpu": 0.32, "cuda": 0.0}
 """Share of what a step makes and frees again that stays resident beyond its own peak."""
 
-SLACK_CHECKPOINTING = 0.9
-"""The same with gradient checkpointing on the CPU: what is worked out again is freed between inputs that stay."""
+SLACK_ADAPTER = 0.2
+"""Added on the CPU where an adapter's layers have gradients: small blocks that stay between large ones that go."""
+
+SLACK_CHECKPOINTING = 2.0
+"""Both with gradient checkpointing on the CPU: what is worked out again is freed between inputs that stay."""
 
 _PACKAGES = ("torch", "transformers", "diffusers", "datasets", "accelerate", "bitsandbytes", "safetensors", "gradio")
 
@@ -39,13 +42,21 @@ def overhead(device: str, vocabulary: int = 0) -> int:
     return OVERHEAD[device] + (TOKEN * vocabulary if device == "cpu" else 0)
 
 
-def slack(parts: Mapping[str, int], device: str, checkpointing: bool = False) -> int:
+def slack(parts: Mapping[str, int], device: str, checkpointing: bool = False, layers: bool = False) -> int:
     """Bytes that the allocator keeps beyond the step's own peak.
 
     glibc serves blocks below its threshold (up to 32 MiB) from a heap, whose holes between longer-lived blocks cannot
     be given back; so it grows with what comes and goes, and not with what stays.
+
+    Args:
+        parts: bytes of the step's parts.
+        device: `cpu` or `cuda`.
+        checkpointing: whether activations are worked out again.
+        layers: whether an adapter is trained that has weights in the base's layers.
     """
-    share = SLACK_CHECKPOINTING if checkpointing and device == "cpu" else SLACK[device]
+    share = SLACK[device]
+    if device == "cpu":
+        share = SLACK_CHECKPOINTING if checkpointing else share + (SLACK_ADAPTER if layers else 0)
     return int(share * (parts["gradients"] + parts["activations"] + parts["logits"]))
 
 
