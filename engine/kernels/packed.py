@@ -72,9 +72,8 @@ def attention(
     """transformers' call: its own attention, unless the mask is a tensor of rows' lengths."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    mask = attention_mask
+    mask, scale = attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling
     if not dropout and _short(module, query, key, mask, kwargs):
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         sight = rows.sight_of(mask, _is_causal(module, query, mask, kwargs), query.shape[0], query.shape[2])
         lengths = [query.shape[2]] * query.shape[0]
         seen: Tensor = rows.ShortRows.apply(query, key, value, lengths, scale, sight)
@@ -82,7 +81,6 @@ def attention(
     if mask is not None and not mask.is_floating_point() and mask.dtype is not torch.bool:
         lengths = mask.flatten().tolist()
         if not dropout and kernels.enabled() and kwargs.get("position_bias") is None:
-            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             node: Any = rows.ShortRows if rows.fits(query, lengths) else RowsAttention
             out: Tensor = node.apply(query, key, value, lengths, scale)
             return out.transpose(1, 2).contiguous(), None

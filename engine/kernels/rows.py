@@ -4,7 +4,7 @@
     dV = P^T dO,  dP = dO V^T,  dS = P (dP - rowsum(P dP)),  dQ = s dS K,  dK = s dS^T Q
 
 torch's kernel for processors takes one row at a time, and its backward pass is slow in half precision. Here rows of
-like length lie side by side, (rows, heads, longest), filled up with zeros, and go through batched products together.
+like length lie side by side, (rows, heads, longest), filled up, and go through batched products together.
 Queries go in blocks, each of a causal row against the keys up to its end, so that of a long row little more than the
 half that is seen is computed. P is kept for the backward pass while it is no larger than Q, K and V, and computed again
 otherwise.

@@ -10,7 +10,7 @@ place, where autograd would add whole tensors.
 Which layers belong together is seen, not assumed: the layers of one module note in its first pass who was called with
 the very same tensor, one right after the other. From then on the first of them computes for all in training, and the
 others hand out what is there. A pass that goes another way ends that for good. The first pass differs from the others
-in the last digits, so that `engine.train.loop` makes one of its own before it begins.
+in the last digits, so that `engine.train.loop` sees to it that there has been one before it begins.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine import kernels
 from engine.kernels.linear import Parts, Product, frozen_weight
@@ -98,6 +98,12 @@ def fits(part: Parts | None, x: Tensor) -> bool:
     return not product.drop and product.offset is None and product.norm is None and part.a.device == x.device
 
 
+def unseen(model: nn.Module) -> bool:
+    """Whether some of a model's adapted layers have not been through any pass yet."""
+    found = (module.__dict__.get("siblings") for module in model.modules())
+    return any(isinstance(one, Siblings) and one.unseen for one in found)
+
+
 class Siblings:
     """The adapted layers of one module, and who of them reads the same input.
 
@@ -118,6 +124,11 @@ class Siblings:
         self._groups, self._ready, self._source = None, {}, None
         self._runs: list[list[Any]] = []
         self._read: weakref.ref[Tensor] | None = None
+
+    @property
+    def unseen(self) -> bool:
+        """Whether no pass has shown yet who belongs together."""
+        return self._groups is None and not self._runs
 
     def output(self, layer: Any, x: Tensor) -> Tensor | None:
         """The layer's output where the group has it, or None: then the layer is to compute it by itself."""

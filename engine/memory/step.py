@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.autograd.graph import saved_tensors_hooks
 
 from engine.kernels.loss import output_layer
+from engine.kernels.together import unseen
 from engine.memory import depth
 from engine.memory.allocations import HIDDEN, HIDDEN_ON_CPU, Allocations
 from engine.memory.shapes import Shaped
@@ -61,7 +62,6 @@ class Simulation:
         for parameter in self.parameters.values():
             parameter.register_post_accumulate_grad_hook(self._got_gradient)
         self.stack = None if whole else depth.find(trainee.model)
-        self._looked = False
         self._optimizer_state: Any = {}
         # What the blocks that are left out keep from step to step, beside their weights.
         self._missing: Counter[str] = Counter()
@@ -78,8 +78,7 @@ class Simulation:
 
         With gradient accumulation the second forward pass finds the first one's gradients there.
         """
-        if not self._looked:
-            self._look(batch)
+        self._look(batch)
         if self.stack is not None:
             try:
                 found = self._shortened_step(batch, self.stack)
@@ -94,14 +93,18 @@ class Simulation:
         return max(self.updating, found, key=Counter.total)
 
     def _look(self, batch: Batch) -> None:
-        """What the loop does before its first step, which is not a part of any (`engine.train.loop.look`)."""
-        self._looked = True
-        if self.spec.full:
-            return
+        """What the loop does before its first step, which is not a part of any.
+
+        The model is asked how it makes its logits, and its layers who reads the same input (`engine.train.loop.look`).
+        """
+        model = self.model.trainee.model
         # A model that wants all its blocks says so in the step itself; what is said of an evaluation has no numbers.
         faults = (LookupError, ValueError, DataDependentOutputException, DynamicOutputShapeException)
-        with self.shortened(), _quiet(), torch.no_grad(), suppress(*faults):
-            self.task.loss(self.model.trainee.model, dict(batch))
+        with self.shortened(), _quiet(), suppress(*faults):
+            output_layer(model)
+            with torch.no_grad():
+                if unseen(model):
+                    self.task.loss(model, dict(batch))
 
     def _whole_step(self, batch: Batch) -> Counter[str]:
         with self._training():
@@ -114,19 +117,15 @@ class Simulation:
         """As `_whole_step`, worked out from four blocks."""
         allocations, left_out = self.allocations, stack.left_out
         clipped = []
-        with stack.shortened():
-            with _quiet():
-                # The model is asked once how it makes its logits; that is not a part of the step.
-                output_layer(self.model.trainee.model)
-            with stack.marked(allocations.mark), self._training():
-                allocations.mark("before")
-                self._run(batch, allocations.mark)
-                spans = allocations.spans()
-                for count in (depth.KEPT - 1, depth.KEPT):
-                    allocations.restart()
-                    self._clip(stack.parameters(self.parameters, count))
-                    clipped.append(allocations.at_peak)
-                kept = allocations.begun_in("forward 1", "backward 1")
+        with stack.shortened(), stack.marked(allocations.mark), self._training():
+            allocations.mark("before")
+            self._run(batch, allocations.mark)
+            spans = allocations.spans()
+            for count in (depth.KEPT - 1, depth.KEPT):
+                allocations.restart()
+                self._clip(stack.parameters(self.parameters, count))
+                clipped.append(allocations.at_peak)
+            kept = allocations.begun_in("forward 1", "backward 1")
         found, added = depth.lengthened(spans, left_out, self._missing, kept)
         fewer, run = clipped
         clipping = depth.extended(fewer, run, left_out)

@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from engine.errors import CheckpointError, DataError, DivergedError, EngineError, TrainingError
+from engine.kernels.together import unseen
 from engine.memory.machine import held, memory_limit, peak
 from engine.records import in_order
 from engine.sheets import write_picture
@@ -145,11 +146,14 @@ class Run:
 
 @torch.no_grad()
 def look(run: Run) -> None:
-    """A short row goes through the model without gradients, and leaves no trace but what the model sees of itself.
+    """A short row goes through the model without gradients, unless one did when the model was asked what it does.
 
-    Layers that read the same input find each other so (`engine.kernels.together`). It has to be before the first step
-    of a run, begun or resumed, or a resumed one would not take the steps of one that was never interrupted.
+    Layers that read the same input find each other so (`engine.kernels.together`), and nothing else is left of it. It
+    has to be before the first step of a run, begun or resumed, or a resumed one would not take the steps of one that
+    was never interrupted.
     """
+    if not unseen(run.trainee.model):
+        return
     rows = run.train_rows
     row = min(rows[:64], key=run.length) if run.length else rows[0]
     run.wrapped.eval()
@@ -170,8 +174,7 @@ def fit(run: Run, resume: bool) -> str:
         TrainingError: the loss or the gradient is not finite.
         CheckpointError: resuming from a checkpoint that does not belong to this job.
     """
-    if not run.spec.full:
-        look(run)
+    look(run)
     if resume:
         _resume(run)
     trainable, parameters = run.trainee.counts()
