@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError
-from engine.layers import AdapterLayer
 from engine.memory.machine import overhead, slack
 from engine.memory.prediction import PARTS, Prediction
 from engine.train.job import JobSpec, TrainingSpec, changed
@@ -177,10 +176,9 @@ class Job:
         if found.steps is not None and found.steps <= spec.training.checkpoint_every:
             copies = 0
         converted = self.model.file_bytes if self.model.converted else 0
-        layers = any(isinstance(module, AdapterLayer) for module in self.model.trainee.model.modules())
         return Prediction(
             **{name: int(parts[name]) for name in PARTS},
-            slack=slack(parts, self.device, spec.training.gradient_checkpointing, layers),
+            slack=slack(parts, self.device, spec.training.gradient_checkpointing, self.simulation.adapted),
             overhead=process,
             peak_loading=process + state["weights"] + converted,
             peak_checkpoint=process + sum(state.values()) + copies,

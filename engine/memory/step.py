@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from engine.kernels.loss import output_layer
 from engine.kernels.together import unseen
+from engine.layers import AdapterLayer
 from engine.memory import depth
 from engine.memory.allocations import HIDDEN, HIDDEN_ON_CPU, Allocations
 from engine.memory.shapes import Shaped
@@ -44,6 +45,7 @@ class Simulation:
         state: part -> bytes that stay from step to step.
         updating: part -> bytes at the peak of the optimizer's own step.
         trained: bytes of what is trained.
+        adapted: whether a layer of the model carries an adapter.
     """
 
     def __init__(self, spec: JobSpec, task: Task, model: Shaped, device: str = "cpu", whole: bool = False) -> None:
@@ -55,6 +57,7 @@ class Simulation:
         # AdaLoRA's schedule wants to know; the memory of a step does not depend on it.
         trainee.prepare(spec.training.max_steps or 10_000)
         self.parameters = trainee.parameters()
+        self.adapted = any(isinstance(module, AdapterLayer) for module in trainee.model.modules())
         self.trained = sum(p.numel() * p.element_size() for p in self.parameters.values())
         self.allocations = Allocations(_vocabulary(trainee.model), HIDDEN_ON_CPU if device == "cpu" else HIDDEN)
         self.allocations.hold((*trainee.model.parameters(), *trainee.model.buffers()), "adapter")
