@@ -264,7 +264,9 @@ def wire(page: Page) -> None:
     suggested = {"fn": None, "inputs": [parts.suggested, parts.prompt], "outputs": parts.prompt, "js": _SUGGEST}
     # One after the other, so that the second of two arrivals sees what the first has filled in.
     arrival: dict[str, Any] = {"trigger_mode": "always_last", **HIDDEN}
-    page.tab[ID].select(form.enter, arrived, views, **arrival).then(**suggested, **HIDDEN)
+    # What asks waits for both (assets/scripts/compare.js).
+    entered = page.tab[ID].select(form.enter, arrived, views, **arrival).then(**suggested, **HIDDEN)
+    entered.then(None, None, None, js="() => window.studioFormStands()", **HIDDEN)
     page.tab[ID].select(refreshed["fn"], refreshed["inputs"], refreshed["outputs"], **arrival)
     parts.base.input(form.rebase, parts.base, views, **HIDDEN)
     parts.columns.input(form.chosen, [parts.base, parts.columns], views, **HIDDEN)
