@@ -14,7 +14,7 @@ BENCHES = {
         "`python -m engine train` against a script with TRL's SFTTrainer and PEFT, whole processes in turns. Both "
         "learn the same chats in the same order and batches, from the same start of the adapter, with the same "
         "schedule; the numbers of tokens and targets and the losses are compared. TRL takes part with the fastest of "
-        "its settings.",
+        "its settings, found in a trial before, or with the one that the command names.",
     ),
     "activations": (
         "What a block keeps for its backward pass",

@@ -2,8 +2,8 @@
 
 python -m bench.memory_fit [NAME ...] [--json bench/results/memory_fit.json]
 
-Each case is a job of three steps. `measured` is the largest resident memory of the training process
-(`ru_maxrss` of `python -m engine train`), `predicted` what `engine.memory.predict` says of the same job before.
+Each case is a job of three steps, two of them of more. `measured` is the largest resident memory of the training
+process (`ru_maxrss` of `python -m engine train`), `predicted` what `engine.memory.predict` says of the same job before.
 smollm2-135m-instruct has to be fetched before (`python -m engine.models.fetch smollm2-135m-instruct`).
 """
 
@@ -56,6 +56,22 @@ CASES: dict[str, dict[str, Any]] = {
         512,
         data={"path": str(EXAMPLES / "lighthouse.jsonl"), "eval_split": 0.1},
         training={"loss_on": "answers"},
+    ),
+    "chats-bf16": _job(
+        SMOL,
+        {"method": "lora", "r": 8, **_LINEAR},
+        8,
+        512,
+        data={"path": str(EXAMPLES / "lighthouse.jsonl"), "eval_split": 0.1},
+        training={"loss_on": "answers", "precision": "bf16", "max_steps": 16},
+    ),
+    "chats-bf16-tiny": _job(
+        TINY,
+        {"method": "lora", "r": 8, **_LINEAR},
+        8,
+        128,
+        data={"path": str(EXAMPLES / "lighthouse.jsonl"), "eval_split": 0.1},
+        training={"loss_on": "answers", "precision": "bf16", "max_steps": 36, "sample_prompts": ["What is a tiger?"]},
     ),
     "seq2seq": _job(
         "tiny-t5",

@@ -19,7 +19,8 @@ from engine.errors import ConfigError
 OVERRIDE = "STUDIO_THREADS"
 _COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
-_SHAPES = "96"
+SHAPES = 96
+"""Shapes of products that a run remembers whose rows differ in length."""
 
 
 def available_cores(root: Path = Path("/")) -> int:
@@ -88,7 +89,7 @@ def keep_few_products() -> None:
     soon, and a step has fewer than this many. What the user has set keeps its value.
     """
     for name in _CACHES:
-        os.environ.setdefault(name, _SHAPES)
+        os.environ.setdefault(name, str(SHAPES))
 
 
 def _count(threads: int | None, environment: Mapping[str, str]) -> int:

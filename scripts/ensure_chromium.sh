@@ -1,10 +1,10 @@
 #!/bin/sh
 # A Chromium for the browser tests: one that is there, or Debian's through apt where this user may install.
 set -eu
-for name in chromium chromium-browser google-chrome google-chrome-stable; do
+for name in chromium chromium-browser; do
     if command -v "$name" >/dev/null 2>&1; then exit 0; fi
 done
-if [ -n "${CHROMIUM:-}" ] && [ -x "$CHROMIUM" ]; then exit 0; fi
+if [ -n "${STUDIO_CHROMIUM:-}" ] && [ -x "$STUDIO_CHROMIUM" ]; then exit 0; fi
 if command -v apt-get >/dev/null 2>&1; then
     if [ "$(id -u)" = 0 ]; then as=""; elif sudo -n true 2>/dev/null; then as="sudo"; else as="none"; fi
     if [ "$as" != none ]; then
@@ -14,6 +14,6 @@ if command -v apt-get >/dev/null 2>&1; then
         exit 0
     fi
 fi
-echo "The browser tests need Chromium. Install it ('sudo apt-get install chromium', or any Chrome), or set" >&2
-echo "CHROMIUM=/path/to/chrome. To leave them out: make check PYTEST_ADDOPTS=\"-m 'not browser and not slow'\"" >&2
+echo "The browser tests need Chromium. Install it ('sudo apt-get install chromium'), or set" >&2
+echo "STUDIO_CHROMIUM=/path/to/chrome. Without one they are left out: make check" >&2
 exit 1

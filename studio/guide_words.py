@@ -87,9 +87,10 @@ def goals(ids: bool = True) -> str:
             f'<button type="button" class="gd-sample"{own} data-sample="{esc(sample.name)}"'
             f' title="{esc(t(sample.meaning))}"><span>{esc(t(sample.button))}</span>{toy}</button>'
         )
+    lead = t("Choose one. Three short questions and a check follow, each with an answer that works.")
     return (
         f'<h2 class="page-title">{esc(t("What do you want to teach?"))}</h2>'
-        f'<p class="st-lead">{esc(t("Choose one. Five short questions follow, each with an answer that works."))}</p>'
+        f'<p class="st-lead">{esc(lead)}</p>'
         f'<div class="gd-cards">{"".join([*cards, other])}</div>'
         f'<h3 class="gd-next">{esc(t("Or open a finished sample"))}</h3>'
         f'<p class="st-lead">{esc(t("Its rows, base and recipe are filled in: train, compare, done."))}</p>'

@@ -54,8 +54,8 @@ SAMPLES = {
             N_("A voice of the sea"),
             N_("Teach SmolLM2 the captain's voice"),
             N_(
-                "A real language model with 135 million parameters. Downloads about 93 MB once, then trains in about"
-                " two minutes on a laptop."
+                "A real language model with 135 million parameters. Downloads 93 to 271 MB once, then trains in"
+                " about two minutes on a laptop."
             ),
             "first_lora.yaml",
         ),
@@ -95,7 +95,7 @@ SAMPLES = {
             N_("Which topic a question is about"),
             N_("Teach eight topics"),
             N_(
-                "A real text encoder (MiniLM) learns to sort questions. Downloads about 91 MB once, then half a minute."
+                "A real text encoder (MiniLM) learns to sort questions. Downloads 83 to 91 MB once, then half a minute."
             ),
             "topics_minilm.yaml",
         ),

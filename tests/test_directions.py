@@ -1,4 +1,4 @@
-"""The direction of imports: app -> studio -> engine, and within the engine what DESIGN keeps apart."""
+"""The direction of imports: app -> studio -> engine, and in the engine neighbours that know nothing of each other."""
 
 from __future__ import annotations
 

@@ -67,13 +67,18 @@ class Kept:
         if torch.compiler.is_compiling() or any(t.is_inference() for t in sources):
             return make()
         same = len(self._marks) == len(sources) and all(
-            ref() is t and version == t._version and place == t.data_ptr()
+            ref() is t and version == t._version and place == _place(t)
             for (ref, version, place), t in zip(self._marks, sources, strict=True)
         )
         if self._value is None or not same:
             self._value = make()
-            self._marks = [(weakref.ref(t), t._version, t.data_ptr()) for t in sources]
+            self._marks = [(weakref.ref(t), t._version, _place(t)) for t in sources]
         return self._value
+
+
+def _place(t: Tensor) -> int:
+    """Where its numbers lie; shapes without numbers (engine.memory's) lie nowhere."""
+    return 0 if type(t).__name__ == "FakeTensor" else t.data_ptr()
 
 
 def _thin_product(w: Tensor, a: Tensor, training: bool) -> Tensor:

@@ -173,5 +173,5 @@ SPEC = AdapterSpec(
     mergeable=True,
     mixable=True,
     identity_at_start=True,
-    formats=("PEFT", "kohya"),
+    formats=("PEFT", "kohya", "diffusers"),
 )

@@ -2,7 +2,7 @@
 
 The file is laid out by `gguf`, llama.cpp's own package; without it nothing here writes. `model.write_model` writes a
 whole model, `adapter.write_adapter` a LoRA alone; `vocabulary.py` says a tokenizer in llama.cpp's terms, `files.py` is
-what both share. See docs/formats.md.
+what both share. See docs/export.md.
 """
 
 from __future__ import annotations

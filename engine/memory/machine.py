@@ -25,14 +25,20 @@ CUDA the context alone, which is on the card (not measured here)."""
 TOKEN = 600
 """Bytes of a tokenizer for each token that it knows."""
 
+PRODUCT, PRODUCTS = 600_000, 36
+"""Bytes that a product in bfloat16 leaves on the CPU for each shape of its matrices, and the shapes of a step."""
+
 SLACK = {"cpu": 0.32, "cuda": 0.0}
 """Share of what a step makes and frees again that stays resident beyond its own peak."""
 
 SLACK_ADAPTER = 0.2
 """Added on the CPU where an adapter's layers have gradients: small blocks that stay between large ones that go."""
 
-SLACK_CHECKPOINTING = 2.0
-"""Both with gradient checkpointing on the CPU: what is worked out again is freed between inputs that stay."""
+SLACK_QUANTISED = 0.2
+"""Added on the CPU over a base in codes: weights that are decoded for one product come and go between what stays."""
+
+SLACK_CHECKPOINTING = 2.4
+"""All of these with gradient checkpointing on the CPU: what is worked out again is freed between inputs that stay."""
 
 _PACKAGES = ("torch", "transformers", "diffusers", "datasets", "accelerate", "bitsandbytes", "safetensors", "gradio")
 
@@ -42,7 +48,18 @@ def overhead(device: str, vocabulary: int = 0) -> int:
     return OVERHEAD[device] + (TOKEN * vocabulary if device == "cpu" else 0)
 
 
-def slack(parts: Mapping[str, int], device: str, checkpointing: bool = False, layers: bool = False) -> int:
+def products(device: str, lengths: int) -> int:
+    """Bytes that torch and oneDNN keep for products in bfloat16 whose batches have so many different lengths."""
+    return PRODUCT * min(PRODUCTS * lengths, threads.SHAPES) if device == "cpu" else 0
+
+
+def slack(
+    parts: Mapping[str, int],
+    device: str,
+    checkpointing: bool = False,
+    layers: bool = False,
+    quantised: bool = False,
+) -> int:
     """Bytes that the allocator keeps beyond the step's own peak.
 
     glibc serves blocks below its threshold (up to 32 MiB) from a heap, whose holes between longer-lived blocks cannot
@@ -53,10 +70,12 @@ def slack(parts: Mapping[str, int], device: str, checkpointing: bool = False, la
         device: `cpu` or `cuda`.
         checkpointing: whether activations are worked out again.
         layers: whether an adapter is trained that has weights in the base's layers.
+        quantised: whether the base is in codes.
     """
     share = SLACK[device]
     if device == "cpu":
-        share = SLACK_CHECKPOINTING if checkpointing else share + (SLACK_ADAPTER if layers else 0)
+        share += (SLACK_ADAPTER if layers else 0) + (SLACK_QUANTISED if quantised else 0)
+        share = SLACK_CHECKPOINTING if checkpointing else share
     return int(share * (parts["gradients"] + parts["activations"] + parts["logits"]))
 
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from engine import threads
 from engine.errors import ConfigError
-from engine.memory.machine import overhead, slack
+from engine.memory.machine import overhead, products, slack
 from engine.memory.prediction import PARTS, Prediction
 from engine.train.job import JobSpec, TrainingSpec, changed
 
@@ -171,6 +172,7 @@ class Job:
         parts = max((self.simulation.peak(batch) for batch in found.batches), key=lambda one: sum(one.values()))
         state = self.simulation.state
         process = overhead(self.device, len(self.model.loaded.processor))
+        working = process + products(self.device, self._lengths(found))
         # The loop writes none at its end; one on request (stop, pause) can come at any time, and is not counted.
         copies = state["optimizer"] + self.simulation.trained
         if found.steps is not None and found.steps <= spec.training.checkpoint_every:
@@ -178,16 +180,29 @@ class Job:
         converted = self.model.file_bytes if self.model.converted else 0
         return Prediction(
             **{name: int(parts[name]) for name in PARTS},
-            slack=slack(parts, self.device, spec.training.gradient_checkpointing, self.simulation.adapted),
-            overhead=process,
+            slack=slack(
+                parts,
+                self.device,
+                checkpointing=spec.training.gradient_checkpointing,
+                layers=self.simulation.adapted,
+                quantised=spec.quantization != "none",
+            ),
+            overhead=working,
             peak_loading=process + state["weights"] + converted,
-            peak_checkpoint=process + sum(state.values()) + copies,
+            peak_checkpoint=working + sum(state.values()) + copies,
             batch_size=spec.training.batch_size,
             tokens=found.tokens,
             length=found.length,
             measured_rows=found.measured,
             device=self.device,
         )
+
+    def _lengths(self, found: Heaviest) -> int:
+        """Different lengths of batches whose products are in bfloat16; without rows to look at, more than are kept."""
+        from engine.models.loading import dtype_of
+
+        half = str(dtype_of(self.spec.training.precision, self.device)) == "torch.bfloat16"
+        return (threads.SHAPES if found.lengths is None else found.lengths) if half else 0
 
 
 def _candidates(spec: JobSpec) -> Iterator[dict[str, Any]]:

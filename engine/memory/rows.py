@@ -43,6 +43,7 @@ class Heaviest:
         batches: as the loop would make them. measured: they are the job's own rows.
         tokens, length: of the first batch: what the model reads, and its longest row.
         steps: of the whole run; None where it is not known.
+        lengths: how many batches differ in what the model reads; None where the rows are not known.
     """
 
     batches: tuple[Batch, ...]
@@ -50,6 +51,7 @@ class Heaviest:
     tokens: int
     length: int
     steps: int | None
+    lengths: int | None
 
 
 _MOST_REMEMBERED = 2
@@ -168,6 +170,7 @@ def heaviest(task: Task, loaded: Loaded, own: Sequence[Any], spec: JobSpec, leng
         tokens=task.tokens(longest[2]),
         length=max(map(row_length, group)),
         steps=total,
+        lengths=len({item[0] for item in weighed}) if own and length is None else None,
     )
 
 

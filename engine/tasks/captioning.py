@@ -46,7 +46,7 @@ class Captioning:
     """The task's record and its options.
 
     Attributes:
-        style: a key of `STYLES`: what the decoder goes on from, in training and in answers.
+        style: `plain`, `detailed` or `artistic`: the words that the decoder goes on from, in training and in answers.
         beams: beams of a sample's search; 1 is greedy.
         max_new_tokens: most tokens of a sample.
     """

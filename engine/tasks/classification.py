@@ -48,7 +48,7 @@ class Classification:
     """The task's options; `fitted` gives the task that knows its labels.
 
     Attributes:
-        multi_label: `auto` (several labels at once if any row has none or several), True or False.
+        multi_label: `auto` (several labels at once if any row has none or several), `true` or `false`.
         labels: the names in the order of the model's outputs; those of the rows, sorted, when left out.
     """
 

@@ -32,10 +32,10 @@ class DataSpec:
 
     Attributes:
         path: a csv, json, jsonl, parquet or txt file; a folder or zip of pictures.
-        format: a key of `engine.data.FORMATS`, one that the task takes; recognised when left out.
+        format: of the rows, one that the task takes; recognised when left out.
         columns: role -> column name, where the columns carry other names (`{"instruction": "question"}`).
         eval_split: share of the rows (0 to 0.5) held back for evaluation; 0 turns evaluation off.
-        fixes: what is done about problem rows, cause -> action (`{"duplicate": "skip"}`, see `engine.data.fixes`).
+        fixes: what is done about problem rows, cause -> action (`{"duplicate": "skip"}`).
     """
 
     path: str
@@ -66,7 +66,7 @@ class TrainingSpec:
 
     Attributes:
         epochs: passes over the training rows; ignored when `max_steps` is given.
-        max_steps: optimizer steps; None means `epochs` decides.
+        max_steps: optimizer steps; left out: `epochs` decides.
         batch_size: rows in one forward pass.
         gradient_accumulation: forward passes per optimizer step; the loss is the mean over all their tokens.
         learning_rate: peak rate.
@@ -76,8 +76,8 @@ class TrainingSpec:
             card's, whose state moves to the machine's memory when the card is full); or `adafactor` (rows' and columns'
             means instead of one number for each weight).
         weight_decay: the optimizer's decoupled decay.
-        loraplus_ratio: LoRA+: the learning rate of LoRA's B is this multiple of A's; None: the same for both.
-        loraplus_embedding_rate: with it, the peak rate of LoRA at embeddings; None: 1e-6, as in PEFT.
+        loraplus_ratio: LoRA+: the learning rate of LoRA's B is this multiple of A's; left out: the same for both.
+        loraplus_embedding_rate: with it, the peak rate of LoRA at embeddings; left out: 1e-6, as in PEFT.
         max_grad_norm: gradients are scaled down to this total norm; 0 turns clipping off.
         max_length: tokens per row; longer rows are cut and counted.
         precision: `bf16` loads the base in bfloat16, `fp32` in float32; `auto` picks by the hardware.
@@ -85,7 +85,7 @@ class TrainingSpec:
         seed: for initial weights, data order and dropout.
         eval_every: steps between evaluations (there is always one before the first and after the last step).
         early_stopping_patience: end the run after so many evaluations in a row without a lower loss, and keep what was
-            learned at the best one; None runs to the end and keeps that. The evaluation before the first step is not
+            learned at the best one; left out: to the end, and keep that. The evaluation before the first step is not
             counted.
         checkpoint_every: steps between checkpoints.
         sample_prompts: prompts answered at each evaluation.
@@ -93,7 +93,7 @@ class TrainingSpec:
         activation_offload: keep what the backward pass needs in the machine's memory; only with an accelerator.
         group_by_length: where rows are padded, rows of like length make a batch. The order stays a function of seed and
             epoch.
-        threads: CPU threads of the worker; None picks by the machine (`engine.threads`).
+        threads: CPU threads of the worker; left out: chosen for the machine.
     """
 
     epochs: float = 3.0
@@ -157,12 +157,21 @@ class TrainingSpec:
 
 @dataclass(frozen=True)
 class JobSpec:
-    """One run; `options` are the task's own settings.
-
-    `quantization` holds the base's linear layers in 4 (nf4, fp4) or 8 bits (int8) beneath the adapter. `full` trains
-    the base itself, without an adapter.
+    """One run.
 
     `JobSpec.from_dict(yaml.safe_load(text))` and `JobSpec.to_dict()` are inverse to each other.
+
+    Attributes:
+        model: the base: a built-in name, a local folder or a hub id.
+        data: what is learned from.
+        adapter: the method and its fields.
+        training: how it is learned.
+        task: `causal_lm`, `preference`, `seq2seq`, `classification`, `text_to_image` or `captioning`.
+        quantization: the base's linear layers in 4 bits (`nf4`, `fp4`) or 8 (`int8`) beneath the adapter; `none`: as
+            they are.
+        full: train the base itself, without an adapter.
+        name: what the run is called.
+        options: the task's own settings.
 
     Raises:
         ConfigError: with every fault at once, each naming the field, the value and what was needed.
