@@ -229,16 +229,25 @@ def steady(model: nn.Module) -> nn.Module:
 
 def dequantized(layer: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight that a quantised layer stands for, (out, in)."""
-    from bitsandbytes import functional
-
-    weight: Any = layer.weight
     if type(layer).__name__ == FOUR:
-        # Shapes without numbers (engine.memory) have the scales at the layer alone.
-        state: Any = getattr(weight, "quant_state", None) or layer.quant_state
-        full: Tensor = functional.dequantize_4bit(weight.data, state)
-        return full.to(dtype)
+        return decoded(codes_of(layer), dtype)
     codes, scales = _int8_parts(layer)
     return (codes.float() * (scales.float() / 127).unsqueeze(1)).to(dtype)
+
+
+def codes_of(layer: nn.Module) -> tuple[Tensor, Any]:
+    """A 4-bit layer's codes and scales as they are now; a merge gives the layer others."""
+    weight: Any = layer.weight
+    # Shapes without numbers (engine.memory) have the scales at the layer alone.
+    return weight.data, getattr(weight, "quant_state", None) or layer.quant_state
+
+
+def decoded(codes: tuple[Tensor, Any], dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight that the codes of a 4-bit layer stand for, (out, in)."""
+    from bitsandbytes import functional
+
+    full: Tensor = functional.dequantize_4bit(*codes)
+    return full.to(dtype)
 
 
 def dense(layer: nn.Module) -> nn.Linear:

@@ -115,6 +115,7 @@ class AdapterLayer(nn.Module):
     def train(self, mode: bool = True) -> AdapterLayer:
         super().train(mode)
         self.stack.forget()
+        self.siblings.release()
         return self
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -144,6 +145,9 @@ class AdapterLayer(nn.Module):
     def parts(self, x: Tensor) -> Any:
         """The layer and its adapter as one autograd node, where one adapter is active here and its method has that."""
         board = self.switchboard
+        if torch.is_grad_enabled():
+            # Not every optimizer tells a tensor that it was changed, bitsandbytes' do not.
+            self.stack.forget()
         if board.disabled or board.rows is not None or self.shifting or not kernels.enabled():
             return None
         here = [(name, weight) for name, weight in board.weights.items() if weight and self.holds(name)]

@@ -13,6 +13,7 @@ from engine.adapters import ADAPTERS
 from engine.adapters.base import AdapterConfig, AdapterSpec, AdapterWeights, Switchboard
 from engine.errors import ConfigError
 from engine.inject import wrappers
+from engine.kernels import packed
 from engine.layers import AdapterLayer, Wrapper
 
 
@@ -129,6 +130,7 @@ class ModelState(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.base_model.belong_to(self)
+        packed.arrived(self.get_base_model())
 
     def get_base_model(self) -> nn.Module:
         model: nn.Module = self.base_model.model

@@ -96,8 +96,12 @@ class Stack:
         # Copies and pickles of a model start empty: their tensors are others.
         return (Stack, ())
 
+    _rows: list[Mix] | None = None
+
     def forget(self) -> None:
-        self._rows: list[Mix] | None = None
+        if self._rows is None and "left" in self.__dict__:
+            return
+        self._rows = None
         self._made: dict[str, LowRankLinear] = {}
         self._marks = _Marks()
         self.left: frozenset[str] = frozenset()

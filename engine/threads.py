@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from engine.errors import ConfigError
@@ -134,13 +134,18 @@ def _counted_by_psutil() -> int:
 
 def _quota(root: Path) -> float | None:
     """CPUs that the cgroup grants (2.5 is two and a half), the smallest on the way to the root; None if unlimited."""
-    shares = []
+    shares = [share for folder in cgroups("cpu", root) for share in _granted(folder)]
+    return min(shares, default=None)
+
+
+def cgroups(controller: str, root: Path = Path("/")) -> Iterator[Path]:
+    """The folders of this process's control groups for `cpu` or `memory`, its own and those above it."""
     for line in (_read(root / "proc/self/cgroup") or "").splitlines():
         _, controllers, own = line.split(":", 2)
         if controllers == "":
             mounts = [root / "sys/fs/cgroup", root / "sys/fs/cgroup/unified"]
-        elif "cpu" in controllers.split(","):
-            mounts = [root / "sys/fs/cgroup" / controllers, root / "sys/fs/cgroup/cpu"]
+        elif controller in controllers.split(","):
+            mounts = [root / "sys/fs/cgroup" / controllers, root / "sys/fs/cgroup" / controller]
         else:
             continue
         for mount in mounts:
@@ -148,8 +153,7 @@ def _quota(root: Path) -> float | None:
             for folder in [mount / own.strip("/"), *(mount / own.strip("/")).parents]:
                 if folder != mount and mount not in folder.parents:
                     break
-                shares += _granted(folder)
-    return min(shares, default=None)
+                yield folder
 
 
 def _granted(folder: Path) -> list[float]:

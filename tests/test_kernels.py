@@ -19,7 +19,7 @@ from engine import bnb, kernels
 from engine.adapters.dora import DoRAConfig
 from engine.adapters.lorafa import LoRAFAConfig
 from engine.kernels import gated, linear
-from engine.kernels.dropout import Dropout, mask_like
+from engine.kernels.dropout import Dropout, drawn_seed, mask_like
 
 INPUTS, OUTPUTS, TOKENS = 64, 96, 24
 METHODS: dict[str, Any] = {"lora": engine.LoraConfig, "dora": DoRAConfig, "lorafa": LoRAFAConfig}
@@ -138,7 +138,7 @@ def masks_of(x: Tensor, drop: float) -> Any:
     """Dropout in another number format, with the mask that it would have drawn for `x`."""
 
     def same(self: Dropout, value: Tensor) -> Tensor:
-        return value * mask_like(x, drop).to(value.dtype)
+        return value * mask_like(x, drop, drawn_seed(x)).to(value.dtype)
 
     with pytest.MonkeyPatch.context() as patch:
         if drop:
@@ -150,11 +150,12 @@ def masks_of(x: Tensor, drop: float) -> Any:
 @pytest.mark.parametrize("p", [0.05, 0.5])
 def test_masks_drop_the_share_they_are_to_and_keep_the_mean(p: float, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    mask = mask_like(torch.empty(300, 1001, dtype=dtype), p).float()
+    x = torch.empty(300, 1001, dtype=dtype)
+    mask = mask_like(x, p, drawn_seed(x)).float()
     assert mask.unique().numel() == 2
     assert abs(float((mask == 0).float().mean()) - p) < 0.003 and abs(float(mask.mean()) - 1) < 0.01
     # No pattern along rows, nor from one draw to the next.
-    again = mask_like(torch.empty(300, 1001, dtype=dtype), p).float()
+    again = mask_like(x, p, drawn_seed(x)).float()
     for other in (again, mask.roll(1, 1), mask.roll(1, 0)):
         pair = torch.stack([mask.flatten(), other.flatten()])
         assert abs(float(torch.corrcoef(pair)[0, 1])) < 0.01
@@ -163,7 +164,7 @@ def test_masks_drop_the_share_they_are_to_and_keep_the_mean(p: float, dtype: tor
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.3, 0.5, 0.9])
 def test_what_a_mask_keeps_grows_by_as_much_as_the_type_can_say(p: float, dtype: torch.dtype) -> None:
-    mask = mask_like(torch.empty(50, 3, dtype=dtype), p)
+    mask = mask_like(torch.empty(50, 3, dtype=dtype), p, 5)
     share = round(p * 65536) / 65536
     assert mask.dtype == dtype and mask.unique().tolist() == [0, float(torch.tensor(1 / (1 - share), dtype=dtype))]
 
@@ -174,6 +175,56 @@ def test_starts_that_leave_an_offset(start: str) -> None:
     fused, plain = compared(adapted("plain", config), torch.randn(TOKENS, INPUTS))
     for name, value in plain.items():
         assert distance(fused[name], value) < 1e-5, name
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+@pytest.mark.parametrize(("kind", "outputs"), [("plain", 64), ("bias", 96), ("plain", 96), ("plain", 32)])
+def test_magnitudes_over_a_start_that_leaves_an_offset(start: str, kind: str, outputs: int) -> None:
+    """v is computed again from the base in square layers and under a bias, and the offset is a part of it."""
+    config = DoRAConfig(r=4, target_modules=["proj"], init_lora_weights=start)
+    fused, plain = compared(adapted(kind, config, outputs=outputs), torch.randn(TOKENS, INPUTS))
+    for name, value in plain.items():
+        assert distance(fused[name], value) < 1e-5, name
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("kind", ["plain", "bias"])
+def test_an_output_may_be_changed_in_place(method: str, kind: str) -> None:
+    model = adapted(kind, METHODS[method](r=4, target_modules=["proj"]), outputs=INPUTS)
+    for change in (lambda y: y.relu_(), lambda y: y.add_(1.0), lambda y: y.mul_(2.0)):
+        fused, plain = compared(model, torch.randn(2, 3, INPUTS), lambda x, change=change: change(model(x)))  # type: ignore[misc]
+        for name, value in plain.items():
+            assert distance(fused[name], value) < 1e-5, name
+
+
+@pytest.mark.parametrize("kind", ["plain", "nf4"])
+def test_a_merge_before_backward_changes_no_gradient(kind: str) -> None:
+    model = adapted(kind, engine.LoraConfig(r=4, target_modules=["proj"]))
+    x = torch.randn(TOKENS, INPUTS)
+    wanted = step(model, model, x)["input"]
+    again = x.clone().requires_grad_()
+    out = model(again)
+    model.merge_adapter()
+    (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
+    assert again.grad is not None and distance(again.grad, wanted) < 1e-6
+
+
+def test_numbers_drawn_elsewhere_leave_the_mask_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any) -> Tensor:
+        torch.rand(7)
+        return mask_like(*args)
+
+    model = adapted("plain", engine.LoraConfig(r=4, target_modules=["proj"], lora_dropout=0.5))
+    x = torch.randn(TOKENS, INPUTS)
+    wanted = step(model, model, x)
+    monkeypatch.setattr("engine.kernels.linear.mask_like", interrupted)
+    for name, value in step(model, model, x).items():
+        assert distance(value, wanted[name]) < 1e-6, name
+
+
+def test_a_mask_does_not_depend_on_strides() -> None:
+    x = torch.empty(6, 8)
+    assert torch.equal(mask_like(x.T.contiguous().T, 0.5, 3), mask_like(x, 0.5, 3))
 
 
 def test_mixing_weights_and_several_adapters() -> None:
@@ -275,6 +326,30 @@ def losses(model: Any) -> tuple[float, dict[str, Tensor]]:
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
     return float(loss.detach()), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_hooks_on_an_adapted_layer_of_a_gated_mlp_are_called() -> None:
+    model = engine.get_peft_model(llama(), engine.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model.train()
+    before, _ = losses(model)
+    heard: list[int] = []
+    layer = model.get_base_model().model.layers[0].mlp.down_proj
+    handle = layer.register_forward_hook(lambda module, args, out: heard.append(1) or out * 3)
+    changed, _ = losses(model)
+    assert heard and changed != pytest.approx(before, rel=1e-6)
+    handle.remove()
+    assert losses(model)[0] == pytest.approx(before, rel=1e-6)
+
+
+def test_models_are_made_where_nothing_has_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.kernels.norm._known", {})
+    monkeypatch.setattr("engine.kernels.gated._known", {})
+    config = engine.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    with torch.device("meta"):
+        engine.get_peft_model(llama(), config)
+    made: Any = engine.get_peft_model(llama(), config)
+    block = made.get_base_model().model.layers[0]
+    assert "forward" in block.mlp.__dict__ and "forward" in block.input_layernorm.__dict__
 
 
 @pytest.mark.parametrize("drop", [0.0, 0.2])

@@ -191,6 +191,54 @@ def test_a_checkpointed_pass_is_repeated_in_the_form_it_began_in(groups: list[in
     assert x.grad is not None and not groups
 
 
+def test_a_mixed_batch_ends_no_group(groups: list[int]) -> None:
+    """A checkpointed pass that waits for its backward is repeated in the form that it began in."""
+    model = adapted()
+    model.add_adapter("other", engine.LoraConfig(r=2, target_modules=["q", "k", "v"], init_lora_weights=False))
+    model.set_adapter("default")
+    model.train()
+    first, second = (torch.randn(2, SIZE).requires_grad_() for _ in range(2))
+    with torch.no_grad():
+        model(first)
+    out: Any = checkpoint(model, first, use_reentrant=False)
+    mixed = model(second, adapter_names=["default", "other"])
+    (out.sum() + mixed.sum()).backward()
+    assert first.grad is not None and second.grad is not None and set(groups) == {3} and len(groups) == 2
+
+
+def test_a_pass_that_breaks_off_leaves_nothing_and_ends_nothing(groups: list[int]) -> None:
+    model, x = adapted(), torch.randn(TOKENS, SIZE)
+    before = [step(model, x) for _ in range(2)][1]
+    layer: Any = model.get_base_model().k
+    handle = layer.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(x.clone().requires_grad_())
+    handle.remove()
+    assert layer.siblings._ready
+    model.eval()
+    assert not layer.siblings._ready and layer.siblings._source is None
+    model.train()
+    groups.clear()
+    handle = layer.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(x.clone().requires_grad_())
+    handle.remove()
+    after = step(model, x)
+    assert groups == [3, 3] and distance(after["output"], before["output"]) < 1e-6
+
+
+def test_lorafa_keeps_no_input(groups: list[int]) -> None:
+    kept: list[int] = []
+    model, x = adapted(method=LoRAFAConfig), torch.randn(TOKENS, SIZE)
+    for _ in range(2):
+        wanted = step(model, x)
+    source = x.clone().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.data_ptr()), t)[1], lambda t: t):
+        model(source)
+    assert groups and source.data_ptr() not in kept
+    assert set(wanted) > {"output", "input"}
+
+
 def test_copies_and_later_adapters_watch_anew(groups: list[int]) -> None:
     model, x = adapted(target_modules=["q", "k"]), torch.randn(TOKENS, SIZE)
     for _ in range(2):

@@ -170,6 +170,18 @@ def test_stacks_follow_their_tensors() -> None:
     agree(model.double(), rows, 1e-10)
 
 
+def test_training_in_eval_mode_by_an_optimizer_that_tells_nothing() -> None:
+    """bitsandbytes changes numbers without a word to the tensor that holds them."""
+    model = loras(tiny.llama(), LINEARS)
+    rows: list[Row] = ["plain", None]
+    agree(model, rows)
+    model.set_adapter("plain")
+    model(input_ids=tiny.ids(2), labels=tiny.ids(2)).loss.backward()
+    for parameter in model.adapter_parameters("plain").values():
+        parameter.data.mul_(-2)
+    agree(model, rows)
+
+
 @pytest.mark.parametrize("mode", [True, False])
 def test_gradients_go_by_the_loop(mode: bool) -> None:
     model = loras(tiny.llama(), LINEARS)

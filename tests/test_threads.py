@@ -31,6 +31,23 @@ def machine(root: Path, cgroup: str = "", files: dict[str, str] | None = None, p
     return root
 
 
+def test_the_memory_of_a_control_group(tmp_path: Path) -> None:
+    """Its own limit and those above it; what is used of them is gone, but for pages of files."""
+    from engine.memory.machine import available, memory_limit
+
+    group = "sys/fs/cgroup/slurm/job/memory"
+    files = {
+        "sys/fs/cgroup/slurm/memory.max": "9000000",
+        f"{group}.max": "4000000",
+        f"{group}.current": "3000000",
+        f"{group}.stat": "anon 1\ninactive_file 500000\n",
+    }
+    root = machine(tmp_path, "0::/slurm/job\n", files)
+    assert memory_limit(root) == 4_000_000
+    assert available(root=root) == 1_500_000
+    assert memory_limit(machine(tmp_path / "free", "0::/\n")) > 9_000_000
+
+
 @pytest.fixture
 def four_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)

@@ -133,9 +133,11 @@ class DoRAWeights(LowRankWeights):
         """n of V = W + s B A: (out), float32, without gradient. Between training steps it is not computed again."""
         weight = base.weight
         assert isinstance(weight, Tensor)
-        if self.training:
-            return self._norm(weight)
         sources = [weight, *(p for name, p in self.named_parameters() if name != "lora_magnitude_vector")]
+        if self.training or (torch.is_grad_enabled() and any(p.requires_grad for p in sources)):
+            # Not every optimizer tells a tensor that it was changed, bitsandbytes' do not.
+            self._norms.forget()
+            return self._norm(weight)
         return self._norms.get(sources, lambda: self._norm(weight))
 
     def _norm(self, weight: Tensor) -> Tensor:

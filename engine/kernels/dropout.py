@@ -14,10 +14,23 @@ from torch import Tensor, nn
 _STEPS = 1 << 16
 
 
-def mask_like(x: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
-    """0 with probability p, else 1 / (1 - p), in the shape and type of x; drawn from `generator`, or torch's own."""
+def drawn_seed(x: Tensor) -> int:
+    """A seed for one mask, from torch's generator of the processor: one draw, which no other thread can come between.
+
+    Shapes without numbers (engine.memory's) have none to draw.
+    """
+    if type(x).__name__ == "FakeTensor" or x.is_meta:
+        return 0
+    return int(torch.empty((), dtype=torch.int64, device="cpu").random_())
+
+
+def mask_like(x: Tensor, p: float, seed: int) -> Tensor:
+    """0 with probability p, else 1 / (1 - p), in the shape and type of x; a seed's mask is the same each time."""
+    generator = torch.Generator("cpu" if x.is_meta else x.device)
+    generator.manual_seed(seed)
     if x.device.type != "cpu":
-        return torch.empty_like(x).bernoulli_(1 - p, generator=generator).div_(1 - p)
+        # In the order of the shape, whatever the strides of x: backward may have it otherwise.
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(1 - p, generator=generator).div_(1 - p)
     dropped = round(p * _STEPS)
     words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(
         torch.iinfo(torch.int64).min, None, generator=generator
@@ -46,4 +59,4 @@ class Dropout(nn.Dropout):
             return x
         if torch.compiler.is_compiling():
             return super().forward(x)
-        return x * mask_like(x, self.p)
+        return x * mask_like(x, self.p, drawn_seed(x))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import kernels
-from engine.kernels.linear import Product, frozen_weight
+from engine.kernels.linear import Product, frozen_weight, whole
 from engine.layers import AdapterLayer
 
 DOWN = "down_proj"
@@ -42,7 +42,7 @@ class GatedDown(torch.autograd.Function):
         y, h, v = product.forward(act(gate) * up, a, b, bias, m)
         ctx.save_for_backward(gate, up, a, b, m, h, v, frozen_weight(product.base))
         ctx.product, ctx.act = product, act
-        return y
+        return y if v is y else whole(y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -66,7 +66,7 @@ class GatedDown(torch.autograd.Function):
 def forward(mlp: Any, x: Tensor) -> Tensor:
     """A gated MLP's forward pass, the second half fused where that is possible."""
     down, act = mlp.down_proj, mlp.act_fn
-    if not (kernels.enabled() and torch.is_grad_enabled() and isinstance(down, AdapterLayer)):
+    if not (kernels.enabled() and torch.is_grad_enabled() and isinstance(down, AdapterLayer)) or _is_watched(down):
         return type(mlp).forward(mlp, x)  # type: ignore[no-any-return]
     gate, up = mlp.gate_proj(x), mlp.up_proj(x)
     parts = down.parts(gate)
@@ -76,11 +76,19 @@ def forward(mlp: Any, x: Tensor) -> Tensor:
     return GatedDown.apply(gate, up, *tensors, act, parts.product)  # type: ignore[no-any-return]
 
 
+def _is_watched(layer: nn.Module) -> bool:
+    """Whether somebody listens to a layer's calls, of which the node makes none."""
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return bool(hooked) or "forward" in layer.__dict__
+
+
 def install(mlp: nn.Module) -> bool:
     """Give an MLP the fused forward if it is a gated one: by its parts' names, and by what it computes."""
     if "forward" in mlp.__dict__ or not all(hasattr(mlp, part) for part in _PARTS):
         return False
     if not isinstance(mlp.act_fn, nn.Module) or next(mlp.act_fn.parameters(), None) is not None:
+        return False
+    if getattr(mlp.act_fn, "inplace", False):
         return False
     if not _computes_gated(type(mlp), type(mlp.act_fn)):
         return False
@@ -104,12 +112,17 @@ def _computes_gated(mlp: type[nn.Module], act: type[nn.Module]) -> bool:
     So no weight is read, and a model without storage can be asked too.
     """
     if (mlp, act) not in _known:
-        _known[mlp, act] = _asked(mlp, act)
+        said = _asked(mlp, act)
+        if said is None:
+            return False
+        _known[mlp, act] = said
     return _known[mlp, act]
 
 
 @torch.no_grad()
-def _asked(mlp: Any, act: Any) -> bool:
+def _asked(mlp: Any, act: Any) -> bool | None:
+    """None where it could not answer: a class that needs more than these, or a place without numbers."""
+
     class Times(nn.Module):
         def __init__(self, factor: float) -> None:
             super().__init__()
@@ -125,7 +138,6 @@ def _asked(mlp: Any, act: Any) -> bool:
         x = torch.tensor([[[0.3, -0.7, 1.9]]], dtype=torch.float64)
         wanted = probe.down_proj(probe.act_fn(probe.gate_proj(x)) * probe.up_proj(x))
         found = probe(x)
+        return isinstance(found, Tensor) and bool(torch.equal(found, wanted))
     except Exception:
-        # A class that needs more than its four parts is another MLP.
-        return False
-    return isinstance(found, Tensor) and bool(torch.equal(found, wanted))
+        return None

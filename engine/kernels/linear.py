@@ -6,7 +6,7 @@
 In plain autograd the input is saved by each product that reads it (once more behind dropout, with its mask), and DoRA
 saves its output several times. Here a node saves x and h = A drop(x), (tokens, r), in the type that they came in:
 
-- the mask of dropout is drawn again from the generator's state, and is the one that the plain formula draws;
+- the mask of dropout is drawn again from its seed, and is the one that the plain formula draws;
 - the thin products go into the base's output and into the input's gradient in place;
 - DoRA's v, which the gradient of m needs, is kept where a layer has more inputs than outputs, so that it is small and
   dear to compute again. Where it has more outputs, y is kept and v = y / g: the activation function that follows such a
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from engine import bnb
 from engine.adapters.base import CONV1D, LINEAR, layer_kind
-from engine.kernels.dropout import mask_like
+from engine.kernels.dropout import drawn_seed, mask_like
 
 _PLAIN = (nn.Linear,)
 
@@ -58,7 +58,8 @@ class Product:
         drop: the probability of dropout; 0 outside training.
         offset: PiSSA's A0 and B0, or None.
         norm: DoRA's n, (out), or None.
-        state: the generator's state before the mask was drawn.
+        seed: of the mask that was drawn.
+        codes: of a 4-bit base, as the forward pass read them.
     """
 
     base: nn.Module
@@ -66,13 +67,20 @@ class Product:
     drop: float = 0.0
     offset: tuple[Tensor, Tensor] | None = None
     norm: Tensor | None = None
-    state: Tensor | None = None
+    seed: int = 0
+    codes: tuple[Tensor, Any] | None = None
+
+    def answered(self, x: Tensor) -> Tensor:
+        """The base layer's output, in one piece."""
+        if bnb.is_packed(self.base):
+            self.codes = bnb.codes_of(self.base)
+        return self.base(x).contiguous()  # type: ignore[no-any-return]
 
     def forward(
         self, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, m: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """(y, h, what DoRA's backward reads v from, or None); A and B in the type of x."""
-        y = self.base(x).contiguous()
+        y = self.answered(x)
         flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         h = torch.mm(self._dropped(flat), a.t())
         own = getattr(self.base, "bias", None)
@@ -158,13 +166,17 @@ class Product:
         # A gain of 0 has taken v from y. (Shapes without numbers, engine.memory's, have none.)
         if kept is not None and (type(kept).__name__ == "FakeTensor" or bool((gain != 0).all())):
             return kept.view(-1, kept.shape[-1]) / gain.to(kept.dtype)
-        v = torch.mm(flat, self.matrix(weight, flat.dtype).t())
-        return v.addmm_(h, b.t(), alpha=self.factor)
+        v = torch.mm(flat, self.matrix(weight, flat.dtype).t()).addmm_(h, b.t(), alpha=self.factor)
+        if self.offset is not None:
+            a0, b0 = (t.to(flat.dtype) for t in self.offset)
+            _add_product(v, torch.mm(flat, a0.t()), b0.t(), -self.factor)
+        return v
 
     def matrix(self, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The base's weight as (out, in)."""
         if weight is None:
-            return bnb.dequantized(self.base, dtype)
+            assert self.codes is not None
+            return bnb.decoded(self.codes, dtype)
         return weight.t() if layer_kind(self.base) != LINEAR else weight
 
     def _input_gradient(self, dy: Tensor, weight: Tensor | None) -> Tensor:
@@ -173,21 +185,12 @@ class Product:
     def _dropped(self, flat: Tensor) -> Tensor:
         if not self.drop:
             return flat
-        self.state = _generator_state(flat.device)
-        return flat * mask_like(flat, self.drop)
+        self.seed = drawn_seed(flat)
+        return flat * mask_like(flat, self.drop, self.seed)
 
     def _mask(self, flat: Tensor) -> Tensor:
         """0, or 1 / (1 - p) where the value was kept: the mask of the forward pass, drawn again."""
-        assert self.state is not None
-        generator = torch.Generator(flat.device)
-        generator.set_state(self.state)
-        return mask_like(flat, self.drop, generator)
-
-
-def _generator_state(device: torch.device) -> Tensor:
-    if device.type == "cuda":
-        return torch.cuda.get_rng_state(device)
-    return torch.get_rng_state()
+        return mask_like(flat, self.drop, self.seed)
 
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
@@ -216,7 +219,8 @@ class AdaptedLinear(torch.autograd.Function):
         need_x = ctx.needs_input_grad[1] or m is not None
         ctx.save_for_backward(x if need_x else None, a, b, m, h, v, frozen_weight(product.base))
         ctx.product, ctx.shape = product, x.shape
-        return y
+        # Where y itself is kept for v, a change of it in place has to be seen: a view raises.
+        return y if v is y else whole(y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -230,8 +234,17 @@ class AdaptedLinear(torch.autograd.Function):
 
 
 def frozen_weight(base: nn.Module) -> Tensor | None:
-    """What backward needs of the base: its weight, or None where that is dequantised again."""
-    return None if bnb.is_packed(base) else base.weight  # type: ignore[return-value]
+    """What backward needs of the base: its weight as it is now, or None where that is dequantised again.
+
+    Not the parameter: a merge gives that another tensor, and an earlier pass may still be waiting for its backward.
+    """
+    return None if bnb.is_packed(base) else base.weight.detach()  # type: ignore[operator]
+
+
+def whole(y: Tensor) -> Tensor:
+    """An output that may be changed in place, as a layer's own: autograd forbids that for a view."""
+    alias: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+    return alias
 
 
 @dataclass(frozen=True, slots=True)

@@ -176,13 +176,23 @@ def _registered(base: Any) -> bool:
     config: Any = getattr(base, "config", None)
     if getattr(config, "_attn_implementation", None) != "sdpa" or next(base.parameters()).device.type != "cpu":
         return False
+    _register()
+    return True
+
+
+def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     for name in (NAME, OWN):
         AttentionInterface.register(name, attention)
         AttentionMaskInterface.register(name, sdpa_mask)
-    return True
+
+
+def arrived(model: nn.Module) -> None:
+    """A model that another process has written: transformers has to know its attention here too."""
+    if getattr(getattr(model, "config", None), "_attn_implementation", None) in (NAME, OWN):
+        _register()
 
 
 def _kept_if(base: Any, name: str, ask: Callable[[Any], tuple[Tensor, Tensor]]) -> bool:

@@ -22,7 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from engine import kernels
-from engine.kernels.linear import Parts, Product, frozen_weight
+from engine.kernels.linear import Parts, Product, frozen_weight, whole
+
+MOST_BROKEN = 8
+"""So many passes may break off in the middle before a module's layers compute by themselves."""
 
 
 class TogetherLinears(torch.autograd.Function):
@@ -38,10 +41,13 @@ class TogetherLinears(torch.autograd.Function):
         h = torch.mm(flat, every.t())
         outs = []
         for product, b, part in zip(products, ups, h.split(ctx.ranks, 1), strict=True):
-            y = product.base(x).contiguous()
+            y = product.answered(x)
             y.view(-1, y.shape[-1]).addmm_(part, b.t(), alpha=product.factor)
-            outs.append(y)
-        ctx.save_for_backward(x, h, every, *ups, *(frozen_weight(product.base) for product in products))
+            outs.append(whole(y))
+        # LoRA-FA: where no A learns, nothing reads the input.
+        kept = x if any(ctx.needs_input_grad[2::2]) else None
+        ctx.shape = x.shape
+        ctx.save_for_backward(kept, h, every, *ups, *(frozen_weight(product.base) for product in products))
         ctx.products = products
         return tuple(outs)
 
@@ -51,8 +57,7 @@ class TogetherLinears(torch.autograd.Function):
         x, h, every, *others = ctx.saved_tensors
         products: tuple[Product, ...] = ctx.products
         ups, weights = others[: len(products)], others[len(products) :]
-        flat = x.reshape(-1, x.shape[-1])
-        rows = [flat.new_zeros(flat.shape[0], up.shape[0]) if dy is None else dy.reshape(-1, dy.shape[-1])
+        rows = [h.new_zeros(h.shape[0], up.shape[0]) if dy is None else dy.reshape(-1, dy.shape[-1])
                 for dy, up in zip(grads, ups, strict=True)]  # fmt: skip
         dh = torch.cat([torch.mm(dy, b) for dy, b in zip(rows, ups, strict=True)], 1)
         factors = {product.factor for product in products}
@@ -67,11 +72,11 @@ class TogetherLinears(torch.autograd.Function):
                 matrix = product.matrix(weight, dy.dtype)
                 dx = torch.mm(dy, matrix) if dx is None else dx.addmm_(dy, matrix)
             assert dx is not None
-            dx = dx.addmm_(dh, every, alpha=common).view(x.shape)
+            dx = dx.addmm_(dh, every, alpha=common).view(ctx.shape)
         wanted, found = ctx.needs_input_grad[2:], list[Tensor | None]()
         das: tuple[Tensor | None, ...] = (None,) * len(products)
         if any(wanted[::2]):
-            das = torch.mm(dh.t(), flat).split(ctx.ranks)
+            das = torch.mm(dh.t(), x.reshape(-1, x.shape[-1])).split(ctx.ranks)
         for number, (product, dy, part) in enumerate(zip(products, rows, h.split(ctx.ranks, 1), strict=True)):
             da, db = das[number], None
             if wanted[2 * number + 1]:
@@ -112,6 +117,7 @@ class Siblings:
 
     def __init__(self) -> None:
         self._groups: dict[int, list[Any]] | None = None
+        self._refused: set[tuple[Any, ...]] = set()
         self._ready: dict[int, Tensor] = {}
         self._source: Tensor | None = None
         self.forget()
@@ -122,8 +128,13 @@ class Siblings:
     def forget(self) -> None:
         """Watch the next training pass anew: a layer has come or gone."""
         self._groups, self._ready, self._source = None, {}, None
+        self._refused, self._broken = set(), 0
         self._runs: list[list[Any]] = []
         self._read: weakref.ref[Tensor] | None = None
+
+    def release(self) -> None:
+        """Let go of what a pass that broke off has left."""
+        self._ready, self._source = {}, None
 
     @property
     def unseen(self) -> bool:
@@ -133,6 +144,8 @@ class Siblings:
     def output(self, layer: Any, x: Tensor) -> Tensor | None:
         """The layer's output where the group has it, or None: then the layer is to compute it by itself."""
         learns = torch.is_grad_enabled() and layer.training
+        if not learns and self._ready:
+            self.release()
         if not learns and (self._groups is not None or torch.is_grad_enabled()):
             return None
         if not kernels.enabled():
@@ -145,15 +158,28 @@ class Siblings:
                 self._note(layer, x)
         if self._groups is None or not learns:
             return None
-        if self._ready:
-            return self._handed_out(layer, x)
         group = self._groups.get(id(layer))
+        if self._ready and (group is None or x is self._source):
+            return self._handed_out(layer, x)
         if group is None:
+            return None
+        if self._ready:
+            # The pass before this one broke off between the layers of a group.
+            self.release()
+            self._broken += 1
+            if self._broken > MOST_BROKEN:
+                self._groups = {}
+                return None
+        board = layer.switchboard
+        if board.disabled or board.rows is not None or torch.is_autocast_enabled(x.device.type):
+            return None
+        # Most often for good: to ask each time would cost what is won elsewhere.
+        asked = (id(layer), *board.weights)
+        if asked in self._refused:
             return None
         parts = [member.parts(x) for member in group]
         if not all(fits(part, x) for part in parts):
-            # Most often for good: to ask each time would cost what is won elsewhere.
-            del self._groups[id(layer)]
+            self._refused.add(asked)
             return None
         first, *others = outputs(x, parts)
         self._ready = {id(member): out for member, out in zip(group[1:], others, strict=True)}

@@ -10,7 +10,7 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,24 +80,46 @@ def slack(
 
 
 def memory_limit(root: Path = Path("/")) -> int:
-    """Bytes of memory of this machine, or of its container where that allows less."""
+    """Bytes of memory of this machine, or of the container or control group that allows less."""
     total = int(psutil.virtual_memory().total)
-    limits = [total]
-    for name in ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            limits.append(int((root / name).read_text(encoding="ascii")))
-        except (OSError, ValueError):
-            continue
-    return min(limits)
+    return min([total, *(limit for _, limit in _limits(root))])
 
 
-def available(device: str = "cpu") -> int:
+def _limits(root: Path) -> Iterator[tuple[Path, int]]:
+    """(folder, bytes) of each control group of this process that has a limit."""
+    mounts = (root / "sys/fs/cgroup", root / "sys/fs/cgroup/memory")
+    for folder in dict.fromkeys((*mounts, *threads.cgroups("memory", root))):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            limit = _number(folder / name)
+            if limit is not None:
+                yield folder, limit
+
+
+def _unused(folder: Path, limit: int) -> int:
+    """What is left of a control group's limit; pages of files that were read are given back when they are wanted."""
+    used = _number(folder / "memory.current") or _number(folder / "memory.usage_in_bytes") or 0
+    try:
+        told = dict(line.split(" ", 1) for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+        files = int(told.get("inactive_file") or told.get("total_inactive_file") or 0)
+    except (OSError, ValueError):
+        files = 0
+    return max(0, limit - max(0, used - files))
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+
+
+def available(device: str = "cpu", root: Path = Path("/")) -> int:
     """Bytes that a new process could take now."""
     if device == "cuda":
         import torch
 
         return int(torch.cuda.mem_get_info()[0])
-    return min(int(psutil.virtual_memory().available), memory_limit())
+    return min([int(psutil.virtual_memory().available), *(_unused(*found) for found in _limits(root))])
 
 
 def held(device: str = "cpu") -> int:

@@ -21,7 +21,7 @@ _LIKE_FULL = {"method": "lora"}
 """What is attached to count the base that full fine-tuning trains: any method shows its size."""
 
 
-class _AbandonedError(Exception):
+class _AbandonedError(BaseException):
     """Nobody waits for the prediction any more."""
 
 
