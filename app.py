@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     with_tools = mcp_wanted(limits is not None)
     from starlette.middleware import Middleware
 
-    from studio import theme, tools
+    from studio import theme, tools, visits
     from studio.comparisons import Comparisons
     from studio.context import Studio
     from studio.first_page import FirstPage
@@ -112,6 +112,7 @@ def main(argv: list[str] | None = None) -> int:
             prevent_thread_lock=True,
             show_error=False,
             mcp_server=with_tools,
+            state_session_capacity=visits.KEPT,
             strict_cors=True,
             allowed_paths=[],
             run_history=False,
