@@ -94,6 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     # Before the page is laid out: nothing of earlier visitors may stand in it.
     entrance = demo.Entrance.open(studio)
     Comparisons(studio.store, studio.home).forget_pairs()
+    studio.works.clear()
     studio.jobs.start_queue()
     app = create_app(studio)
     if with_tools:

@@ -74,3 +74,31 @@ def test_an_export_replaces_the_same_one_when_it_is_done(studio: Studio, monkeyp
     again(states.DONE, {"adapter": "adapter-1", "form": "merged"})
     # A run names one of them as its base.
     assert kept(studio, used) and not kept(studio, plain)
+
+
+def test_work_that_came_to_nothing_leaves_its_log_alone(studio: Studio) -> None:
+    stopped, failed = (work(studio, state, {}) for state in (states.STOPPED, states.FAILED))
+    # Its process still writes.
+    ending = work(studio, states.STOPPED, {}, os.getpid())
+    done, live = work(studio, states.DONE, {}), work(studio, states.RUNNING, {})
+    drafts = studio.works.reserve()
+    studio.works.clear()
+    for key in (stopped, failed):
+        assert [path.name for path in studio.works.folder(key).iterdir()] == ["work.log"]
+    assert kept(studio, ending) and kept(studio, done) and kept(studio, live)
+    assert studio.works.folder(drafts).is_dir()
+
+
+def test_stopped_work_of_an_earlier_server_leaves_nothing(studio: Studio) -> None:
+    import subprocess
+    import sys
+
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+    key = work(studio, states.RUNNING, {}, sleeper.pid)
+    studio.works.stop()
+    assert sleeper.wait(20) != 0
+    deadline = time.monotonic() + 20
+    while kept(studio, key):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert studio.works.get(key)["state"] == states.STOPPED and studio.works.log_tail(key) == "said"
