@@ -93,7 +93,9 @@ def main(argv: list[str] | None = None) -> int:
     studio = Studio.open()
     # Before the page is laid out: nothing of earlier visitors may stand in it.
     entrance = demo.Entrance.open(studio)
-    Comparisons(studio.store, studio.home).forget_pairs()
+    kept = Comparisons(studio.store, studio.home)
+    kept.forget_pairs()
+    kept.forget_pictures()
     studio.works.clear()
     studio.jobs.start_queue()
     app = create_app(studio)
