@@ -343,6 +343,20 @@ def test_a_page_in_another_language_than_the_cookies_is_not_drawn_again_and_agai
         assert "component_server" in asked and "run" not in asked and "predict" not in asked, asked
 
 
+def test_a_browser_that_lacks_what_is_new_fills_the_page_and_follows_the_run(page: Any, server: str) -> None:  # noqa: F811
+    page.add_init_script("delete window.requestIdleCallback; delete Element.prototype.checkVisibility;")
+    with walking("old browser") as happen:
+        page.goto(server)
+        page.click("#tab-data-button")
+        page.locator("#data-file").wait_for()
+        show(page, server, "old browser")
+        happen()
+        at_step(page, 31)
+        # Nobody presses anything: the page's own tabs come by themselves.
+        page.goto(server)
+        page.wait_for_function("window.studioArrived === true")
+
+
 def test_a_run_that_ends_is_drawn_whole_and_asked_for_no_more(page: Any, server: str) -> None:  # noqa: F811
     with walking("ends") as happen:
         show(page, server, "ends")
