@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     with_tools = mcp_wanted(limits is not None)
     from starlette.middleware import Middleware
 
-    from studio import theme, tools
+    from studio import theme, tools, visits
     from studio.comparisons import Comparisons
     from studio.context import Studio
     from studio.first_page import FirstPage
@@ -93,7 +93,10 @@ def main(argv: list[str] | None = None) -> int:
     studio = Studio.open()
     # Before the page is laid out: nothing of earlier visitors may stand in it.
     entrance = demo.Entrance.open(studio)
-    Comparisons(studio.store, studio.home).forget_pairs()
+    kept = Comparisons(studio.store, studio.home)
+    kept.forget_pairs()
+    kept.forget_pictures()
+    studio.works.clear()
     studio.jobs.start_queue()
     app = create_app(studio)
     if with_tools:
@@ -112,6 +115,7 @@ def main(argv: list[str] | None = None) -> int:
             prevent_thread_lock=True,
             show_error=False,
             mcp_server=with_tools,
+            state_session_capacity=visits.KEPT,
             strict_cors=True,
             allowed_paths=[],
             run_history=False,

@@ -164,13 +164,14 @@ def work(row: Row | None, dismissed: str = "") -> str:
     if row is None or row["id"] == dismissed:
         return ""
     if row["state"] in (states.STARTING, states.RUNNING):
-        share = row["fraction"]
+        share, title = row["fraction"], esc(reported(row["title"]))
         kind, width = (
             ("st-progress unsure", "") if share is None else ("st-progress", f' style="width:{100 * share:.1f}%"')
         )
         return (
-            f'<div class="run-head" data-work="live"><h2>{esc(reported(row["title"]))} {badge(states.RUNNING)}'
-            f'</h2><div class="{kind}" role="progressbar"><i{width}></i></div><div class="st-facts" aria-live="polite">'
+            f'<div class="run-head" data-work="live"><h2>{title} {badge(states.RUNNING)}</h2>'
+            f'<div class="{kind}" role="progressbar" aria-label="{title}"><i{width}></i></div>'
+            '<div class="st-facts" aria-live="polite">'
             f"<span>{esc(reported(row['message']))}</span>"
             f"<span>{strong('{time} so far', time=seconds(time.time() - row['created']))}</span>"
             "</div></div>"

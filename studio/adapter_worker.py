@@ -14,7 +14,7 @@ from typing import Any
 from engine.errors import CheckpointError, EngineError, ModelError
 from engine.exporting import NAME
 from engine.paths import studio_home
-from studio import adapter_files, export_work, process, states, visitors
+from studio import adapter_files, export_work, exporting, process, states, visitors
 from studio.context import Studio
 from studio.faults import is_memory, memory_event, unexpected_event
 from studio.library import IMPORTED, MIXED, RESIZED
@@ -187,7 +187,8 @@ def run(work: Work) -> int:
     works, work_id = work.studio.works, work.row["id"]
     try:
         result = KINDS[work.row["kind"]](work)
-        works.close_work(work_id, states.DONE, result=result)
+        if works.close_work(work_id, states.DONE, result=result) and work.row["kind"] == "export":
+            exporting.drop_former(work.studio, work_id)
         return 0
     except EngineError as error:
         logger.exception("The work failed.")

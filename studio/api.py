@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -136,12 +136,7 @@ class Endpoints:
         row = self.studio.store.run(run)
         after = _event_id(since)
         kept = ("id", "name", "state", "model", "method", "step", "total_steps", "loss", "eval_loss", "error", "colour")
-        # Paths of this machine are nobody's business, and a client would take `path` for a file to fetch.
-        hidden = ("path", "adapter", "model", "checkpoint")
-        events = [
-            {key: value for key, value in event.items() if key not in hidden}
-            for event in self.studio.store.since(run, after)[:500]
-        ]
+        events = [_told(event) for event in self.studio.store.since(run, after)[:500]]
         return {
             **{key: row[key] for key in kept},
             "live": row["state"] in states.LIVE,
@@ -282,6 +277,15 @@ def _check_kinds(job: Answer) -> None:
         found.append(f"adapter.method is {_short(adapter['method'])}; needed: the name of a method")
     if found:
         raise ConfigError("The job cannot run:\n" + "\n".join(f"- {fault}" for fault in found))
+
+
+def _told(event: Mapping[str, Any]) -> dict[str, Any]:
+    """An event without paths of this machine: they are nobody's business, and a client would fetch a `path`."""
+    hidden = {"path", "adapter", "model", "checkpoint", "file", "image"}
+    if event.get("image") and event["image"] == event.get("prompt"):
+        # What a picture is described from is the picture's path.
+        hidden.add("prompt")
+    return {key: value for key, value in event.items() if key not in hidden}
 
 
 def _event_id(since: Any) -> int:

@@ -103,6 +103,8 @@ def chart(
     ]
     if log:
         drawn = [Curve(c.label, [(x, math.log10(y)) for x, y in c.points if y > 0], c.colour, c.style) for c in drawn]
+        # A curve without a value above zero has no place here.
+        drawn = [c for c in drawn if c.points]
     legend = "".join(
         f'<span class="key {c.style}"><i style="--c:{esc(c.colour)}"></i>{esc(c.label)}</span>' for c in drawn
     )

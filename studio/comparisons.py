@@ -126,6 +126,20 @@ class Comparisons:
         self._remove(gone, kept)
         return len(gone)
 
+    def forget_pictures(self, age: float = UNVOTED) -> int:
+        """Remove pictures of so many seconds ago that nobody's comparison or blind pair shows; returns how many.
+
+        Every picture that is drawn is written; where it is not kept, nothing else takes it away.
+        """
+        kept, before, gone = _showing(self.store.db), time.time() - age, 0
+        # By name: the home folder may have been moved since.
+        used = {Path(path).name for row in kept for path in _pictures(row)}
+        for place in (self.home / "pictures").glob("*"):
+            if place.name not in used and place.is_file() and place.stat().st_mtime < before:
+                place.unlink(missing_ok=True)
+                gone += 1
+        return gone
+
     def _remove(self, gone: Sequence[Row], kept: Sequence[Row]) -> None:
         """Remove the pictures of what is gone, but those that others show."""
         used = {path for row in kept for path in _pictures(row)}

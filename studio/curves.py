@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from collections import OrderedDict
@@ -21,7 +22,7 @@ _KINDS = ("start", "status", "done", "error", "warning", "sample")
 
 
 class Curves:
-    """One run's events, as far as they were read. `update` reads on; the rest only looks.
+    """One run's events, as far as they were read. `update` and `snapshot` read on; the rest only looks.
 
     Attributes:
         last_id: the newest event that was read; 0 before the first.
@@ -44,14 +45,27 @@ class Curves:
     def update(self, store: Store) -> Curves:
         """Read the events that came since; returns itself."""
         with self._lock:
-            rows = store.events_after(self.run_id, self.last_id)
-            if rows:
-                # One call for all: a parser that is entered once reads ten thousand rows in the time of a thousand.
-                data = json.loads(f"[{','.join(row[4] for row in rows)}]")
-                for (number, kind, step, moment, _), fields in zip(rows, data, strict=True):
-                    self._take({**fields, "id": number, "type": kind, "step": step, "time": moment})
-                self.last_id = rows[-1][0]
+            self._read(store)
         return self
+
+    def snapshot(self, store: Store) -> Curves:
+        """Read the events that came since; returns what is known now, which nobody's reading lengthens any more."""
+        with self._lock:
+            self._read(store)
+            now = copy.copy(self)
+            # The array of steps is shared: it only grows past the count, or another takes its place.
+            now._evals, now.mean_ranks = dict(self._evals), list(self.mean_ranks)
+            now._kinds = {kind: list(events) for kind, events in self._kinds.items()}
+        return now
+
+    def _read(self, store: Store) -> None:
+        rows = store.events_after(self.run_id, self.last_id)
+        if rows:
+            # One call for all: a parser that is entered once reads ten thousand rows in the time of a thousand.
+            data = json.loads(f"[{','.join(row[4] for row in rows)}]")
+            for (number, kind, step, moment, _), fields in zip(rows, data, strict=True):
+                self._take({**fields, "id": number, "type": kind, "step": step, "time": moment})
+            self.last_id = rows[-1][0]
 
     def column(self, name: str) -> Column:
         """One value for each step, in order of steps; NaN where a step has none."""
@@ -107,11 +121,11 @@ _choosing = threading.Lock()
 
 
 def of_run(store: Store, run_id: str) -> Curves:
-    """The run's events up to now."""
+    """The run's events up to now; two pages that draw one run at the same time each have their own."""
     with _choosing:
         held = _known.setdefault(store, OrderedDict())
         found = held.pop(run_id, None) or Curves(run_id)
         held[run_id] = found
         while len(held) > KEPT:
             held.popitem(last=False)
-    return found.update(store)
+    return found.snapshot(store)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
 
 from engine import llamacpp
-from engine.errors import CheckpointError, ConfigError
+from engine.errors import CheckpointError, ConfigError, EngineError
+from engine.models.fetch import local_folder
 from studio import cards, demo, hub, states
 from studio.context import Studio
 from studio.export_words import FORMS, export_refusal
@@ -39,19 +41,37 @@ def export(studio: Studio, adapter: str, form: str, precision: str = "f16") -> s
     if why:
         raise ConfigError(f"{row['name']!r} cannot be exported as a {FORMS[form][0]}. {why}", "Choose another form.")
     asked = {"adapter": adapter, "form": form, **({"precision": precision} if form == "gguf" else {})}
-    work = studio.works.start("export", f"Exporting {row['name']}: {FORMS[form][0]}", asked)
-    _drop_former(studio, work, adapter, form)
-    return work
+    return studio.works.start("export", f"Exporting {row['name']}: {FORMS[form][0]}", asked)
 
 
-def _drop_former(studio: Studio, work: str, adapter: str, form: str) -> None:
-    """An older export of the same is taken off the disk: the new one stands in its place."""
-    sql = (
-        "SELECT id FROM works WHERE kind = 'export' AND id <> ? AND state = ? AND json_extract(asked, '$.adapter') = ?"
-    )
-    sql += " AND json_extract(asked, '$.form') = ?"
-    for row in studio.store.db.query(sql, [work, states.DONE, adapter, form]):
-        shutil.rmtree(studio.works.folder(row["id"]) / "out", ignore_errors=True)
+def drop_former(studio: Studio, work: str) -> None:
+    """Once an export is done, older ones of the same go from the disk, but for a model that something here builds on.
+
+    The same is: of the same adapter, in the same form and precision.
+    """
+    asked = studio.works.get(work)["asked"]
+    sql = "SELECT id FROM works WHERE kind = 'export' AND id <> ? AND state = ?"
+    same = [asked["adapter"], asked["form"], asked.get("precision")]
+    for name in ("adapter", "form", "precision"):
+        sql += f" AND json_extract(asked, '$.{name}') IS ?"
+    used = _bases(studio)
+    for row in studio.store.db.query(sql, [work, states.DONE, *same]):
+        out = studio.works.folder(row["id"]) / "out"
+        if not any(place.is_relative_to(out.resolve()) for place in used):
+            shutil.rmtree(out, ignore_errors=True)
+
+
+def _bases(studio: Studio) -> list[Path]:
+    """The folders that runs, adapters and mixes name as their base, whosever they are, in the bin too."""
+    sql = "SELECT model FROM runs UNION SELECT base FROM adapters UNION SELECT base FROM mixes"
+    found = []
+    for (name,) in studio.store.db.execute(sql).fetchall():
+        # A name that no folder can have was never opened as one.
+        with contextlib.suppress(EngineError):
+            place = local_folder(name)
+            if place is not None:
+                found.append(place.resolve())
+    return found
 
 
 def exported(studio: Studio, work: str) -> Path:

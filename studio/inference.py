@@ -82,7 +82,8 @@ class _Child:
         self.popen.wait()
         with self.lock:
             self.ended = True
-            for box in self.waiting.values():
+            # A copy: whoever has given up takes its box out without the lock.
+            for box in list(self.waiting.values()):
                 box.put(None)
 
 

@@ -18,7 +18,7 @@ from engine.findings import BAD, Finding
 from studio import charts, curves, doctor, ranks, states, words
 from studio.curves import Curves
 from studio.forms import as_yaml
-from studio.i18n import reported, t
+from studio.i18n import language, reported, t
 from studio.markup import error, esc, notice, number, size
 from studio.page import COMPARE, HIDDEN, TICK, Page, go, message
 from studio.points import finite, thinned
@@ -213,11 +213,15 @@ def seen(row: Row, last_id: int) -> str:
 
 
 def mark(row: Row, found: Curves, looked: str) -> str:
-    """What the page shows, as its script reads it off and tells the server."""
+    """What the page shows, and in which language, as its script reads it off and tells the server.
+
+    A digest of another language's words would differ for ever, so the script asks in that of the drawing.
+    """
     live = " data-live" if row["state"] in states.LIVE else ""
     samples, rank_events = rare(found)
     return (
         f'<span class="live-mark" hidden data-run="{esc(row["id"])}" data-seen="{seen(row, found.last_id)}"'
+        f' data-language="{language()}"'
         f' data-looks="{looked}" data-samples="{samples}" data-ranks="{rank_events}"{live}></span>'
     )
 

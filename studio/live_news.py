@@ -29,8 +29,8 @@ def asked(page: Page) -> Callable[[Any], Answer]:
         """The news of a run since `seen`, an empty answer where there are none; `gone` where there is no such run.
 
         `question` has `run` and `looks` as `studio.live.mark` has written them, `seen` of the answer before, `log` and
-        `smoothing` as the person has set them, the page's `language`, and whether `hover` data is wanted. `stale` in
-        the answer says that more has changed than `head`, `doctor` and `curves`.
+        `smoothing` as the person has set them, the `language` of the mark, and whether `hover` data is wanted. `stale`
+        in the answer says that more has changed than `head`, `doctor` and `curves`.
         """
         told = question if isinstance(question, dict) else {}
         spoken = told.get("language")

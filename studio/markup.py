@@ -133,7 +133,9 @@ def number(value: float | None, digits: int = 3) -> str:
         return ""
     if value and (abs(value) < 0.0001 or abs(value) >= 100_000):
         return f"{value:.{digits - 1}e}"
-    return f"{value:,.{digits}g}" if abs(value) < 1000 else f"{value:,.0f}"
+    told = f"{value:,.{digits}g}"
+    # From 999.5 on three digits are 1e+03.
+    return told if abs(value) < 1000 and "e" not in told else f"{value:,.0f}"
 
 
 def size(count: float) -> str:

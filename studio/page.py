@@ -50,7 +50,7 @@ class Page:
         run: id of the run that Train shows, in a hidden box because it also stands in the address.
         recipe: a form to fill into Train (`message(spec=..., dataset=...)`).
         comparison: what Compare should show (`message(base=..., runs=[...])`; ids of runs or adapters, keys of mixes).
-        dataset: id of the data set that was chosen on Data.
+        dataset: the data set that was chosen on Data (`message(dataset=...)`).
         tab: id -> its Tab.
         parts: id -> whatever the tab keeps from `build` for `wire`.
     """
@@ -77,5 +77,5 @@ def go(tab_id: str) -> Any:
 
 
 def message(**content: Any) -> dict[str, Any]:
-    """A value for `recipe` or `comparison`; never equal to the one before, so it is always noticed."""
+    """A value for `recipe`, `comparison` or `dataset`; never equal to the one before, so it is always noticed."""
     return {**content, "nonce": secrets.token_hex(4)}

@@ -8,7 +8,7 @@ from typing import Any
 
 from studio import charts, states
 from studio.history import Wanted, told
-from studio.i18n import N_, t
+from studio.i18n import N_, reported, t
 from studio.markup import ago, badge, dot, esc, notice, number, seconds, size
 from studio.overlay import MOST
 from studio.storage import Room
@@ -61,7 +61,7 @@ def queue(rows: Sequence[Row], newest: Mapping[str, Mapping[str, Any]]) -> str:
 def _training(row: Row, told: Mapping[str, Any]) -> str:
     step, total = row["step"] or 0, row["total_steps"]
     share = 100 * step / total if total else 0
-    facts = [t(states.WORDS[row["state"]]) if step or not told.get("message") else str(told["message"])]
+    facts = [t(states.WORDS[row["state"]]) if step or not told.get("message") else reported(str(told["message"]))]
     if total:
         facts.append(t("step {step} of {total}", step=f"{step:,}", total=f"{total:,}"))
     if told.get("eta_s") is not None:

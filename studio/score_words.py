@@ -20,16 +20,18 @@ def progress(row: Row, progress: tuple[str, float | None], since: float) -> str:
     """An evaluation under way: whose, what is being done, how far it is."""
     told, share = progress
     colour = f"--c:{esc(row['colour'])}"
-    bar = f'<div class="st-progress unsure" role="progressbar" style="{colour}"><i></i></div>'
+    title = esc(t("Scoring {name}", name=row["name"]))
+    named = f'role="progressbar" aria-label="{title}"'
+    bar = f'<div class="st-progress unsure" {named} style="{colour}"><i></i></div>'
     if share is not None:
         whole = 100 * share
         bar = (
-            f'<div class="st-progress" role="progressbar" aria-valuenow="{whole:.0f}" style="{colour}">'
+            f'<div class="st-progress" {named} aria-valuenow="{whole:.0f}" style="{colour}">'
             f'<i style="width:{whole:.1f}%"></i></div>'
         )
     return (
         f'<div class="run-head" data-run="{esc(row["id"])}" data-scoring="live"><h2>{dot(row["colour"])}'
-        f"{esc(t('Scoring {name}', name=row['name']))} {badge(states.RUNNING)}</h2>{bar}"
+        f"{title} {badge(states.RUNNING)}</h2>{bar}"
         f'<div class="st-facts" aria-live="polite"><span>{esc(reported(told))}</span>'
         f"<span>{strong('{time} so far', time=seconds(since))}</span></div></div>"
     )

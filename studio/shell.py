@@ -35,7 +35,7 @@ def _page(studio: Studio) -> Pages:
         gr.Button(visible="hidden", elem_id="studio-wake").click(lambda: None, None, None, **HIDDEN)
         # What the first page presses once it stands (assets/first/fill.js).
         fill = gr.Button(visible="hidden", elem_id="studio-fill")
-        recipe, comparison, dataset = gr.State(None), gr.State(None), gr.State("")
+        recipe, comparison, dataset = gr.State(None), gr.State(None), gr.State(None)
         with gr.Tabs() as tabs:
             page = Page(studio, blocks, tabs, run, recipe, comparison, dataset)
             for module in TABS:

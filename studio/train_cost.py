@@ -164,7 +164,9 @@ def wire(page: Page, parts: Parts) -> None:
                 if stage["stage"] != "machine":
                     yield shown(found, said, busy=True)
         except EngineError as fault:
-            yield refused(fault, [], inputs)
+            # A refusal of a form that has changed meanwhile would stand beside the newer one's card.
+            if wanted():
+                yield refused(fault, [], inputs)
             return
         if not wanted():
             return
@@ -204,7 +206,8 @@ def wire(page: Page, parts: Parts) -> None:
                 rows.append(row)
                 yield costs.methods(rows, inputs[7], busy=True)
         except EngineError as fault:
-            yield error(fault, t("The methods cannot be compared"))
+            if wanted():
+                yield error(fault, t("The methods cannot be compared"))
             return
         if wanted():
             yield costs.methods(rows, inputs[7])

@@ -2,7 +2,7 @@
 
 For every visit Gradio describes each component anew, so that it can keep the values that the visit puts into it. Of a
 page with a thousand components that is a twentieth of a second in which the server answers nobody. A component of the
-layout is always described alike, so it is described once, and each visit gets its own copy.
+layout is always described alike, so it is described once, and each visit gets its own copy of what it changes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,24 @@ from typing import Any
 
 import gradio as gr
 from gradio.blocks import BlocksConfig
+
+KEPT = 500
+"""Visits whose values are kept; Gradio's own ten thousand would be gigabytes that strangers can fill. One that is let
+go starts anew with its next question; runs, data sets and comparisons stand in the database."""
+
+
+class Described(dict[str, Any]):
+    """A component's description in one visit. Its props are all visits' own until somebody takes them, to write in."""
+
+    __slots__ = ("own",)
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        if key != "props" or getattr(self, "own", False):
+            return value
+        self.own = True
+        self[key] = {**value}
+        return super().__getitem__(key)
 
 
 class Visits(BlocksConfig):
@@ -48,5 +66,4 @@ class Visits(BlocksConfig):
             return BlocksConfig.config_for_block(_id, rendered_ids, block, renderable)
         if _id not in self.described:
             self.described[_id] = BlocksConfig.config_for_block(_id, [], block)
-        known = self.described[_id]
-        return {**known, "props": {**known["props"]}}
+        return Described(self.described[_id])

@@ -69,15 +69,16 @@ def _state(row: Row, extra: Mapping[str, Any], adapter: bool) -> str:
 def _bar(row: Row, extra: Mapping[str, Any]) -> str:
     state, total, step = row["state"], row["total_steps"], row["step"] or 0
     colour = f"--c:{esc(row['colour'])}"
+    named = f'role="progressbar" aria-label="{esc(row["name"])}"'
     if state in states.ACTIVE and not step:
         fraction = extra.get("fraction")
         if fraction is None:
-            return f'<div class="st-progress unsure" role="progressbar" style="{colour}"><i></i></div>'
+            return f'<div class="st-progress unsure" {named} style="{colour}"><i></i></div>'
         share = 100 * float(fraction)
     else:
         share = 100.0 if state == states.DONE else 100 * step / total if total else 0.0
     return (
-        f'<div class="st-progress" role="progressbar" aria-valuenow="{share:.0f}" style="{colour}">'
+        f'<div class="st-progress" {named} aria-valuenow="{share:.0f}" style="{colour}">'
         f'<i style="width:{share:.1f}%"></i></div>'
     )
 

@@ -27,6 +27,7 @@ from studio.store import Row, StateError, Store, UnknownError
 
 logger = logging.getLogger("studio.works")
 
+LOG = "work.log"
 WORK_ID = re.compile(r"work-[0-9a-f]{8}")
 LIVE = (states.STARTING, states.RUNNING)
 _UNCLAIMED = 60.0
@@ -73,6 +74,7 @@ class Works:
             StateError: other work is under way.
         """
         self.present()
+        self.clear()
         work_id = work_id or self.reserve()
         with self.store.exclusive() as db:
             busy = next(iter(db.query("SELECT * FROM works WHERE state IN (?, ?)", LIVE)), None)
@@ -86,7 +88,7 @@ class Works:
                 [*values, visitors.owner()],
             )
         try:
-            with (self.folder(work_id) / "work.log").open("wb") as log:
+            with (self.folder(work_id) / LOG).open("wb") as log:
                 child = subprocess.Popen(
                     [sys.executable, "-m", "studio.adapter_worker", work_id],
                     stdin=subprocess.DEVNULL,
@@ -107,8 +109,25 @@ class Works:
     def stop(self) -> None:
         """End the work that is under way, if there is any; nothing of it is kept."""
         live = self.present()
-        if live is not None and self.close_work(live["id"], states.STOPPED):
-            process.send(live["pid"], live["pid_started"], signal.SIGTERM)
+        if live is None or not self.close_work(live["id"], states.STOPPED):
+            return
+        process.send(live["pid"], live["pid_started"], signal.SIGTERM)
+        if live["id"] not in self._children:
+            # An earlier server started it: nobody waits for its process.
+            threading.Thread(target=self._see_off, args=(live,), name="adapter-work-end", daemon=True).start()
+
+    def clear(self) -> None:
+        """Remove what ended works have left beside their logs, but for what done ones have made."""
+        sql = "SELECT * FROM works WHERE state NOT IN (?, ?, ?)"
+        for row in self.store.db.query(sql, [*LIVE, states.DONE]):
+            folder = self.folder(row["id"])
+            if row["id"] in self._children or process.alive(row["pid"], row["pid_started"]) or not folder.is_dir():
+                continue
+            for path in folder.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path.name != LOG:
+                    path.unlink(missing_ok=True)
 
     def get(self, work_id: str) -> Row:
         """One work as plain data.
@@ -147,7 +166,7 @@ class Works:
 
     def log_tail(self, work_id: str) -> str:
         """The end of what the work's process wrote."""
-        return process.tail(self.folder(work_id) / "work.log")
+        return process.tail(self.folder(work_id) / LOG)
 
     def claim(self, work_id: str, pid: int, started: float | None) -> bool:
         """Make a process the work's own; False when the work was stopped or settled meanwhile."""
@@ -182,7 +201,21 @@ class Works:
             logger.exception("What came of work on an adapter could not be kept.")
         finally:
             self._children.pop(work_id, None)
+            self._clear_quietly()
             self.store.close()
+
+    def _see_off(self, row: Row) -> None:
+        """Wait for a process that is told to end, and take away what it leaves."""
+        process.end(row["pid"], row["pid_started"])
+        self._clear_quietly()
+        self.store.close()
+
+    def _clear_quietly(self) -> None:
+        try:
+            self.clear()
+        except Exception:
+            # Tried again before the next work, and when a server starts.
+            logger.exception("What ended work on an adapter left could not be removed.")
 
     def _settle(self, work_id: str, status: int | None) -> None:
         """The process is gone: if it did not say what came of it, say that."""

@@ -315,6 +315,48 @@ def test_nothing_is_asked_for_a_page_out_of_sight_and_all_of_it_once_it_is_seen(
         at_step(page, 33)
 
 
+def test_a_run_that_is_resumed_elsewhere_is_followed_by_who_comes_back_to_it(page: Any, server: str) -> None:  # noqa: F811
+    with walking("resumed") as happen, contextlib.closing(Studio.open(Path(RUNS["home"]))) as studio:
+        studio.store.update_run(RUNS["resumed"], state=states.PAUSED)
+        show(page, server, "resumed")
+        head(page, "paused").wait_for()
+        page.click("#tab-data-button")
+        page.locator("#data-file").wait_for()
+        studio.store.update_run(RUNS["resumed"], state=states.RUNNING)
+        happen()
+        page.click("#tab-train-button")
+        sync_api.expect(page.locator("#live-pause")).to_be_visible(timeout=20_000)
+        happen()
+        at_step(page, 32)
+
+
+def test_a_page_in_another_language_than_the_cookies_is_not_drawn_again_and_again(page: Any, server: str) -> None:  # noqa: F811
+    with walking("two tongues") as happen:
+        show(page, server, "two tongues")
+        page.evaluate("document.documentElement.lang = 'ko'")
+        happen()
+        at_step(page, 31)
+        asked = asked_by(page)
+        for step in (32, 33):
+            happen()
+            at_step(page, step)
+        assert "component_server" in asked and "run" not in asked and "predict" not in asked, asked
+
+
+def test_a_browser_that_lacks_what_is_new_fills_the_page_and_follows_the_run(page: Any, server: str) -> None:  # noqa: F811
+    page.add_init_script("delete window.requestIdleCallback; delete Element.prototype.checkVisibility;")
+    with walking("old browser") as happen:
+        page.goto(server)
+        page.click("#tab-data-button")
+        page.locator("#data-file").wait_for()
+        show(page, server, "old browser")
+        happen()
+        at_step(page, 31)
+        # Nobody presses anything: the page's own tabs come by themselves.
+        page.goto(server)
+        page.wait_for_function("window.studioArrived === true")
+
+
 def test_a_run_that_ends_is_drawn_whole_and_asked_for_no_more(page: Any, server: str) -> None:  # noqa: F811
     with walking("ends") as happen:
         show(page, server, "ends")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -24,7 +26,7 @@ from studio.comparing import answer, answers_from, kept_picture
 from studio.comparisons import ANSWERS, GRID, Comparisons
 from studio.context import Studio
 from studio.library import IMPORTED
-from studio.store import PALETTE, StateError, UnknownError
+from studio.store import PALETTE, StateError, Store, UnknownError
 
 HOW = {"seed": 1, "temperature": 0.0, "max_new_tokens": 12}
 DRAWN = {"seed": 1, "steps": 2, "guidance": 3.0}
@@ -218,6 +220,26 @@ def test_a_picture_that_was_brought_in_is_copied_once_by_its_content(tmp_path: P
     upload.write_bytes(b"no picture")
     with pytest.raises(PictureError):
         kept_picture(tmp_path / "home", str(upload))
+
+
+def test_old_pictures_that_nothing_shows_go(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    kept, folder = Comparisons(store, tmp_path), tmp_path / "pictures"
+    assert kept.forget_pictures() == 0
+    folder.mkdir()
+    for name in ("shown", "asked", "voted", "lost", "new"):
+        (folder / f"{name}.png").write_bytes(b"x")
+        if name != "new":
+            os.utime(folder / f"{name}.png", (1.0, 1.0))
+    kept.add("answers", "tiny-sd", "x", {}, [{"picture": str(folder / "shown.png")}], str(folder / "asked.png"))
+    store.db.execute(
+        "INSERT INTO votes (id, base, prompt, picture, settings, left_version, right_version, sides, created, owner)"
+        " VALUES ('pair', 'tiny-sd', 'x', '', '{}', '', '', ?, ?, 'somebody')",
+        [json.dumps([{"picture": "/moved/pictures/voted.png"}]), 1.0],
+    )
+    assert kept.forget_pictures() == 1
+    assert {path.stem for path in folder.iterdir()} == {"shown", "asked", "voted", "new"}
+    store.close()
 
 
 def test_a_caption_is_kept_under_its_picture(studio: Studio, tmp_path: Path) -> None:

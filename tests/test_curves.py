@@ -148,10 +148,36 @@ def test_the_beginning_of_a_long_run_has_room_of_its_own() -> None:
     assert room(5, "stopped") == 3000 and live.width({"total_steps": None, "step": 0, "state": "queued"}) is None
 
 
-def test_few_runs_are_held(store: Store) -> None:
-    runs = [add_run(store) for _ in range(curves.KEPT + 2)]
-    first = curves.of_run(store, runs[0])
-    assert curves.of_run(store, runs[0]) is first
+def test_few_runs_are_held(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, plain, asked = [add_run(store) for _ in range(curves.KEPT + 2)], store.events_after, []
+    add_steps(store, runs[0], [3.0])
+
+    def watched(run_id: str, last_id: int) -> Any:
+        asked.append(last_id)
+        return plain(run_id, last_id)
+
+    monkeypatch.setattr(store, "events_after", watched)
+    curves.of_run(store, runs[0])
+    curves.of_run(store, runs[0])
+    assert asked[0] == 0 < asked[1]
     for run in runs[1:]:
         curves.of_run(store, run)
-    assert curves.of_run(store, runs[0]) is not first
+    curves.of_run(store, runs[0])
+    assert asked[-1] == 0
+
+
+def test_what_one_page_draws_does_not_grow_while_another_reads_on(store: Store) -> None:
+    run = add_run(store)
+    add_steps(store, run, [3.0, 2.0])
+    found = curves.of_run(store, run)
+    steps = found.column("step")
+    add_steps(store, run, [1.0] * 300, first=3)
+    for kind, fields in (("eval", {"loss": 1.0}), ("sample", {"text": "a"}), ("rank", {"ranks": {"q": 4}})):
+        store.add_event(run, {"type": kind, "step": 3, **fields})
+    newer = curves.of_run(store, run)
+    assert len(steps) == len(found.column("lr")) == 2 and found.newest("step") == store.by_step(run, "step")[1]
+    assert (found.evals, found.of("sample"), found.mean_ranks, found.ranks) == ([], [], [], None)
+    assert len(newer.column("lr")) == 302 and newer.mean_ranks == [(3.0, 4.0)] and len(newer.evals) == 1
+    # As a page would that began before the other read on.
+    row = {**store.run(run), "state": "running"}
+    assert "charts" in live.curves_html(found, row, log=False, smoothing=0.6)

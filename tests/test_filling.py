@@ -135,6 +135,17 @@ def test_a_visit_has_its_own_values_of_a_layout_that_is_described_once(pages: Pa
     assert one.config_values[number]["props"]["value"] == "new"
 
 
+def test_a_visit_takes_little_memory(pages: Pages) -> None:
+    import tracemalloc
+
+    SessionState(pages)
+    tracemalloc.start()
+    visit = SessionState(pages)  # noqa: F841 # held while its memory is looked at
+    taken = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert taken < 450_000, taken
+
+
 async def _get(name: str, accept: str = "") -> tuple[list[Any], bool]:
     """What is sent for a path, and whether the app behind was asked."""
     sent: list[Any] = []

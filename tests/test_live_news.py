@@ -103,6 +103,14 @@ def test_scale_and_smoothing_are_those_of_the_page(page: Any, run: str) -> None:
         assert ask({**told, "smoothing": odd})["curves"] == usual, odd
 
 
+def test_what_is_drawn_in_another_language_is_not_stale(page: Any, run: str) -> None:
+    with speaking(KOREAN):
+        mark = marked(drawn(page, run)["head"])
+    told = {"run": run, **{key: mark[key] for key in ("looks", "language")}}
+    assert mark["language"] == "ko" and not live_news.asked(page)(told)["stale"]
+    assert marked(drawn(page, run)["head"])["language"] == "en"
+
+
 def test_it_speaks_as_the_page_does(page: Any, run: str) -> None:
     ask, told = live_news.asked(page), question(page, run, seen="")
     korean = ask({**told, "language": "ko"})

@@ -13,6 +13,7 @@ from studio import overlay, run_diff, states
 from studio.api import Endpoints, _guarded
 from studio.context import Studio
 from studio.run_api import ENDPOINTS, RunEndpoints
+from studio.shell import create_app
 
 
 @pytest.fixture
@@ -227,3 +228,9 @@ def test_raw_requests_are_refused_by_name(studio: Studio, name: str, arguments: 
     assert name in ENDPOINTS
     answered = _guarded(getattr(RunEndpoints(studio), name))(*arguments)
     assert answered["error"]["code"] == code and answered["error"]["message"], answered
+
+
+def test_presses_in_the_list_are_answered_one_after_another(studio: Studio) -> None:
+    rule = next(it for it in create_app(studio).fns.values() if it.name == "said" and it.trigger_mode == "multiple")
+    # Two at once would begin from the same chosen runs, and one of them would be lost.
+    assert (rule.concurrency_id, rule.concurrency_limit) == ("runs-presses", 1)

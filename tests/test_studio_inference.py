@@ -166,3 +166,23 @@ def test_out_of_memory_is_reported_before_the_process_ends(monkeypatch: pytest.M
     monkeypatch.setattr(server, "_generate", explode)
     server._answer({"id": "a", "op": "generate"})
     assert ended == [1] and '"code": "memory"' in out.getvalue() and "smaller" in out.getvalue()
+
+
+def test_all_that_wait_hear_of_the_end_while_some_give_up() -> None:
+    import io
+    import queue
+    from types import SimpleNamespace
+
+    from studio.inference import _Child
+
+    child = _Child(SimpleNamespace(stdout=io.StringIO(""), wait=lambda: 0), None)  # type: ignore[arg-type]
+
+    class Asker(queue.Queue[Any]):
+        def put(self, item: Any, *_: Any) -> None:
+            super().put(item)
+            child.waiting.pop("gives up", None)
+
+    boxes = {name: Asker() for name in ("first", "gives up", "last")}
+    child.waiting.update(boxes)
+    child.read()
+    assert child.ended and [box.get_nowait() for box in boxes.values()] == [None] * 3

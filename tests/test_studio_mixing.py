@@ -153,6 +153,10 @@ def test_one_work_at_a_time_and_stop_leaves_nothing(studio: Studio) -> None:
         mixing.kept(studio, mixture, "second")
     studio.works.stop()
     assert ended(studio, work)["state"] == states.STOPPED and studio.library.count() == before
+    deadline = time.monotonic() + 60
+    while [path.name for path in studio.works.folder(work).iterdir()] != ["work.log"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_a_killed_process_is_an_error_in_words(studio: Studio) -> None:

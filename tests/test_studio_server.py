@@ -387,3 +387,15 @@ def test_other_addresses_than_loopback_need_a_password(
     monkeypatch.setenv("STUDIO_AUTH", "nobody")
     with pytest.raises(SystemExit):
         app.main(["--host", host, "--no-browser"])
+
+
+def test_a_server_keeps_few_visits_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from unittest.mock import MagicMock
+
+    from studio import shell, visits
+
+    page = MagicMock()
+    monkeypatch.setenv("STUDIO_HOME", str(tmp_path))
+    monkeypatch.setattr(shell, "create_app", lambda studio: page)
+    assert app.main(["--no-browser"]) == 0
+    assert page.launch.call_args.kwargs["state_session_capacity"] == visits.KEPT <= 1000

@@ -43,6 +43,22 @@ def test_the_form_is_laid_out_with_the_first_preset(tmp_path: Path) -> None:
     assert by_id["field-quantization"].value == recipe["quantization"]
 
 
+def test_rows_that_are_taken_a_second_time_are_taken_again(tmp_path: Path) -> None:
+    studio = Studio.open(tmp_path)
+    try:
+        blocks = create_app(studio)
+    finally:
+        studio.close()
+    use = next(key for key, block in blocks.blocks.items() if getattr(block, "elem_id", None) == "data-use")
+    pressed = next(it for it in blocks.fns.values() if it.targets == [(use, "click")] and it.fn)
+    (first, run, _), (second, *_) = pressed.fn("rows-1"), pressed.fn("rows-1")
+    # Equal values would be no change, and Train would keep what it has.
+    assert first != second and first["dataset"] == second["dataset"] == "rows-1" and run == ""
+    chosen = next(it for it in blocks.fns.values() if it.targets == [(pressed.outputs[0]._id, "change")] and it.fn)
+    form = {part.elem_id: value for part, value in chosen.fn(second, "causal_lm").items() if part.elem_id}
+    assert form["train-dataset"].value == "rows-1" and chosen.fn(None, "causal_lm").keys() <= {"__type__"}
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
     store = Store(tmp_path)

@@ -15,7 +15,7 @@ from studio import dataset_shelf as shelf
 from studio.datasets import Checked
 from studio.i18n import N_, t
 from studio.markup import error, esc, notice
-from studio.page import DATA, HIDDEN, TRAIN, Page, go
+from studio.page import DATA, HIDDEN, TRAIN, Page, go, message
 from studio.problem_words import decided
 from studio.samples import SAMPLES
 
@@ -300,7 +300,10 @@ def wire(page: Page) -> None:
     wire_views(whole, look, read)
     wire_shelf(page, outputs)
     parts.use.click(
-        lambda dataset_id: (dataset_id, "", go(TRAIN)), dataset, [page.dataset, page.run, page.tabs], **HIDDEN
+        lambda dataset_id: (message(dataset=dataset_id), "", go(TRAIN)),
+        dataset,
+        [page.dataset, page.run, page.tabs],
+        **HIDDEN,
     )
 
 

@@ -299,13 +299,15 @@ def wire(page: Page) -> None:
 
     on(act.listing, [page.tab[ID].select])
     parts.timer.tick(act.tick, shown, outputs, **TICK)
-    # Each press counts, also while another is being answered.
+    # Each press counts, also while another is being answered; one after another, or two would begin from the same runs.
     gr.on(
         [parts.queue.click, parts.table.click, detail.tags.click],
         said,
         shown,
         outputs,
         trigger_mode="multiple",
+        concurrency_id="runs-presses",
+        concurrency_limit=1,
         **HIDDEN,
     )
     searching = [parts.search.input, parts.state.input, parts.sort.input]

@@ -75,8 +75,9 @@ def wire(page: Page) -> None:
         chosen = next(iter(newest), None)
         return {parts.dataset: gr.Dropdown(choices, value=chosen), **fit(chosen, task)}
 
-    def use(dataset_id: str, task: str | None) -> dict[Any, Any]:
+    def use(said: Mapping[str, Any] | None, task: str | None) -> dict[Any, Any]:
         """The data set that was chosen on Data."""
+        dataset_id = (said or {}).get("dataset")
         if not dataset_id:
             return {}
         return {

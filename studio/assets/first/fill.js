@@ -3,6 +3,9 @@
 (() => {
   const early = "#first-page, #start-board [data-goal], #studio-fill, #studio-wake, a[href]";
   let begun = false;
+  const longest = 15000;
+  // Not every browser says when it has nothing to do.
+  const idle = window.requestIdleCallback ?? ((call) => setTimeout(call, 1));
   let held = null;
   const begin = () => {
     const button = document.getElementById("studio-fill");
@@ -20,15 +23,18 @@
     held?.removeAttribute("aria-busy");
     held = pressed;
     held.setAttribute("aria-busy", "true");
+    // Where the tabs do not come, what was pressed is not kept for ever.
+    setTimeout(() => held === pressed && window.studioFilled(), longest);
     begin();
   };
   document.addEventListener("click", hold, true);
   window.studioFilled = () => {
-    document.removeEventListener("click", hold, true);
-    held?.removeAttribute("aria-busy");
-    if (held?.isConnected) held.click();
+    const pressed = held;
     held = null;
+    document.removeEventListener("click", hold, true);
+    pressed?.removeAttribute("aria-busy");
+    if (pressed?.isConnected) pressed.click();
   };
   // Not before the answer to what was pressed first, where something was.
-  window.studioStands = () => setTimeout(() => requestIdleCallback(begin, { timeout: 600 }), 300);
+  window.studioStands = () => setTimeout(() => idle(begin, { timeout: 600 }), 300);
 })();

@@ -1,7 +1,8 @@
 // Shift and Enter in the prompt ask as the view that is open asks.
 window.studioAsk = () => {
   const buttons = [...document.querySelectorAll("#compare-generate, #grid-draw, #blind-ask")];
-  buttons.find((button) => button.checkVisibility())?.click();
+  const visible = (button) => button.checkVisibility?.() ?? button.getClientRects().length > 0;
+  buttons.find(visible)?.click();
 };
 
 // Whoever comes to this page has its form filled in. What asks before the form stands is held, and pressed again then.

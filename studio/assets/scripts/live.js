@@ -17,6 +17,8 @@ window.studioLive = (element, server, catchUp) => {
   let last = null;
   let asking = false;
   let again = false;
+  // Somebody comes to the page: a run that stood still is asked for once too, for it may have been resumed elsewhere.
+  let came = false;
   let unanswered = 0;
 
   const change = (old, fresh) => {
@@ -51,12 +53,14 @@ window.studioLive = (element, server, catchUp) => {
   };
 
   const ask = async () => {
-    const mark = element.querySelector(".live-mark[data-live]");
-    if (!mark || document.hidden || !element.checkVisibility()) return;
+    const mark = element.querySelector(came ? ".live-mark" : ".live-mark[data-live]");
+    const visible = element.checkVisibility?.() ?? element.getClientRects().length > 0;
+    if (!mark || document.hidden || !visible) return;
     if (asking) {
       again = true;
       return;
     }
+    came = false;
     const wanted = () => ({
       log: Boolean(document.querySelector("#log-scale input")?.checked),
       smoothing: Number(document.querySelector("#smoothing input[type=range]")?.value ?? NaN),
@@ -67,9 +71,10 @@ window.studioLive = (element, server, catchUp) => {
     const before = now();
     asking = true;
     try {
-      const seen = last?.before === before ? last.seen : "";
-      const { lang: language } = document.documentElement;
-      const news = await server.live_news({ run: drawn.run, looks: drawn.looks, seen, language, ...wanted() });
+      const still = drawn.live === undefined ? drawn.seen : "";
+      const seen = last?.before === before ? last.seen : still;
+      const { run, looks, language } = drawn;
+      const news = await server.live_news({ run, looks, seen, language, ...wanted() });
       if (!news) throw new Error();
       unanswered = 0;
       // What Gradio has drawn meanwhile, or for what was set meanwhile, is newer than this answer.
@@ -107,8 +112,13 @@ window.studioLive = (element, server, catchUp) => {
     }
   }, every);
   const listen = (name, heard) => document.addEventListener(name, heard, { signal: over.signal });
-  listen("visibilitychange", () => ask());
-  listen("click", (event) => event.target.closest?.("[role=tab]") && setTimeout(ask, 50));
+  const arrive = () => {
+    came = true;
+    ask();
+  };
+  listen("visibilitychange", arrive);
+  const tab = (event) => event.detail === "train" && setTimeout(arrive, 50);
+  window.addEventListener("studio-tab", tab, { signal: over.signal });
   // The data of the hover text is most of what there is to say of a curve; it comes where somebody points at one.
   listen("pointerover", (event) => {
     const [to, from] = [event.target, event.relatedTarget].map((one) => one?.closest?.("#live-curves .plot"));
