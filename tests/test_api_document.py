@@ -47,6 +47,15 @@ def endpoints(server: Running) -> dict[str, Any]:
     return named
 
 
+def test_the_table_names_the_arguments(server: Running) -> None:
+    named = endpoints(server)
+    for row in re.findall(r"^\| (`/.*)$", PAGE, re.MULTILINE):
+        cells = row.split("|")
+        known = [named[name] for name in re.findall(r"`(/\w+)`", cells[0])]
+        told = set(re.findall(r"\w+", cells[1])) - {"or"}
+        assert told == {one["parameter_name"] for each in known for one in each["parameters"]}, row
+
+
 def test_the_first_block_runs(server: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (code,) = re.findall(r"```python\n(import time.*?)```", PAGE, re.DOTALL)
     assert code.count("http://127.0.0.1:7860") == 1
