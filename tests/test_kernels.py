@@ -341,6 +341,24 @@ def test_hooks_on_an_adapted_layer_of_a_gated_mlp_are_called() -> None:
     assert losses(model)[0] == pytest.approx(before, rel=1e-6)
 
 
+def test_replicas_of_data_parallel_ask_their_own_weights() -> None:
+    config = engine.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    model: Any = engine.get_peft_model(llama(), config).train()
+    block = model.get_base_model().model.layers[0]
+    for module in (block.mlp, block.input_layernorm):
+        replica: Any = module._replicate_for_data_parallel()
+        assert replica.forward.args == (replica,) and module.forward.args == (module,)
+        twice = replica._replicate_for_data_parallel()
+        assert twice.forward.args == (twice,)
+    replica = block.input_layernorm._replicate_for_data_parallel()
+    replica.weight = torch.zeros(64)
+    assert not replica(torch.randn(1, 3, 64, requires_grad=True)).any()
+    copied = copy.deepcopy(model).get_base_model().model.layers[0].mlp
+    assert copied.forward.args == (copied,) and copied._replicate_for_data_parallel.args == (copied,)
+    model.unload()
+    assert "forward" not in block.mlp.__dict__ and "_replicate_for_data_parallel" not in block.mlp.__dict__
+
+
 def test_models_are_made_where_nothing_has_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.kernels.norm._known", {})
     monkeypatch.setattr("engine.kernels.gated._known", {})

@@ -8,13 +8,13 @@ MLP's width. The node keeps the two projections and computes the rest again, whi
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from engine import kernels
+from engine.kernels.binding import bind, unbind
 from engine.kernels.linear import Product, frozen_weight, whole
 from engine.layers import AdapterLayer
 
@@ -92,15 +92,13 @@ def install(mlp: nn.Module) -> bool:
         return False
     if not _computes_gated(type(mlp), type(mlp.act_fn)):
         return False
-    mlp.forward = functools.partial(forward, mlp)
+    bind(mlp, forward)
     return True
 
 
 def remove(mlp: nn.Module) -> None:
     """The class's own forward again."""
-    mine = mlp.__dict__.get("forward")
-    if isinstance(mine, functools.partial) and mine.func is forward:
-        del mlp.__dict__["forward"]
+    unbind(mlp, forward)
 
 
 _known: dict[tuple[type[nn.Module], type[nn.Module]], bool] = {}

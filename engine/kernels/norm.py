@@ -9,13 +9,13 @@ keeps x as it came and n, one number a token, and goes over x half as often in i
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from engine import kernels
+from engine.kernels.binding import bind, unbind
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Not float64: the models' own code takes float32 for that too."""
@@ -73,15 +73,13 @@ def install(model: nn.Module) -> None:
     """Give the model's RMS norms the fused forward: known by what their class computes."""
     for module in model.modules():
         if isinstance(module._parameters.get("weight"), Tensor) and _is_norm(module):
-            module.forward = functools.partial(forward, module)
+            bind(module, forward)
 
 
 def remove(model: nn.Module) -> None:
     """The classes' own forward again."""
     for module in model.modules():
-        mine = module.__dict__.get("forward")
-        if isinstance(mine, functools.partial) and mine.func is forward:
-            del module.__dict__["forward"]
+        unbind(module, forward)
 
 
 def _is_norm(module: nn.Module) -> bool:
