@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sqlite_utils import Database
-
 from studio import visitors
+from studio.sqlite import Database
 from studio.store import Row, Store, UnknownError
 
 ANSWERS, GRID = "answers", "grid"

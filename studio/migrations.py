@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import cast
 
-from sqlite_utils import Database
-from sqlite_utils.db import Table
-from sqlite_utils.migrations import Migrations
+from studio.sqlite import Database, Migrations, Table
 
 migrations = Migrations("studio")
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 POINTS = 300
@@ -67,6 +66,9 @@ def smoothed(ys: Column, weight: float | None = None) -> Column:
     """
     if weight is None:
         weight = 1 - 1 / max(1.0, min(len(ys) / 12, 40.0))
+    # Not above: processes that draw nothing need no pandas.
+    import pandas as pd
+
     found: Column = pd.Series(ys).ewm(alpha=1 - weight, adjust=True).mean().to_numpy()
     return found
 

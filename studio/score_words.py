@@ -65,6 +65,9 @@ def metrics_table(found: Row, what: str) -> str:
     for name, pair in scores.sides(found).items():
         values = {who: score["value"] for who, score in pair.items()}
         best = scores.better(name, values.get("base"), values.get("adapter"))
+        if len({number(value) for value in values.values()}) == 1:
+            # What differs where nobody sees it is no better.
+            best = ""
         about, rows = scores.metric(name), {score["rows"] for score in pair.values()}
         hint = f' <span class="st-hint">{about.hint}</span>' if about.hint else ""
         lines.append(

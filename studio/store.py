@@ -17,13 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlite_utils import Database
-
 from engine.errors import EngineError
 from engine.train.events import Event, stamp
 from engine.train.job import JobSpec
 from studio import states, visitors
 from studio.migrations import migrations
+from studio.sqlite import Database
 
 Row = dict[str, Any]
 

@@ -99,6 +99,13 @@ def test_the_page_process_takes_no_torch() -> None:
     assert not names & {"torch", "transformers", "accelerate", "peft"}
 
 
+@pytest.mark.parametrize("process", ["worker", "adapter_worker", "inference_worker"])
+def test_the_processes_of_the_studio_take_no_pandas(process: str) -> None:
+    names = loaded_by(f"import studio.{process}")
+    assert "sqlite_utils" in names or process == "inference_worker"
+    assert not names & {"pandas", "pyarrow", "gradio"}
+
+
 def test_the_rule_sees_a_breach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check itself: a lazy import inside a function counts."""
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)

@@ -134,6 +134,11 @@ def test_a_run_and_its_base_become_rows_with_what_they_cost() -> None:
     assert "same rows" in told
 
 
+def test_what_looks_equal_is_not_called_better() -> None:
+    found = scores.read(lines(score("base", "chrf", 47.71), score("adapter", "chrf", 47.74))).to_dict()
+    assert "better</span>" not in score_words.result(RUN, {"result": found, "fresh": True, "ended": 1.0})
+
+
 def test_the_tables_mark_the_better_side_and_let_no_markup_through() -> None:
     text = lines(score("base", "chrf", 20.0), score("adapter", "chrf", 60.0))
     rows = {"type": "row", "row": 3, "prompt": "<i>a</i>", "wanted": "b  c", "base": "x", "adapter": "b c"}
