@@ -136,7 +136,7 @@ def test_a_run_and_its_base_become_rows_with_what_they_cost() -> None:
 
 def test_what_looks_equal_is_not_called_better() -> None:
     found = scores.read(lines(score("base", "chrf", 47.71), score("adapter", "chrf", 47.74))).to_dict()
-    assert "better</span>" not in score_words.result(RUN, {"result": found, "fresh": True, "ended": 1.0})
+    assert "good" not in score_words.metrics_table(found, "adapter")
 
 
 def test_the_tables_mark_the_better_side_and_let_no_markup_through() -> None:
