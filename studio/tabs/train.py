@@ -105,7 +105,9 @@ def wire(page: Page) -> None:
         chosen = dataset_id if dataset_id in fitting else next(iter(fitting), None)
         return {parts.task: task.name, parts.dataset: chosen, **begin(task)}
 
-    def switch(name: str, task: str, before: Mapping[str, Any] | None, *now: Any) -> dict[Any, Any]:
+    def switch(
+        name: str, task: str, before: Mapping[str, Any] | None, quantization: str | None, *now: Any
+    ) -> dict[Any, Any]:
         """Another method: its fields, and the training settings that it usually needs. With a method that needs none,
         what stood there before comes back."""
         method, before = recipes.method_of(name), dict(before or {})
@@ -117,8 +119,9 @@ def wire(page: Page) -> None:
                 found[parts.widgets[owned.key]] = forms.show(field, method.training[field.name])
             elif field.name in before:
                 found[parts.widgets[owned.key]] = before.pop(field.name)
-        if method is recipes.FULL:
-            # Codes of a few bits cannot take small steps.
+        if method is recipes.FULL and quantization != "none":
+            # Codes of a few bits cannot take small steps. What stands there already is not written again: somebody may
+            # have chosen something else before this answer comes.
             found[parts.quantization] = "none"
         return {**found, parts.before: before}
 
@@ -183,6 +186,6 @@ def wire(page: Page) -> None:
         fills(radio.input, functools.partial(choose, task), radio)
     fills(parts.task.input, turn, *chosen[::-1])
     fills(parts.dataset.input, fit, *chosen)
-    fills(parts.method.input, switch, parts.method, parts.task, parts.before, *own_settings)
+    fills(parts.method.input, switch, parts.method, parts.task, parts.before, parts.quantization, *own_settings)
     parts.start.click(start, [parts.processes, *form], [page.run, parts.fault], trigger_mode="once", **HIDDEN)
     parts.to_data.click(lambda: go(DATA), None, page.tabs, **HIDDEN)
