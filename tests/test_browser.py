@@ -147,7 +147,7 @@ def test_from_the_first_page_to_two_different_answers_in_four_clicks(page: Any, 
     start.wait_for()
     assert re.fullmatch(r"Train on these \d+ rows", start.inner_text())
     # The memory comes after the count.
-    page.locator("#train-count [data-verdict]").wait_for(timeout=120_000)
+    page.locator("#train-count .tc-card:not([aria-busy=true]) [data-verdict]").wait_for(timeout=120_000)
     shoot(page, "train")
     start.click()
     page.locator("#live-curves polyline.thin").first.wait_for(timeout=120_000)
