@@ -90,18 +90,18 @@ class Stack:
     """
 
     def __init__(self) -> None:
-        self.forget()
+        self._clear()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Copies and pickles of a model start empty: their tensors are others.
         return (Stack, ())
 
-    _rows: list[Mix] | None = None
-
     def forget(self) -> None:
-        if self._rows is None and "left" in self.__dict__:
-            return
-        self._rows = None
+        if self._rows is not None:
+            self._clear()
+
+    def _clear(self) -> None:
+        self._rows: list[Mix] | None = None
         self._made: dict[str, LowRankLinear] = {}
         self._marks = _Marks()
         self.left: frozenset[str] = frozenset()

@@ -19,16 +19,17 @@ def bind(module: nn.Module, forward: Callable[..., Any]) -> None:
     module.__dict__[_REPLICATE] = functools.partial(_replica, module)
 
 
-def bound(module: nn.Module, forward: Callable[..., Any]) -> bool:
-    """Whether the module has this forward."""
-    mine = module.__dict__.get("forward")
-    return isinstance(mine, functools.partial) and mine.func is forward
-
-
 def unbind(module: nn.Module, forward: Callable[..., Any]) -> None:
     """The class's own forward again, where the module has this one."""
-    if bound(module, forward):
+    mine = module.__dict__.get("forward")
+    if isinstance(mine, functools.partial) and mine.func is forward:
         del module.__dict__["forward"], module.__dict__[_REPLICATE]
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody listens to a module's calls or has replaced them: hooks, another forward."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in module.__dict__
 
 
 def _replica(module: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import kernels
-from engine.kernels.binding import bind, unbind
+from engine.kernels.binding import bind, is_watched, unbind
 from engine.kernels.linear import Product, frozen_weight, whole
 from engine.layers import AdapterLayer
 
@@ -66,7 +66,8 @@ class GatedDown(torch.autograd.Function):
 def forward(mlp: Any, x: Tensor) -> Tensor:
     """A gated MLP's forward pass, the second half fused where that is possible."""
     down, act = mlp.down_proj, mlp.act_fn
-    if not (kernels.enabled() and torch.is_grad_enabled() and isinstance(down, AdapterLayer)) or _is_watched(down):
+    if not (kernels.enabled() and torch.is_grad_enabled() and isinstance(down, AdapterLayer)) or is_watched(down):
+        # The node makes no call of the layer.
         return type(mlp).forward(mlp, x)  # type: ignore[no-any-return]
     gate, up = mlp.gate_proj(x), mlp.up_proj(x)
     parts = down.parts(gate)
@@ -74,12 +75,6 @@ def forward(mlp: Any, x: Tensor) -> Tensor:
         return down(act(gate) * up)  # type: ignore[no-any-return]
     tensors = (parts.a, parts.b, parts.bias, parts.m)
     return GatedDown.apply(gate, up, *tensors, act, parts.product)  # type: ignore[no-any-return]
-
-
-def _is_watched(layer: nn.Module) -> bool:
-    """Whether somebody listens to a layer's calls, of which the node makes none."""
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return bool(hooked) or "forward" in layer.__dict__
 
 
 def install(mlp: nn.Module) -> bool:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from engine import bnb
 from engine.adapters.base import CONV1D, LINEAR, layer_kind
+from engine.kernels.binding import is_watched
 from engine.kernels.dropout import drawn_seed, mask_like
 
 _PLAIN = (nn.Linear,)
@@ -44,8 +45,7 @@ def fits(base: nn.Module, x: Tensor) -> bool:
 def _is_plain(base: nn.Module) -> bool:
     """No hook or replaced forward (offloading, for one) that backward would miss."""
     kind = type(base) in _PLAIN or layer_kind(base) == CONV1D or type(base).__name__ == bnb.FOUR
-    hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-    return kind and not hooked and "forward" not in base.__dict__
+    return kind and not is_watched(base)
 
 
 @dataclass(slots=True)
