@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     with_tools = mcp_wanted(limits is not None)
     from starlette.middleware import Middleware
 
-    from studio import theme, tools, visits
+    from studio import queueing, theme, tools, visits
     from studio.comparisons import Comparisons
     from studio.context import Studio
     from studio.first_page import FirstPage
@@ -104,8 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     doors = [] if entrance is None else [entrance.door()]
     try:
         app.queue(default_concurrency_limit=8)
-        # Gradio's queue looks for work a thousand times a second, which is a twenty-fifth of a core for nothing.
-        app._queue.sleep_when_free, app._queue.progress_update_sleep_when_free = 0.01, 0.05
+        queueing.calm(app)
         app.launch(
             server_name=host,
             server_port=asked.port,

@@ -5,18 +5,24 @@
 Always: the server's part of a redraw (new events read, the doctor, all charts) after one more step, and the first look
 at a run, by number of steps; beside it what reading every step anew takes. Milliseconds of the processor, which other
 programs do not lengthen much. With `--page`: from a worker's write to the step on the page, in a Chromium. With
-`--cost`: steps of a real run of the toy with the page open against those with it closed, in turn within the one run, so
-that what else the machine does falls on both alike: once with the browser elsewhere, so that only what the server does
-for the page falls on the training (its questions are asked as the page's script asks them), and once with the browser
-on this machine too, drawing by software. Beside it the milliseconds of the processor that the server takes in a second.
+`--cost`: what a page that is open takes from each step of a real run of the toy, once with its browser elsewhere, so
+that only what the server does for the page falls on the training (its questions are asked as the page's script asks
+them), and once with the browser on this machine too, drawing by software. That is less than a machine's speed changes
+from one second to the next, so it is looked for where it must be: in the moments after each question, against those
+before and behind them (`lost`). What a browser does at other times shows in the milliseconds of the processor that it
+takes in a second, and, more coarsely, in the steps with the page open over those with it closed, in turn; there the
+browser is stopped by a signal and goes on later.
 """
 
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
+import math
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -29,8 +35,13 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import numpy as np
+import psutil
 
 from bench.measuring import ROOT, machine, write
 from engine.train.job import DataSpec, JobSpec, TrainingSpec
@@ -52,6 +63,17 @@ SEEN = """() => {
   };
   new MutationObserver(look).observe(document.body, {childList: true, subtree: true, characterData: true});
 }"""
+
+
+ASKED = """(() => {
+  window.asked = [];
+  const fetched = window.fetch;
+  window.fetch = (...given) => {
+    if (String(given[0]?.url ?? given[0]).includes("component_server")) window.asked.push(Date.now());
+    return fetched(...given);
+  };
+})()"""
+"""Notes when the page asks."""
 
 
 def fill(store: Store, run: str, first: int, last: int) -> None:
@@ -194,19 +216,23 @@ def lag(count: int = 60) -> dict[str, Any]:
 
 
 class Elsewhere:
-    """A page of a run whose browser is on another machine: asks what the page's script asks, as often."""
+    """A page of a run whose browser is on another machine: asks what the page's script asks, as often.
 
-    def __init__(self, address: str, run: str) -> None:
-        self.address = address
+    It is asked for with as little work as can be, since that work falls on the training too.
+    """
+
+    def __init__(self, address: str, studio: Studio, run: str) -> None:
+        self.address, self.studio, self.run = address, studio, run
         self.ended = threading.Event()
         config = json.loads(urllib.request.urlopen(f"{address}/config", timeout=60).read())
         (head,) = (item["id"] for item in config["components"] if item["props"].get("elem_id") == "live-head")
-        question = {"run": run, "looks": "", "seen": "", "language": "en", "log": False, "smoothing": 0.6}
+        question = {"run": run, "looks": "", "seen": "", "have": "", "language": "en", "log": False, "smoothing": 0.6}
         named = {"component_id": head, "fn_name": "live_news", "session_hash": f"bench{time.time_ns()}"}
         self.asked = {"data": question, **named}
 
     def __enter__(self) -> Elsewhere:
-        self.bytes = 0
+        self.drawn = 0
+        self.moments: list[float] = []
         self.thread = threading.Thread(target=self._ask)
         self.thread.start()
         return self
@@ -214,20 +240,31 @@ class Elsewhere:
     def __exit__(self, *raised: object) -> None:
         self.ended.set()
         self.thread.join(30)
-        if not self.bytes:
+        if not self.drawn:
             raise SystemExit("the server had nothing new for the page: this measures nothing")
 
     def _ask(self) -> None:
+        connection = http.client.HTTPConnection(self.address.partition("//")[2], timeout=60)
+        headers = {"content-type": "application/json", "x-gradio-user": "app"}
         while not self.ended.wait(EVERY):
-            request = urllib.request.Request(
-                f"{self.address}/gradio_api/component_server/",
-                json.dumps(self.asked).encode(),
-                {"content-type": "application/json", "x-gradio-user": "app"},
-            )
-            body = urllib.request.urlopen(request, timeout=60).read()
-            news = json.loads(body)
-            self.asked["data"]["seen"] = news.get("seen", self.asked["data"]["seen"])
-            self.bytes += len(body) if "polyline" in news.get("curves", "") else 0
+            self.moments.append(time.time())
+            connection.request("POST", "/gradio_api/component_server/", json.dumps(self.asked), headers)
+            body = connection.getresponse().read()
+            if b'"stale":true' in body:
+                self.asked["data"]["looks"] = self._looks()
+                continue
+            for name in ("seen", "have"):
+                for value in re.findall(rb'"%s":"([^"]*)"' % name.encode(), body):
+                    self.asked["data"][name] = value.decode()
+            self.drawn += b'"head":' in body
+        connection.close()
+
+    def _looks(self) -> str:
+        """What the page shows besides numbers and lines; Gradio would draw it now."""
+        row = self.studio.store.run(self.run)
+        found = curves.of_run(self.studio.store, self.run)
+        page: Any = SimpleNamespace(studio=self.studio)
+        return live.looks(row, found, live.steady(page, row, found, doctor.findings(found, row)))
 
 
 def spent(pid: int) -> float:
@@ -236,8 +273,20 @@ def spent(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def cost(rounds: int = 12, seconds: float = 10.0) -> dict[str, Any]:
-    """A real run's seconds a step with its live page closed, open elsewhere and open on this machine, in turn."""
+def browser() -> list[psutil.Process]:
+    """The processes of the Chromium that this one has opened."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        try:
+            if "chrom" in Path(child.exe()).name:
+                found.append(child)
+        except psutil.Error:
+            continue
+    return found
+
+
+def cost(rounds: int = 8, seconds: float = 24.0, settling: float = 1.5) -> dict[str, Any]:
+    """What a real run's steps lose with its live page open elsewhere and open on this machine."""
     with tempfile.TemporaryDirectory(prefix="bench-live-") as folder:
         home = Path(folder)
         studio = Studio.open(home)
@@ -247,21 +296,39 @@ def cost(rounds: int = 12, seconds: float = 10.0) -> dict[str, Any]:
             max_steps=100_000, batch_size=8, max_length=128, eval_every=10**6, checkpoint_every=10**6
         )
         run = studio.jobs.submit(JobSpec(model="tiny-llama", data=data, training=training), kept.id)
-        spans: list[tuple[str, float, float, float]] = []
+        spans: list[Span] = []
         with serving(home) as address, opened() as page:
             server = next(int(n.name) for n in Path("/proc").iterdir() if n.name.isdigit() and _serves(n, address))
             while not studio.store.newest(run, "step"):
                 time.sleep(1)
-            for number in range(rounds * len(LOOKS)):
-                look = LOOKS[number % len(LOOKS)]
-                page.goto(f"{address}/?run={run}" if look == "here" else "about:blank")
-                if look == "here":
-                    page.locator("#live-curves polyline.thin").first.wait_for()
-                with Elsewhere(address, run) if look == "elsewhere" else nullcontext():
-                    page.wait_for_timeout(2000)
-                    started, before = time.time(), spent(server)
-                    page.wait_for_timeout(1000 * seconds)
-                    spans.append((look, started, time.time(), spent(server) - before))
+            page.add_init_script(ASKED)
+            page.goto(f"{address}/?run={run}")
+            page.locator("#live-curves polyline.thin").first.wait_for()
+            # What loading leaves behind, a browser tidies up within half a minute.
+            page.wait_for_timeout(45_000)
+            drawing = browser()
+            try:
+                for number in range(rounds):
+                    for look in (*LOOKS, *reversed(LOOKS)):
+                        for part in drawing:
+                            (part.resume if look == "here" else part.suspend)()
+                        with Elsewhere(address, studio, run) if look == "elsewhere" else nullcontext() as elsewhere:
+                            time.sleep(settling)
+                            started, before = time.time(), [spent(server), sum(spent(part.pid) for part in drawing)]
+                            time.sleep(seconds if look != "closed" else seconds / 2)
+                            span = Span(look, started, time.time())
+                            span.server = spent(server) - before[0]
+                            span.browser = sum(spent(part.pid) for part in drawing) - before[1]
+                        span.questions = elsewhere.moments if elsewhere else []
+                        spans.append(span)
+                    print(f"  {number + 1} of {rounds} rounds", flush=True)
+            finally:
+                for part in drawing:
+                    part.resume()
+            here = [moment / 1000 for moment in page.evaluate("window.asked")]
+            for span in spans:
+                if span.look == "here":
+                    span.questions = here
             pid = studio.store.run(run)["pid"]
             studio.jobs.stop(run)
             for _ in range(60):
@@ -272,21 +339,80 @@ def cost(rounds: int = 12, seconds: float = 10.0) -> dict[str, Any]:
                 os.kill(pid, signal.SIGTERM)
         moments = [event["time"] for event in studio.store.since(run, 0, ["step"])]
         studio.close()
-    rates: dict[str, list[float]] = {look: [] for look in LOOKS}
-    servers: dict[str, list[float]] = {look: [] for look in LOOKS}
-    for look, start, end, taken in spans:
-        inside = [moment for moment in moments if start <= moment <= end]
-        rates[look].append((inside[-1] - inside[0]) / (len(inside) - 1))
-        servers[look].append(1000 * taken / (end - start))
-    found: dict[str, Any] = {"rounds": rounds, "step_ms": round(1000 * statistics.median(rates["closed"]), 1)}
+    found: dict[str, Any] = {"rounds": rounds, "step_ms": round(1000 * statistics.median(np.diff(moments)), 1)}
     for look in LOOKS[1:]:
-        # Each stretch with the page against the one without of the same round.
-        ratios = sorted(a / b for a, b in zip(rates[look], rates["closed"], strict=True))
-        quarter = len(ratios) // 4
-        half = [round(ratios[quarter], 3), round(ratios[-1 - quarter], 3)]
-        found[look] = {"ratio": round(statistics.median(ratios), 3), "middle_half": half}
-    found["server_ms_per_s"] = {look: round(statistics.median(taken), 1) for look, taken in servers.items()}
+        of_look = [span for span in spans if span.look == look]
+        losses = [loss for span in of_look for loss in lost(moments, span)]
+        open_and_closed = zip(of_look, (span for span in spans if span.look == "closed"), strict=True)
+        ratios = [one.step(moments) / other.step(moments) for one, other in open_and_closed]
+        found[look] = {
+            "questions": len(losses),
+            "lost": _mean([loss / EVERY for loss in losses]),
+            "open_over_closed": _mean(ratios),
+        }
+    for name in ("server", "browser"):
+        found[f"{name}_ms_per_s"] = {
+            look: round(
+                1000 * statistics.mean(getattr(span, name) / span.seconds for span in spans if span.look == look), 1
+            )
+            for look in LOOKS
+        }
     return found | {"load_by_core": round(os.getloadavg()[0] / (os.cpu_count() or 1), 1)}
+
+
+@dataclass
+class Span:
+    """A stretch of a run with its page closed or open.
+
+    Attributes:
+        look: one of `LOOKS`.
+        start, end: its moments.
+        server, browser: seconds of the processor that they took in it.
+        questions: moments of the page's questions; those outside of the stretch do not count.
+    """
+
+    look: str
+    start: float
+    end: float
+    server: float = 0.0
+    browser: float = 0.0
+    questions: list[float] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
+
+    def step(self, moments: list[float]) -> float:
+        """Seconds a step."""
+        inside = [moment for moment in moments if self.start <= moment <= self.end]
+        return (inside[-1] - inside[0]) / (len(inside) - 1)
+
+
+def lost(moments: list[float], span: Span, before: float = 0.1, width: float = 0.6) -> list[float]:
+    """Seconds that the training lost to each question, by the steps it came on with around it.
+
+    A question's work falls into the `width` seconds from `before` it on, whose share of a step that has begun counts.
+    They are held against as many on each side, which are free of the questions next to it, so that a speed that rises
+    or falls cancels out.
+    """
+    step, numbers, found = span.step(moments), list(range(len(moments))), []
+    for question in span.questions:
+        edges = [question - before + width * at for at in (-1, 0, 1, 2)]
+        if span.start <= edges[0] and edges[-1] <= span.end:
+            earlier, during, later = np.diff(np.interp(edges, moments, numbers))
+            found.append(float(step * ((earlier + later) / 2 - during)))
+    return found
+
+
+def _mean(values: list[float]) -> dict[str, Any]:
+    """The mean and its 95 % interval, without the twentieth on each side that other programs have spoilt."""
+    cut = len(values) // 20
+    kept = sorted(values)[cut : len(values) - cut]
+    mean = statistics.mean(kept)
+    # Of a trimmed mean: the spread is that of the values with their ends drawn in (Yuen 1974).
+    drawn_in = [min(max(value, kept[0]), kept[-1]) for value in values]
+    error = statistics.stdev(drawn_in) * math.sqrt(len(values)) / len(kept)
+    return {"mean": round(mean, 4), "interval": [round(mean - 2 * error, 4), round(mean + 2 * error, 4)]}
 
 
 def _serves(process: Path, address: str) -> bool:
@@ -319,7 +445,7 @@ def main() -> None:
         print(f"from a write to the page: {found['lag']}", flush=True)
     if arguments.cost:
         found["cost"] = cost()
-        print(f"a step with the page open against closed: {found['cost']}", flush=True)
+        print(f"what an open page takes from the training: {found['cost']}", flush=True)
     if arguments.json:
         write(arguments.json, found | {"machine": machine()})
 

@@ -18,6 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
 from engine import remedies
 from engine.errors import CheckpointError
 from engine.findings import BAD, GOOD, NOTE, WARN, Finding
@@ -270,17 +273,16 @@ def _spikes(spec: JobSpec, course: Course) -> Finding | None:
     """Single steps far above what is around them, with a gradient to match, three times and more."""
     width, recent = 16, 300
     start = max(width, len(course.losses) - recent)
-    high: list[int] = []
-    if not course.norms:
+    if not course.norms or len(course.losses) <= start:
         return None
-    for place in range(start, len(course.losses)):
-        around = course.losses[place - width : place]
-        middle = statistics.median(around)
-        spread = statistics.median(abs(loss - middle) for loss in around)
-        if course.losses[place] > max(2 * middle, middle + 12 * spread):
-            usual = statistics.median(course.norms[place - width : place])
-            if course.norms[place] > 4 * usual:
-                high.append(place)
+    # Of all steps at once: a run that is looked at is read anew each second.
+    losses, norms = (np.asarray(values[start - width :], dtype=float) for values in (course.losses, course.norms))
+    around = sliding_window_view(losses[:-1], width)
+    middle = np.median(around, axis=1)
+    spread = np.median(np.abs(around - middle[:, None]), axis=1)
+    usual = np.median(sliding_window_view(norms[:-1], width), axis=1)
+    above = (losses[width:] > np.maximum(2 * middle, middle + 12 * spread)) & (norms[width:] > 4 * usual)
+    high: list[int] = (start + np.flatnonzero(above)).tolist()
     if len(high) < 3:
         return None
     worst = max(high, key=lambda place: course.losses[place])

@@ -5,23 +5,25 @@ Curves are cut to a few hundred points (`studio.points`), so that a long run cos
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from studio.i18n import t
 from studio.markup import BASE_COLOUR, esc, number
-from studio.points import POINTS, Column, Frame, Points, finite, smoothed, thinned
+from studio.points import PIECE, POINTS, Column, Frame, Points, finite, smoothed, thinned
 from studio.points import clean as clean
 from studio.points import decimate as decimate
 from studio.points import smooth as smooth
 
 RAW_POINTS = 600
 """Of the thin curve of every step, whose extremes are what it is looked at for."""
-SIDE_POINTS = 120
+SIDE_POINTS = 200
 """Of a small curve, half a page wide."""
 
 
@@ -42,15 +44,47 @@ class Curve:
     style: str = "thick"
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """A chart, taken apart into what moves with each step and what does not.
+
+    Attributes:
+        said: what a screen reader says of it; nothing of an empty one.
+        before, after: its HTML on both sides of its lines.
+        lines: (how it looks, its places) of each piece of a line.
+    """
+
+    said: str
+    before: str
+    lines: tuple[tuple[str, str], ...]
+    after: str
+
+    def html(self) -> str:
+        """The whole chart."""
+        role = f' role="img" aria-label="{esc(self.said)}"' if self.said else ""
+        lines = "".join(f'<polyline {looks} points="{places}"/>' for looks, places in self.lines)
+        return f'<figure class="chart"{role}>{self.before}{lines}{self.after}</figure>'
+
+    def since(self, former: Drawing | None) -> str | dict[str, Any] | None:
+        """What makes this of a former drawing: nothing, `said` and places of `lines` by their number, or all of it."""
+        if former is None or self.before != former.before or self.after != former.after:
+            return self.html()
+        if [looks for looks, _ in self.lines] != [looks for looks, _ in former.lines]:
+            return self.html()
+        pairs = enumerate(zip(self.lines, former.lines, strict=True))
+        moved = {str(at): now[1] for at, (now, was) in pairs if now[1] != was[1]}
+        return {"said": self.said, "lines": moved} if moved or self.said != former.said else None
+
+
 def bounds(curves: Sequence[Curve]) -> tuple[float, float]:
     """The y range: all dots and thick lines, and thin lines but for their wildest hundredth."""
     values: list[float] = []
     for curve in curves:
-        ys = sorted(y for _, y in curve.points)
+        ys = [y for _, y in curve.points]
         if curve.style == "thin" and len(ys) >= 100:
-            cut = len(ys) // 100
+            ys, cut = sorted(ys), len(ys) // 100
             ys = ys[cut : len(ys) - cut]
-        values += ys[:1] + ys[-1:]
+        values += [min(ys), max(ys)] if ys else []
     if not values:
         return 0.0, 1.0
     low, high = min(values), max(values)
@@ -60,14 +94,25 @@ def bounds(curves: Sequence[Curve]) -> tuple[float, float]:
     return (max(0.0, low - margin) if low >= 0 else low - margin), high + margin
 
 
+def steadied(low: float, high: float) -> tuple[float, float]:
+    """A range around another that stays the same while that one moves a little: up to a sixteenth more on each side."""
+    unit = _round((high - low) / 16)
+    lower, higher = math.floor(low / unit) * unit, math.ceil(high / unit) * unit
+    return (max(0.0, lower) if low >= 0 else lower), higher
+
+
+def _round(least: float) -> float:
+    """The next of 1, 2, 2.5 and 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(least))
+    return next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= least)
+
+
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Round values between low and high, about `count` of them."""
     span = high - low
     if span <= 0:
         return [low]
-    raw = span / count
-    power = 10 ** math.floor(math.log10(raw))
-    step = next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= raw)
+    step = _round(span / count)
     first = math.ceil(low / step)
     return [round(index * step, 12) for index in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -84,6 +129,32 @@ def chart(
     told: Callable[[float], str] = number,
     hover: bool = True,
 ) -> str:
+    """`drawing` as HTML."""
+    return drawing(
+        title,
+        curves,
+        x_label=x_label,
+        x_max=x_max,
+        log=log,
+        height=height,
+        waiting=waiting,
+        told=told,
+        hover=hover,
+    ).html()
+
+
+def drawing(
+    title: str,
+    curves: Sequence[Curve],
+    *,
+    x_label: str = "",
+    x_max: float | None = None,
+    log: bool = False,
+    height: int = 220,
+    waiting: str = "",
+    told: Callable[[float], str] = number,
+    hover: bool = True,
+) -> Drawing:
     """A line chart.
 
     Args:
@@ -112,29 +183,40 @@ def chart(
     head = f'<figcaption><strong>{esc(title)}</strong><span class="keys">{legend}</span></figcaption>'
     if not any(c.points for c in drawn):
         empty = f'<div class="plot" style="height:{height}px"><p class="waiting">{esc(waiting)}</p></div>'
-        return f'<figure class="chart">{head}{empty}</figure>'
-    low, high = bounds(drawn)
-    xs = [x for c in drawn for x, _ in c.points]
-    left, right = min(0.0, min(xs)), max(max(xs), x_max or 0.0)
+        return Drawing("", f"{head}{empty}", (), "")
+    low, high = steadied(*bounds(drawn))
+    # Points stand in order of x.
+    ends = [x for c in drawn for x, _ in (c.points[0], c.points[-1])]
+    left, right = min(0.0, *ends), max(*ends, x_max or 0.0)
     right = right if right > left else left + 1
 
     frame = Frame(left, right, low, high)
     at = frame.at
-    shapes = "".join(_shape(c, frame) for c in drawn)
+    lines = tuple(
+        (f'class="{c.style}" style="stroke:{esc(c.colour)}"', places)
+        for c in drawn
+        if c.style != "dots"
+        for places in frame.paths(c.points, PIECE if c.style in ("thin", "thick") else len(c.points))
+    )
     y_ticks = [value for value in ticks(low, high) if low <= value <= high]
     grid = "".join(f'<line x1="0" x2="100" y1="{at(0, v)[1]}" y2="{at(0, v)[1]}"/>' for v in y_ticks)
     y_marks = "".join(f'<span class="y" style="top:{at(0, v)[1]}%">{told(10**v if log else v)}</span>' for v in y_ticks)
     x_ticks = [value for value in ticks(left, right, 5) if value == int(value)]
     x_marks = "".join(f'<span class="x" style="left:{at(v, low)[0]}%">{number(v)}</span>' for v in x_ticks)
-    dots = "".join(_dots(c, at) for c in drawn if c.style == "dots")
+    dots = "".join(_dots(frame, c.colour, tuple(c.points)) for c in drawn if c.style == "dots")
     known = f' data-hover="{esc(json.dumps(_hover(drawn, x_label, log, told, at)))}"' if hover else ""
-    return (
-        f'<figure class="chart" role="img" aria-label="{esc(_described(title, drawn, log, told))}">{head}'
-        f'<div class="plot" style="height:{height}px"{known}>'
-        '<svg viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true">'
-        f'<g class="grid">{grid}</g>{shapes}</svg>'
-        f'{dots}{y_marks}{x_marks}<div class="tip" hidden></div></div>'
-        f'<span class="x-label">{esc(x_label)}</span></figure>'
+    return Drawing(
+        said=_described(title, drawn, log, told),
+        before=(
+            f'{head}<div class="plot" style="height:{height}px"{known}>'
+            '<svg viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true">'
+            f'<g class="grid">{grid}</g>'
+        ),
+        lines=lines,
+        after=(
+            f'</svg>{dots}{y_marks}{x_marks}<div class="tip" hidden></div></div>'
+            f'<span class="x-label">{esc(x_label)}</span>'
+        ),
     )
 
 
@@ -160,16 +242,11 @@ def _hover(
     }
 
 
-def _shape(curve: Curve, frame: Frame) -> str:
-    if curve.style == "dots":
-        return ""
-    return f'<polyline class="{curve.style}" style="stroke:{esc(curve.colour)}" points="{frame.path(curve.points)}"/>'
-
-
-def _dots(curve: Curve, at: object) -> str:
-    places = (at(*point) for point in curve.points)  # type: ignore[operator]
+@functools.lru_cache(maxsize=64)
+def _dots(frame: Frame, colour: str, points: tuple[tuple[float, float], ...]) -> str:
+    places = (frame.at(*point) for point in points)
     return "".join(
-        f'<span class="mark" style="left:{x}%;top:{y}%;border-color:{esc(curve.colour)}"></span>' for x, y in places
+        f'<span class="mark" style="left:{x}%;top:{y}%;border-color:{esc(colour)}"></span>' for x, y in places
     )
 
 
@@ -191,9 +268,9 @@ def loss_chart(
     smoothing: float | None = None,
     waiting: str = "",
 ) -> str:
-    """`loss_curves` of events."""
+    """`loss_curves` of events, as HTML."""
     raw = np.array(clean([(row.get("step"), row.get("loss")) for row in steps]), dtype=float).reshape(-1, 2)
-    return loss_curves(raw[:, 0], raw[:, 1], evals, colour, total, log=log, smoothing=smoothing, waiting=waiting)
+    return loss_curves(raw[:, 0], raw[:, 1], evals, colour, total, log=log, smoothing=smoothing, waiting=waiting).html()
 
 
 def loss_curves(
@@ -207,7 +284,7 @@ def loss_curves(
     smoothing: float | None = None,
     waiting: str = "",
     hover: bool = True,
-) -> str:
+) -> Drawing:
     """Training loss raw and smoothed, evaluation as dots.
 
     Args:
@@ -218,7 +295,7 @@ def loss_curves(
         log: logarithmic y.
         smoothing: as in `smoothed`.
         waiting: what an empty chart says.
-        hover: as in `chart`.
+        hover: as in `drawing`.
     """
     xs, ys = finite(xs, ys)
     dots = clean([(row.get("step"), row.get("loss")) for row in evals])
@@ -227,7 +304,7 @@ def loss_curves(
         Curve(t("smoothed"), thinned(xs, smoothed(ys, smoothing)), colour, "thick"),
         Curve(t("evaluation"), dots, colour, "dots"),
     ]
-    return chart(t("Loss (lower is better)"), curves, x_max=total, log=log, height=260, waiting=waiting, hover=hover)
+    return drawing(t("Loss (lower is better)"), curves, x_max=total, log=log, height=260, waiting=waiting, hover=hover)
 
 
 def side_chart(
@@ -238,10 +315,10 @@ def side_chart(
     waiting: str = "",
     told: Callable[[float], str] = number,
     hover: bool = True,
-) -> str:
+) -> Drawing:
     """One small curve: learning rate, gradient norm, tokens a second, memory."""
     curve = Curve(title.lower(), points, colour)
-    return chart(title, [curve], x_max=total, height=130, waiting=waiting, told=told, hover=hover)
+    return drawing(title, [curve], x_max=total, height=130, waiting=waiting, told=told, hover=hover)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import gradio as gr
 from engine.errors import EngineError
 from engine.findings import BAD, Finding
 from studio import charts, curves, doctor, ranks, states, words
+from studio.charts import Drawing
 from studio.curves import Curves
 from studio.forms import as_yaml
 from studio.i18n import language, reported, t
@@ -122,23 +123,32 @@ def build(live_news: Callable[[Any], Answer]) -> Live:
 
 
 def curves_html(found: Curves, row: Row, log: bool, smoothing: float, hover: bool = True) -> str:
-    """The charts of a run; none where it ended before its first step. Without `hover` they lack the hover text's data,
-    which is most of them."""
+    """The charts of a run; none where it ended before its first step."""
+    return framed(drawings(found, row, log, smoothing, hover))
+
+
+def framed(charts_of_run: Sequence[Drawing]) -> str:
+    """The charts beside one another."""
+    return f'<div class="charts">{"".join(one.html() for one in charts_of_run)}</div>' if charts_of_run else ""
+
+
+def drawings(found: Curves, row: Row, log: bool, smoothing: float, hover: bool = True) -> list[Drawing]:
+    """The charts of a run, one by one. Without `hover` they lack the hover text's data, which is most of them."""
     colour, total = row["colour"], width(row)
     steps, evals, live = found.column("step"), found.evals, row["state"] in states.LIVE
     if not len(steps) and not evals and not live:
-        return ""
+        return []
     waiting = t("The curve begins with the first step.") if live else t("This run has no steps.")
     loss = charts.loss_curves(
         steps, found.column("loss"), evals, colour, total, log=log, smoothing=smoothing, waiting=waiting, hover=hover
     )
 
-    def side(title: str, name: str, told: Callable[[float], str] = number) -> str:
+    def side(title: str, name: str, told: Callable[[float], str] = number) -> Drawing:
         points = thinned(*finite(steps, found.column(name)), charts.SIDE_POINTS)
         return charts.side_chart(title, points, colour, total, waiting, told, hover)
 
     named = dict.fromkeys(name for event in evals for name in event.get("metrics") or {})
-    metrics = "".join(
+    metrics = [
         charts.side_chart(
             words.metric(name),
             charts.clean([(event.get("step"), (event.get("metrics") or {}).get(name)) for event in evals]),
@@ -147,14 +157,14 @@ def curves_html(found: Curves, row: Row, log: bool, smoothing: float, hover: boo
             hover=hover,
         )
         for name in named
-    )
-    sides = (
+    ]
+    sides = [
         side(t("Learning rate"), "lr"),
         side(t("Gradient norm"), "grad_norm"),
         side(t("Tokens a second"), "tokens_per_s"),
         side(t("Memory"), "memory", lambda held: size(held).replace(".0 ", " ")),
-    )
-    return f'<div class="charts">{loss}{metrics}{"".join(sides)}</div>'
+    ]
+    return [loss, *metrics, *sides]
 
 
 def width(row: Row) -> float | None:

@@ -1,64 +1,117 @@
-"""What the open page of a run asks again and again: whether there is anything new, and then its numbers and lines.
+"""What the open page of a run asks again and again: whether there is anything new, and then what has changed.
 
 Gradio's own way costs the machine that trains more than the drawing does: for each answer the page compiles the whole
 HTML as a template, compares all that it holds, and looks up every widget. So a script of ours
 (`assets/scripts/live.js`) asks past Gradio's callbacks, and changes what differs where it stands. What it asks goes to
 the head's component (`component_server`, behind the same login as all else), and an unchanged run is answered with
-nothing at all.
+nothing at all. What was told last is remembered here for a while, so that a page which has it is told no more than the
+ends of its lines.
 """
 
 from __future__ import annotations
 
+import secrets
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import EngineError
 from studio import curves, doctor, live
+from studio.charts import Drawing
 from studio.i18n import LANGUAGES, language, speaking
 from studio.page import Page
 
 Answer = dict[str, Any]
 SMOOTHING = 0.6
 """Where the page tells no other."""
+KEPT = 32
+"""Pages whose last answer is remembered, some 30 kB each; others are told all."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What one page was told last."""
+
+    run: str
+    doctor: str
+    charts: tuple[Drawing, ...]
+
+
+class Memory:
+    """What pages were told, each by a word that only the page and this know."""
+
+    def __init__(self) -> None:
+        self._told: OrderedDict[str, Told] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def take(self, word: object, run: str) -> Told | None:
+        """What the page with this word was told of this run. It is asked for once: the answer brings another word."""
+        with self._lock:
+            found = self._told.pop(word, None) if isinstance(word, str) else None
+        return found if found is not None and found.run == run else None
+
+    def keep(self, told: Told) -> str:
+        """Remember this; returns its word."""
+        word = secrets.token_hex(8)
+        with self._lock:
+            self._told[word] = told
+            while len(self._told) > KEPT:
+                self._told.popitem(last=False)
+        return word
 
 
 def asked(page: Page) -> Callable[[Any], Answer]:
     """The function that answers the script, with whatever it is sent."""
+    memory = Memory()
 
     def live_news(question: Any) -> Answer:
         """The news of a run since `seen`, an empty answer where there are none; `gone` where there is no such run.
 
-        `question` has `run` and `looks` as `studio.live.mark` has written them, `seen` of the answer before, `log` and
-        `smoothing` as the person has set them, the `language` of the mark, and whether `hover` data is wanted. `stale`
-        in the answer says that more has changed than `head`, `doctor` and `curves`.
+        `question` has `run` and `looks` as `studio.live.mark` has written them, `seen` and `have` of the answer before,
+        `log` and `smoothing` as the person has set them, the `language` of the mark, and whether `hover` data is
+        wanted. In the answer `curves` is all charts; to a page that has those of before, `charts` is what makes the new
+        ones of each (`Drawing.since`), and `doctor` is left out where it says what it did. `stale` says that more has
+        changed than these and `head`: then Gradio draws them too, all at once, so they are not told.
         """
         told = question if isinstance(question, dict) else {}
         spoken = told.get("language")
         try:
             # This request lacks what the page's address may say of the language.
             with speaking(spoken if isinstance(spoken, str) and spoken in LANGUAGES else language()):
-                return _news(page, told)
+                return _news(page, memory, told)
         except EngineError:
             return {"gone": True}
 
     return live_news
 
 
-def _news(page: Page, told: Mapping[str, Any]) -> Answer:
+def _news(page: Page, memory: Memory, told: Mapping[str, Any]) -> Answer:
     store = page.studio.store
     row = store.run(told.get("run", ""))
     if told.get("seen") == live.seen(row, store.last_event_id(row["id"])):
         return {}
     found = curves.of_run(store, row["id"])
     findings = doctor.findings(found, row)
+    answer: Answer = {"seen": live.seen(row, found.last_id)}
+    if told.get("looks") != live.looks(row, found, live.steady(page, row, found, findings)):
+        return answer | {"stale": True}
     log, hover = told.get("log") is True, told.get("hover") is True
-    return {
-        "seen": live.seen(row, found.last_id),
-        "head": live.head_html(page, row, found),
-        "doctor": doctor.box(findings, row),
-        "curves": live.curves_html(found, row, log, _smoothing(told.get("smoothing")), hover),
-        "stale": told.get("looks") != live.looks(row, found, live.steady(page, row, found, findings)),
-    }
+    now = Told(
+        row["id"],
+        doctor.box(findings, row),
+        tuple(live.drawings(found, row, log, _smoothing(told.get("smoothing")), hover)),
+    )
+    answer |= {"stale": False, "head": live.head_html(page, row, found)}
+    had = memory.take(told.get("have"), row["id"])
+    if had is None or had.doctor != now.doctor:
+        answer["doctor"] = now.doctor
+    if had is None or len(had.charts) != len(now.charts):
+        answer["curves"] = live.framed(now.charts)
+    else:
+        answer["charts"] = [new.since(old) for new, old in zip(now.charts, had.charts, strict=True)]
+    return answer | {"have": memory.keep(now)}
 
 
 def _smoothing(value: Any) -> float:

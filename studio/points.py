@@ -1,7 +1,13 @@
-"""Points of curves: cleaned, smoothed, fewer of them, and their places in a drawing. Pure functions over numbers."""
+"""Points of curves: cleaned, smoothed, fewer of them, and their places in a drawing. Pure functions over numbers.
+
+While a run goes on its curves are drawn anew each second, and what it costs to look falls on the training. So of what
+was drawn nothing moves as long as it can stay: the stretches that points are taken from, the frame, and the pieces that
+a line is drawn in.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 POINTS = 300
+PIECE = 64
+"""Points of one piece of a line, of which only the last changes with a step."""
 
 Points = list[tuple[float, float]]
 Column = NDArray[np.float64]
@@ -34,12 +42,25 @@ class Frame:
         clipped = min(max((y - self.low) / (self.high - self.low), -0.02), 1.02)
         return round((x - self.left) / (self.right - self.left) * 100, 2), round((1 - clipped) * 100, 2)
 
-    def path(self, points: Points) -> str:
-        """The places of all points of a line, at once, as SVG has them."""
-        xs, ys = np.array(points, dtype=float).reshape(-1, 2).T
-        across = np.round((xs - self.left) / (self.right - self.left) * 100, 2)
-        down = np.round((1 - np.clip((ys - self.low) / (self.high - self.low), -0.02, 1.02)) * 100, 2)
-        return " ".join(f"{x},{y}" for x, y in zip(across.tolist(), down.tolist(), strict=True))
+    def paths(self, points: Points, piece: int = PIECE) -> list[str]:
+        """The places of all points of a line as SVG has them, in pieces that begin where the one before ends.
+
+        Args:
+            points: of the line.
+            piece: points of one piece; dashes begin anew with each.
+        """
+        held = np.array(points, dtype=float).reshape(-1, 2)
+        starts = range(0, max(len(held) - 1, 1), max(piece, 1))
+        return [_path(self, held[start : start + piece + 1].tobytes()) for start in starts]
+
+
+@functools.lru_cache(maxsize=2048)
+def _path(frame: Frame, points: bytes) -> str:
+    """One piece, remembered: to write numbers is most of what a drawing takes, and most pieces are those of before."""
+    xs, ys = np.frombuffer(points).reshape(-1, 2).T
+    across = np.round((xs - frame.left) / (frame.right - frame.left) * 100, 2)
+    down = np.round((1 - np.clip((ys - frame.low) / (frame.high - frame.low), -0.02, 1.02)) * 100, 2)
+    return " ".join(f"{x},{y}" for x, y in zip(across.tolist(), down.tolist(), strict=True))
 
 
 def clean(pairs: Sequence[tuple[float | None, float | None]]) -> Points:
@@ -84,27 +105,23 @@ def decimate(points: Points, limit: int = POINTS) -> Points:
 def thinned(xs: Column, ys: Column, limit: int = POINTS) -> Points:
     """At most `limit` points: the first, the last, and of each stretch the lowest and the highest: no spike is lost.
 
+    Stretches are of a power of two of points, so that one more at the end leaves all but the last as they were.
+
     Args:
         xs, ys: finite values in order of x.
         limit: points that may be left, 4 or more.
     """
     count, parts = len(xs), (limit - 2) // 2
     if count > limit:
-        edges = np.linspace(0, count, parts + 1).astype(int)
-        lows, highs = (_first(ys, of.reduceat(ys, edges[:-1]), edges) for of in (np.minimum, np.maximum))
-        chosen = np.unique(np.concatenate([[0, count - 1], lows, highs]))
+        width = 1 << math.ceil(math.log2(count / parts))
+        rest = count - count % width
+        starts, stretches = np.arange(0, rest, width), ys[:rest].reshape(-1, width)
+        ends = [0, count - 1] + (
+            [rest + int(ys[rest:].argmin()), rest + int(ys[rest:].argmax())] if rest < count else []
+        )
+        chosen = np.unique(np.concatenate([ends, starts + stretches.argmin(1), starts + stretches.argmax(1)]))
         xs, ys = xs[chosen], ys[chosen]
     return list(zip(xs.tolist(), ys.tolist(), strict=True))
-
-
-def _first(ys: Column, sought: Column, edges: NDArray[np.int_]) -> NDArray[np.int_]:
-    """Where each stretch between two edges first has the value that is sought there.
-
-    All stretches at once: two calls for each of hundreds are most of what a drawing takes.
-    """
-    places = np.flatnonzero(ys == np.repeat(sought, np.diff(edges)))
-    _, first = np.unique(np.searchsorted(edges, places, side="right"), return_index=True)
-    return places[first]
 
 
 def finite(xs: Column, ys: Column) -> tuple[Column, Column]:

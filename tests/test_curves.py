@@ -14,7 +14,8 @@ import pytest
 
 from engine.train.job import DataSpec, JobSpec
 from studio import charts, curves, live
-from studio.points import Frame, thinned
+from studio.charts import Drawing
+from studio.points import PIECE, Frame, thinned
 from studio.store import Store
 
 LONG = 100_000
@@ -61,11 +62,12 @@ def test_a_hundred_thousand_steps_are_drawn_by_a_few_hundred_points_with_their_e
     row = {**store.run(run), "state": "running"}
     html = live.curves_html(curves.of_run(store, run), row, log=False, smoothing=0.6)
 
-    lines = re.findall(r'<polyline class="(\w+)"[^>]*points="([^"]*)"', html)
-    assert {len(points.split()) for kind, points in lines if kind == "thin"} <= set(range(300, charts.RAW_POINTS + 1))
-    assert all(len(points.split()) <= charts.POINTS for kind, points in lines if kind == "thick")
+    loss, *sides = (lines_of(figure) for figure in html.split("<figure")[1:])
+    assert charts.RAW_POINTS / 2 - 4 <= len(loss["thin"]) <= charts.RAW_POINTS
+    assert charts.POINTS / 2 - 4 <= len(loss["thick"]) <= charts.POINTS
+    assert len(sides) == 4 and all(len(side.get("thick", ())) <= charts.SIDE_POINTS for side in sides)
     assert len(html) < 500_000
-    raw = next(points for kind, points in lines if kind == "thin").split()
+    raw = loss["thin"]
     # The highest step is drawn above the plot, where the wildest hundredth goes; the lowest lies at its place.
     places = {float(point.split(",")[0]): float(point.split(",")[1]) for point in raw}
     assert min(places.values()) == places[77.78] == -2.0
@@ -76,6 +78,15 @@ def test_a_hundred_thousand_steps_are_drawn_by_a_few_hundred_points_with_their_e
     assert [point[2] for point in (dots[0], dots[-1])] == [0.0, LONG - 50.0]
     rates = hovered(html, "learning rate")
     assert (rates[0][2], rates[-1][2], len(rates) <= charts.POINTS) == (1.0, float(LONG), True)
+
+
+def lines_of(figure: str) -> dict[str, list[str]]:
+    """The places of each line of a chart, by its style, its pieces put together."""
+    found: dict[str, list[str]] = {}
+    for kind, places in re.findall(r'<polyline class="(\w+)"[^>]*points="([^"]*)"', figure):
+        had = found.setdefault(kind, [])
+        had += places.split()[bool(had) :]
+    return found
 
 
 @pytest.mark.parametrize("count", [3, 300, 301, 302, 999, 12_345])
@@ -90,16 +101,51 @@ def test_thinning_keeps_the_ends_the_extremes_and_the_limit(count: int) -> None:
 def test_a_line_goes_through_the_places_of_its_points() -> None:
     frame = Frame(left=0.0, right=7.0, low=-1.0, high=2.0)
     points = [(step / 13, math.sin(step) * 4) for step in range(91)]
-    places = [tuple(map(float, place.split(","))) for place in frame.path(points).split()]
-    assert places == [frame.at(*point) for point in points]
+    for piece in (PIECE, 7, 1, len(points)):
+        pieces = [
+            [tuple(map(float, place.split(","))) for place in path.split()] for path in frame.paths(points, piece)
+        ]
+        # Each begins where the one before ends.
+        assert [one[-1] for one in pieces[:-1]] == [one[0] for one in pieces[1:]]
+        places = [place for at, one in enumerate(pieces) for place in one[at > 0 :]]
+        assert places == [frame.at(*point) for point in points] and max(map(len, pieces)) <= piece + 1
     # What is outside the frame lies at its edge.
-    assert {-2.0, 102.0} <= {y for _, y in places} and frame.path([]) == ""
+    assert {-2.0, 102.0} <= {y for _, y in places} and frame.paths([]) == [""]
+    assert frame.paths(points[:1]) == [",".join(map(str, frame.at(*points[0])))]
+
+
+def test_one_more_step_moves_the_end_of_a_line_alone(store: Store) -> None:
+    run = add_run(store)
+    noise = np.random.default_rng(0).random(1000)
+    store.add_event(run, {"type": "start", "total_steps": LONG})
+    add_steps(store, run, [2 + float(drawn) for drawn in noise[:990]])
+    store.update_run(run, state="running", total_steps=LONG, step=989)
+    row, moved, whole = store.run(run), 0, 0
+    former = live.drawings(curves.of_run(store, run), row, log=False, smoothing=0.6, hover=False)
+    for step in range(990, 1000):
+        store.add_event(
+            run, {"type": "step", "step": step, "loss": 2 + float(noise[step]), "lr": step, "grad_norm": 1.0}
+        )
+        now = live.drawings(curves.of_run(store, run), row, log=False, smoothing=0.6, hover=False)
+        for new, old in zip(now, former, strict=True):
+            told = new.since(old)
+            whole += isinstance(told, str)
+            if isinstance(told, dict):
+                lines = list(old.lines)
+                for place, places in told["lines"].items():
+                    lines[int(place)] = (lines[int(place)][0], places)
+                assert Drawing(told["said"], old.before, tuple(lines), old.after) == new
+                moved = max(moved, len(told["lines"]))
+        former = now
+    # Of the loss the raw line and the smoothed one; the rate, which rises, leaves its frame now and then.
+    assert moved == 2 and whole < 5
+    assert [one.since(one) for one in former] == [None] * len(former) and former[0].since(None) == former[0].html()
 
 
 def test_without_hover_text_a_chart_is_the_same_but_for_its_data() -> None:
     steps, losses = np.arange(1.0, 50.0), np.linspace(3.0, 1.0, 49)
     whole, bare = (
-        charts.loss_curves(steps, losses, [{"step": 7, "loss": 2.0}], COLOUR, 50, hover=hover)
+        charts.loss_curves(steps, losses, [{"step": 7, "loss": 2.0}], COLOUR, 50, hover=hover).html()
         for hover in (True, False)
     )
     assert re.sub(r' data-hover="[^"]*"', "", whole) == bare != whole

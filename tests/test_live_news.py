@@ -92,6 +92,63 @@ def test_a_step_changes_numbers_and_lines_alone(page: Any, run: str) -> None:
     assert "doctor" in news["doctor"] and ask({**told, "seen": news["seen"]}) == {}
 
 
+def shown(news: dict[str, Any], before: list[str]) -> list[str]:
+    """The charts that a page has after an answer, as its script changes those of before."""
+    if "curves" in news:
+        return [f"<figure{one}" for one in news["curves"].removesuffix("</div>").split("<figure")[1:]]
+    found = list(before)
+    for at, part in enumerate(news["charts"]):
+        if isinstance(part, str):
+            found[at] = part
+        elif part is not None:
+            label = f'aria-label="{part["said"]}"'
+            lines = re.split(r"(<polyline [^>]*/>)", re.sub(r'aria-label="[^"]*"', label, before[at], count=1))
+            for line, places in part["lines"].items():
+                place = 2 * int(line) + 1
+                lines[place] = re.sub(r'points="[^"]*"', f'points="{places}"', lines[place])
+            found[at] = "".join(lines)
+    return found
+
+
+def test_a_page_that_has_the_charts_of_before_is_told_what_moved(page: Any, run: str) -> None:
+    ask, told, store = live_news.asked(page), question(page, run, seen=""), page.studio.store
+    news = ask(told)
+    charts, whole, sizes = shown(news, []), [], []
+    assert len(charts) == 5 and "doctor" in news
+    for step in range(41, 200):
+        store.add_event(run, {**STEP, "step": step, "loss": 0.8 + (step * 37 % 100) / 300, "memory": 10**9})
+        news = ask({**told, "seen": news["seen"], "have": news["have"]})
+        charts = shown(news, charts)
+        assert "".join(charts) == live.framed(drawings(page, run)).removeprefix('<div class="charts">')[:-6]
+        whole.append("curves" in news or any(isinstance(part, str) for part in news["charts"]))
+        sizes.append(len(json.dumps(news)))
+    # Frames grow at first, and pieces come.
+    assert sum(whole) < 12 and sorted(sizes)[80] < 4_000
+
+
+def drawings(page: Any, run: str) -> Any:
+    store = page.studio.store
+    return live.drawings(curves.of_run(store, run), store.run(run), False, 0.6, hover=False)
+
+
+def test_what_a_page_says_it_has_is_its_own_and_is_known_once(page: Any, run: str, studio: Studio) -> None:
+    ask, told = live_news.asked(page), question(page, run, seen="")
+    other = run_of(studio, "other", healthy(steps=40, total=400), states.RUNNING)
+    have = ask(told)["have"]
+    # Another run's page, and a page that asks again since the answer was lost, are told everything.
+    assert "curves" in ask({**question(page, other, seen=""), "have": have})
+    have = ask(told)["have"]
+    news = ask({**told, "have": have})
+    assert news["charts"] == [None] * 5 and "doctor" not in news and "curves" not in news
+    again = ask({**told, "have": have})
+    assert "charts" not in again and "doctor" in again
+    # Many pages at once: the one that has not asked for longest is told everything.
+    first = ask(told)["have"]
+    for _ in range(live_news.KEPT):
+        last = ask(told)["have"]
+    assert "curves" in ask({**told, "have": first}) and "charts" in ask({**told, "have": last})
+
+
 def test_scale_and_smoothing_are_those_of_the_page(page: Any, run: str) -> None:
     ask, told = live_news.asked(page), question(page, run, seen="")
     row, found = page.studio.store.run(run), curves.of_run(page.studio.store, run)
@@ -113,11 +170,15 @@ def test_what_is_drawn_in_another_language_is_not_stale(page: Any, run: str) -> 
 
 def test_it_speaks_as_the_page_does(page: Any, run: str) -> None:
     ask, told = live_news.asked(page), question(page, run, seen="")
-    korean = ask({**told, "language": "ko"})
+    with speaking(KOREAN):
+        looks = marked(drawn(page, run)["head"])["looks"]
+    korean = ask({**told, "language": "ko", "looks": looks})
     assert "400단계" in korean["head"] and "학습률" in korean["curves"] and "학습률" not in ask(told)["curves"]
     with speaking(KOREAN):
         assert (
-            ask({**told, "language": ["ko"]})["curves"] == korean["curves"] != ask({**told, "language": "en"})["curves"]
+            ask({**told, "language": ["ko"], "looks": looks})["curves"]
+            == korean["curves"]
+            != ask({**told, "language": "en"})["curves"]
         )
 
 
@@ -132,7 +193,7 @@ def test_what_changes_more_than_numbers_is_told_and_then_drawn(page: Any, run: s
         store.add_event(run, {"type": "warning", "step": 40, "message": "That was left out."})
     else:
         store.add_event(run, {"type": "rank", "step": 40, "ranks": {"layer": 4}})
-    assert ask(told)["stale"]
+    assert ask(told).keys() == {"seen", "stale"}
     again = question(page, run, seen="")
     assert ask(again)["stale"] is False
     # A run that rests has no mark for the script to follow.
@@ -160,6 +221,7 @@ def test_no_question_is_odd_enough_to_break_it(page: Any, run: str, tmp_path: Pa
             {
                 "run": run,
                 "seen": value,
+                "have": value,
                 "looks": value,
                 "log": value,
                 "smoothing": value,

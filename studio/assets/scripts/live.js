@@ -43,13 +43,30 @@ window.studioLive = (element, server, catchUp) => {
     come.forEach((child, at) => (at < had.length ? change(had[at], child) : old.append(child)));
     had.slice(come.length).forEach((child) => child.remove());
   };
-  // Says whether that was all: what is not there, or goes, is Gradio's to draw.
+  // Says whether that was all: what is not there, or goes, is Gradio's to draw. What is not told stays.
   const draw = (old, html) => {
+    if (html === undefined) return true;
     const made = document.createElement("template");
     made.innerHTML = html;
     const fresh = made.content.firstElementChild;
     if (old && fresh) change(old, fresh);
     return !old === !fresh;
+  };
+  // Of charts that are told in parts: nothing new, a whole one, or how it is described and where its lines go now.
+  const redraw = (charts, told) => {
+    if (told === undefined) return true;
+    const figures = [...(charts?.children ?? [])];
+    if (figures.length !== told.length) return false;
+    return told.every((part, at) => {
+      if (part === null) return true;
+      if (typeof part === "string") return draw(figures[at], part);
+      const lines = figures[at].querySelectorAll("svg > polyline");
+      figures[at].setAttribute("aria-label", part.said);
+      return Object.entries(part.lines).every(([line, points]) => {
+        lines[line]?.setAttribute("points", points);
+        return line in lines;
+      });
+    });
   };
 
   const ask = async () => {
@@ -72,23 +89,26 @@ window.studioLive = (element, server, catchUp) => {
     asking = true;
     try {
       const still = drawn.live === undefined ? drawn.seen : "";
-      const seen = last?.before === before ? last.seen : still;
+      const { seen, have } = last?.before === before ? last : { seen: still, have: "" };
       const { run, looks, language } = drawn;
-      const news = await server.live_news({ run, looks, seen, language, ...wanted() });
+      const news = await server.live_news({ run, looks, seen, have, language, ...wanted() });
       if (!news) throw new Error();
       unanswered = 0;
       // What Gradio has drawn meanwhile, or for what was set meanwhile, is newer than this answer.
       if (now() !== before) again = true;
       else if (news.gone) mark.removeAttribute("data-live");
+      else if (news.stale) catchUp(drawn);
       else if (news.seen) {
         const whole = [
           draw(element.querySelector(".run-head"), news.head),
           draw(document.querySelector("#live-doctor .doctor"), news.doctor),
           draw(document.querySelector("#live-curves .charts"), news.curves),
+          redraw(document.querySelector("#live-curves .charts"), news.charts),
         ].every(Boolean);
-        last = { before, seen: news.seen };
+        // Where Gradio is to draw, what stands there is no ground for what comes next.
+        last = { before, seen: news.seen, have: whole ? news.have : "" };
         window.studioHover();
-        if (news.stale || !whole) catchUp(drawn);
+        if (!whole) catchUp(drawn);
       }
     } catch {
       unanswered += 1;

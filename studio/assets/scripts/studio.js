@@ -42,6 +42,7 @@ window.studioAddress = (name, value) => {
   if (value) address.searchParams.set(name, value);
   else address.searchParams.delete(name);
   window.history.replaceState(window.history.state, "", address);
+  window.dispatchEvent(new CustomEvent("studio-address"));
   if (name === "tab") window.dispatchEvent(new CustomEvent("studio-tab", { detail: value }));
 };
 

@@ -7,31 +7,44 @@ window.studioSave = (name, text) => {
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 };
 // The form tells by two buttons that it has changed: a listener for each of its fields would be compared with each part
-// of the page whenever anything is drawn. Nobody asks for a form that is out of sight; what changed there is told later.
+// of the page whenever anything is drawn. Nobody asks for a form that is out of sight, and it is looked at seldom then:
+// what changed there is told later. The page of a run stays open for hours beside its training.
 (() => {
   const apart = "#train-text, #train-own, [type=file]";
+  const often = 100;
+  const seldom = 1000;
   let before = null;
   let changed = 0;
   let address = null;
   let run = null;
+  let next = 0;
   window.studioFormChanged = () => {
     changed = Date.now();
   };
-  setInterval(() => {
+  // Says whether the form is in sight.
+  const look = () => {
     if (address !== window.location.search) {
       address = window.location.search;
       run = new URLSearchParams(address).get("run");
     }
     // With a run in the address the form is about to give way to it.
-    if (document.hidden || run) return;
+    if (document.hidden || run) return false;
     const form = document.getElementById("train-form");
-    if (!form || !form.getClientRects().length) return;
+    if (!form || !form.getClientRects().length) return false;
     const fields = [...form.querySelectorAll("input, textarea")].filter((field) => !field.closest(apart));
     const now = JSON.stringify(fields.map((field) => (/checkbox|radio/.test(field.type) ? field.checked : field.value)));
     if (before !== null && now !== before) window.studioFormChanged();
     before = now;
-    if (!changed || Date.now() - changed < 80) return;
+    if (!changed || Date.now() - changed < 80) return true;
     changed = 0;
     ["train-changed", "train-priced"].forEach((id) => document.getElementById(id)?.click());
-  }, 100);
+    return true;
+  };
+  const watch = () => {
+    clearTimeout(next);
+    next = setTimeout(watch, look() ? often : seldom);
+  };
+  document.addEventListener("visibilitychange", watch);
+  ["studio-address", "popstate"].forEach((name) => window.addEventListener(name, watch));
+  watch();
 })();
