@@ -51,7 +51,7 @@ from studio.datasets import Datasets
 from studio.store import Store
 
 CHROMIUM = os.environ.get("STUDIO_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-EVERY = 1.2
+EVERY = 1.35
 """Seconds between two questions of the page's script (studio/assets/scripts/live.js)."""
 LOOKS = ("closed", "elsewhere", "here")
 """Where a run's page is open."""
@@ -285,7 +285,7 @@ def browser() -> list[psutil.Process]:
     return found
 
 
-def cost(rounds: int = 8, seconds: float = 24.0, settling: float = 1.5) -> dict[str, Any]:
+def cost(rounds: int = 6, seconds: float = 27.0, settling: float = 1.5) -> dict[str, Any]:
     """What a real run's steps lose with its live page open elsewhere and open on this machine."""
     with tempfile.TemporaryDirectory(prefix="bench-live-") as folder:
         home = Path(folder)
@@ -339,7 +339,7 @@ def cost(rounds: int = 8, seconds: float = 24.0, settling: float = 1.5) -> dict[
                 os.kill(pid, signal.SIGTERM)
         moments = [event["time"] for event in studio.store.since(run, 0, ["step"])]
         studio.close()
-    found: dict[str, Any] = {"rounds": rounds, "step_ms": round(1000 * statistics.median(np.diff(moments)), 1)}
+    found: dict[str, Any] = {"rounds": rounds, "step_ms": round(1000 * float(np.median(np.diff(moments))), 1)}
     for look in LOOKS[1:]:
         of_look = [span for span in spans if span.look == look]
         losses = [loss for span in of_look for loss in lost(moments, span)]

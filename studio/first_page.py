@@ -83,7 +83,7 @@ def filled(page: bytes, first: bool) -> bytes:
         page: its HTML.
         first: whether the first page is asked for.
     """
-    scripts = "".join(map(_asset, ("config.js", "stream.js", "frames.js")))
+    scripts = "".join(map(_asset, ("config.js", "stream.js", "frames.js", "hold.js")))
     extra = f"<style>{theme.sheet()}</style><script>{scripts}</script></head>"
     page = page.replace(b"</head>", extra.encode(), 1)
     # Someone who has yet to log in is shown the form for that alone.

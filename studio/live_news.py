@@ -12,22 +12,28 @@ from __future__ import annotations
 
 import secrets
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import EngineError
+from engine.findings import Finding
 from studio import curves, doctor, live
 from studio.charts import Drawing
+from studio.curves import Curves
 from studio.i18n import LANGUAGES, language, speaking
 from studio.page import Page
+from studio.store import Row
 
 Answer = dict[str, Any]
 SMOOTHING = 0.6
 """Where the page tells no other."""
 KEPT = 32
 """Pages whose last answer is remembered, some 30 kB each; others are told all."""
+ROUND = 4.0
+"""Seconds between two visits of the doctor, whose findings change slowly and are a third of an answer's work."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class Memory:
 
     def __init__(self) -> None:
         self._told: OrderedDict[str, Told] = OrderedDict()
+        self._visits: OrderedDict[str, tuple[float, object, list[Finding]]] = OrderedDict()
         self._lock = threading.Lock()
 
     def take(self, word: object, run: str) -> Told | None:
@@ -60,6 +67,21 @@ class Memory:
             while len(self._told) > KEPT:
                 self._told.popitem(last=False)
         return word
+
+    def findings(self, row: Row, found: Curves, fresh: bool) -> list[Finding]:
+        """What the doctor says of a run, or said a while ago: where only steps came since, and `fresh` is not asked."""
+        known = (row["state"], len(found.evals), *(len(found.of(kind)) for kind in ("start", "error", "done")))
+        now = time.monotonic()
+        with self._lock:
+            then, of, said = self._visits.get(row["id"], (0.0, None, []))
+        if of != known or fresh or now - then > ROUND:
+            said = doctor.findings(found, row)
+            with self._lock:
+                self._visits[row["id"]] = (now, known, said)
+                self._visits.move_to_end(row["id"])
+                while len(self._visits) > KEPT:
+                    self._visits.popitem(last=False)
+        return said
 
 
 def asked(page: Page) -> Callable[[Any], Answer]:
@@ -93,9 +115,13 @@ def _news(page: Page, memory: Memory, told: Mapping[str, Any]) -> Answer:
     if told.get("seen") == live.seen(row, store.last_event_id(row["id"])):
         return {}
     found = curves.of_run(store, row["id"])
-    findings = doctor.findings(found, row)
     answer: Answer = {"seen": live.seen(row, found.last_id)}
-    if told.get("looks") != live.looks(row, found, live.steady(page, row, found, findings)):
+    # What was found a while ago may not be what the page was drawn for.
+    for fresh in (False, True):
+        findings = memory.findings(row, found, fresh)
+        if told.get("looks") == live.looks(row, found, live.steady(page, row, found, findings)):
+            break
+    else:
         return answer | {"stale": True}
     log, hover = told.get("log") is True, told.get("hover") is True
     now = Told(

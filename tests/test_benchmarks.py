@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 import sys
 from typing import Any
 
 import pytest
 
-from bench import activations, bench_page, measuring, sft
+from bench import activations, bench_page, live, measuring, sft
 
 
 def _results(**rows: Any) -> dict[str, Any]:
@@ -98,3 +100,21 @@ def test_the_marked_template_makes_the_same_text() -> None:
     assert [texts[0][start:end] for start, end in spans[0]] == ["So.<|im_end|>"]
     with pytest.raises(SystemExit, match="chat template"):
         sft.marked("{{ messages }}")
+
+
+@pytest.mark.parametrize("cost", [0.0, 0.012, 0.024])
+def test_what_a_question_costs_the_training_is_found_below_its_noise(cost: float) -> None:
+    drawn, now, question, moments, questions = random.Random(1), 0.0, 1.0, [], []
+    while now < 1800:
+        # Steps of 80 ms, of which a seventh is noise, in a machine whose speed goes up and down by a fifth in a minute.
+        step = max(0.03, drawn.gauss(0.08, 0.012)) * (1 + 0.1 * math.sin(now / 10))
+        while question < now + step:
+            step += cost
+            questions.append(question)
+            question += live.EVERY
+        now += step
+        moments.append(now)
+    span = live.Span("here", 0.0, 1800.0, questions=questions)
+    found = live._mean([loss / live.EVERY for loss in live.lost(moments, span)])
+    low, high = found["interval"]
+    assert abs(found["mean"] - cost / live.EVERY) < 0.004 and low < cost / live.EVERY < high < low + 0.01

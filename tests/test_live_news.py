@@ -149,6 +149,24 @@ def test_what_a_page_says_it_has_is_its_own_and_is_known_once(page: Any, run: st
     assert "curves" in ask({**told, "have": first}) and "charts" in ask({**told, "have": last})
 
 
+def test_the_doctor_comes_by_seldom_but_at_once_where_more_than_steps_came(
+    page: Any, run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, visits, findings = page.studio.store, [], doctor.findings
+    ask, told = live_news.asked(page), question(page, run, seen="")
+    monkeypatch.setattr(doctor, "findings", lambda *given: visits.append(1) or findings(*given))
+    for step in range(41, 51):
+        store.add_event(run, {**STEP, "step": step})
+        assert ask(told)["stale"] is False
+    assert len(visits) == 1
+    store.add_event(run, {"type": "eval", "step": 50, "loss": 0.8})
+    assert ask(told)["stale"] is False and len(visits) == 2
+    # A page that was drawn for something else is not called stale by what was found a while ago.
+    monkeypatch.setattr(live_news, "ROUND", -1.0)
+    ask(told)
+    assert len(visits) == 3 and ask({**told, "looks": "other"}) == {"seen": question(page, run)["seen"], "stale": True}
+
+
 def test_scale_and_smoothing_are_those_of_the_page(page: Any, run: str) -> None:
     ask, told = live_news.asked(page), question(page, run, seen="")
     row, found = page.studio.store.run(run), curves.of_run(page.studio.store, run)

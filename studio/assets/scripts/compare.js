@@ -8,28 +8,13 @@ window.studioAsk = () => {
 // Whoever comes to this page has its form filled in. What asks before the form stands is held, and pressed again then.
 (() => {
   const asks = "#compare-generate, #grid-draw, #blind-ask";
-  const longest = 15000;
   let here = true;
   let stands = false;
-  let held = null;
   const release = () => {
-    const pressed = held;
-    held = null;
     stands = true;
-    pressed?.removeAttribute("aria-busy");
-    if (pressed?.isConnected) pressed.click();
+    letGo();
   };
-  const hold = (event) => {
-    const pressed = !stands && event.target.closest?.(asks);
-    if (!pressed) return;
-    event.preventDefault();
-    event.stopImmediatePropagation();
-    held?.removeAttribute("aria-busy");
-    held = pressed;
-    held.setAttribute("aria-busy", "true");
-    setTimeout(() => held === pressed && release(), longest);
-  };
-  document.addEventListener("click", hold, true);
+  const letGo = window.studioHold?.((target) => !stands && target.closest?.(asks), release) ?? (() => {});
   window.addEventListener("studio-tab", (event) => {
     here = event.detail === "compare";
     if (!here) stands = false;

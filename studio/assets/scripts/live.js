@@ -11,7 +11,7 @@ window.studioShow = (id) => {
 // words. What Gradio drew last is read off the mark in the head; where more than that has changed, Gradio draws anew
 // (`catchUp`, told what it drew last). See studio/live_news.py.
 window.studioLive = (element, server, catchUp) => {
-  const every = 1200;
+  const every = 1350;
   // After so many questions without an answer Gradio asks: where the server has gone, it says so.
   const patience = 3;
   let last = null;
