@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 from gradio.queueing import Queue
 
-QUICK, CALM = 0.01, 0.05
+QUICK, CALM = 0.01, 0.02
 """Seconds between two looks for work."""
 PROGRESS, IDLE = 0.05, 0.25
 """Seconds between two looks for words on progress, while something works and while nothing does."""
