@@ -155,8 +155,8 @@ def rank_chart(errors: Sequence[float], rank: int, colour: str) -> str:
         words = t("Rank {rank} is the one that it has.", rank=rank)
     else:
         words = t("Rank {rank} answers exactly as now, with room to learn more.", rank=rank)
-    drawn = charts.chart(t("Error of lowering the rank (%)"), curves, x_label=t("rank"), height=150)
-    return f'<p class="st-count"><b>{esc(words)}</b></p>{drawn}'
+    drawn = charts.drawing(t("Error of lowering the rank (%)"), curves, x_label=t("rank"), height=150)
+    return f'<p class="st-count"><b>{esc(words)}</b></p>{drawn.html()}'
 
 
 def work(row: Row | None, dismissed: str = "") -> str:

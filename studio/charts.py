@@ -117,32 +117,6 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     return [round(index * step, 12) for index in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def chart(
-    title: str,
-    curves: Sequence[Curve],
-    *,
-    x_label: str = "",
-    x_max: float | None = None,
-    log: bool = False,
-    height: int = 220,
-    waiting: str = "",
-    told: Callable[[float], str] = number,
-    hover: bool = True,
-) -> str:
-    """`drawing` as HTML."""
-    return drawing(
-        title,
-        curves,
-        x_label=x_label,
-        x_max=x_max,
-        log=log,
-        height=height,
-        waiting=waiting,
-        told=told,
-        hover=hover,
-    ).html()
-
-
 def drawing(
     title: str,
     curves: Sequence[Curve],

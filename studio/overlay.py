@@ -112,7 +112,7 @@ def drawn(found: Sequence[Line], by: str = "step", *, smoothing: float = 0.6, lo
         training.append(Curve(line.label, loss, line.colour, style))
         points = [(x / scale, y) for x, y in line.evaluation]
         held.append(Curve(line.label, points, line.colour, style if len(points) > 1 else "dots"))
-    first = charts.chart(
+    first = charts.drawing(
         t("Loss while training (lower is better)"),
         training,
         x_label=t(label),
@@ -120,7 +120,7 @@ def drawn(found: Sequence[Line], by: str = "step", *, smoothing: float = 0.6, lo
         height=280,
         waiting=t("None of these runs has steps."),
     )
-    second = charts.chart(
+    second = charts.drawing(
         t("Loss on rows held back (lower is better)"),
         held,
         x_label=t(label),
@@ -128,7 +128,7 @@ def drawn(found: Sequence[Line], by: str = "step", *, smoothing: float = 0.6, lo
         height=220,
         waiting=t("None of these runs was evaluated."),
     )
-    return f'<div class="overlay">{first}{second}</div>'
+    return f'<div class="overlay">{first.html()}{second.html()}</div>'
 
 
 def _unit(found: Sequence[Line]) -> tuple[float, str]:

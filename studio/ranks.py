@@ -75,5 +75,5 @@ def picture(newest: Mapping[str, Any] | None, means: Points, colour: str, total:
     """
     if newest is None:
         return ""
-    curve = charts.chart(t("Mean rank"), [charts.Curve(t("mean rank"), means, colour)], x_max=total, height=130)
-    return f'<div class="rank-row">{heat_map(newest["ranks"], int(newest["step"]), colour)}{curve}</div>'
+    curve = charts.drawing(t("Mean rank"), [charts.Curve(t("mean rank"), means, colour)], x_max=total, height=130)
+    return f'<div class="rank-row">{heat_map(newest["ranks"], int(newest["step"]), colour)}{curve.html()}</div>'

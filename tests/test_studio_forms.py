@@ -190,7 +190,7 @@ def test_text_from_outside_never_becomes_markup() -> None:
     hostile = "<img src=x onerror=alert(1)>\"'${document.cookie}{{value}}`"
     safe = markup.esc(hostile)
     assert not re.search(r"[<>\"'${}`]", safe)
-    assert "<img" not in charts.chart(hostile, [charts.Curve(hostile, [(0, 1), (1, 2)], hostile)])
+    assert "<img" not in charts.drawing(hostile, [charts.Curve(hostile, [(0, 1), (1, 2)], hostile)]).html()
     assert "<img" not in markup.notice("error", hostile, hostile, hostile)
 
 
