@@ -134,18 +134,36 @@ def framed(charts_of_run: Sequence[Drawing]) -> str:
 
 def drawings(found: Curves, row: Row, log: bool, smoothing: float, hover: bool = True) -> list[Drawing]:
     """The charts of a run, one by one. Without `hover` they lack the hover text's data, which is most of them."""
-    colour, total = row["colour"], width(row)
-    steps, evals, live = found.column("step"), found.evals, row["state"] in states.LIVE
-    if not len(steps) and not evals and not live:
+    if not drawable(found, row):
         return []
-    waiting = t("The curve begins with the first step.") if live else t("This run has no steps.")
-    loss = charts.loss_curves(
-        steps, found.column("loss"), evals, colour, total, log=log, smoothing=smoothing, waiting=waiting, hover=hover
+    return [loss(found, row, log, smoothing, hover), *sides(found, row, hover)]
+
+
+def drawable(found: Curves, row: Row) -> bool:
+    """Whether there is anything to draw, or will be."""
+    return bool(len(found.column("step")) or found.evals or row["state"] in states.LIVE)
+
+
+def _waiting(row: Row) -> str:
+    live = row["state"] in states.LIVE
+    return t("The curve begins with the first step.") if live else t("This run has no steps.")
+
+
+def loss(found: Curves, row: Row, log: bool, smoothing: float, hover: bool) -> Drawing:
+    """The chart that a run is watched by."""
+    xs, ys, waiting = found.column("step"), found.column("loss"), _waiting(row)
+    return charts.loss_curves(
+        xs, ys, found.evals, row["colour"], width(row), log=log, smoothing=smoothing, waiting=waiting, hover=hover
     )
+
+
+def sides(found: Curves, row: Row, hover: bool) -> list[Drawing]:
+    """The charts beside it: what the evaluations measured, learning rate, gradient norm, speed, memory."""
+    colour, total, steps, evals = row["colour"], width(row), found.column("step"), found.evals
 
     def side(title: str, name: str, told: Callable[[float], str] = number) -> Drawing:
         points = thinned(*finite(steps, found.column(name)), charts.SIDE_POINTS)
-        return charts.side_chart(title, points, colour, total, waiting, told, hover)
+        return charts.side_chart(title, points, colour, total, _waiting(row), told, hover)
 
     named = dict.fromkeys(name for event in evals for name in event.get("metrics") or {})
     metrics = [
@@ -158,13 +176,13 @@ def drawings(found: Curves, row: Row, log: bool, smoothing: float, hover: bool =
         )
         for name in named
     ]
-    sides = [
+    return [
+        *metrics,
         side(t("Learning rate"), "lr"),
         side(t("Gradient norm"), "grad_norm"),
         side(t("Tokens a second"), "tokens_per_s"),
         side(t("Memory"), "memory", lambda held: size(held).replace(".0 ", " ")),
     ]
-    return [loss, *metrics, *sides]
 
 
 def width(row: Row) -> float | None:

@@ -33,7 +33,31 @@ SMOOTHING = 0.6
 KEPT = 32
 """Pages whose last answer is remembered, some 30 kB each; others are told all."""
 ROUND = 4.0
-"""Seconds between two visits of the doctor, whose findings change slowly and are a third of an answer's work."""
+"""Seconds between two visits of the doctor, and between two drawings of the small charts: both change slowly, and are
+most of the work of an answer and of its drawing in the browser."""
+BEHIND = "+"
+"""At the end of a `seen` whose small charts lack the newest steps."""
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The small charts of an answer.
+
+    Attributes:
+        charts: one by one.
+        of: what they were drawn for, besides steps.
+        last_id: the newest event in them.
+        when: the moment of the drawing.
+    """
+
+    charts: tuple[Drawing, ...]
+    of: object
+    last_id: int
+    when: float
+
+    def stand(self) -> bool:
+        """Whether it is too early to draw them again."""
+        return time.monotonic() - self.when < ROUND
 
 
 @dataclass(frozen=True)
@@ -42,7 +66,13 @@ class Told:
 
     run: str
     doctor: str
-    charts: tuple[Drawing, ...]
+    loss: Drawing | None
+    sides: Sides
+
+    @property
+    def charts(self) -> tuple[Drawing, ...]:
+        """All of them, none of a run that has nothing to draw."""
+        return (self.loss, *self.sides.charts) if self.loss else ()
 
 
 class Memory:
@@ -58,6 +88,12 @@ class Memory:
         with self._lock:
             found = self._told.pop(word, None) if isinstance(word, str) else None
         return found if found is not None and found.run == run else None
+
+    def rests(self, word: object, run: str) -> bool:
+        """Whether what stands on the page with this word may be a little behind for a while yet."""
+        with self._lock:
+            found = self._told.get(word) if isinstance(word, str) else None
+        return found is not None and found.run == run and found.sides.stand()
 
     def keep(self, told: Told) -> str:
         """Remember this; returns its word."""
@@ -112,7 +148,10 @@ def asked(page: Page) -> Callable[[Any], Answer]:
 def _news(page: Page, memory: Memory, told: Mapping[str, Any]) -> Answer:
     store = page.studio.store
     row = store.run(told.get("run", ""))
-    if told.get("seen") == live.seen(row, store.last_event_id(row["id"])):
+    newest = live.seen(row, store.last_event_id(row["id"]))
+    if told.get("seen") == newest:
+        return {}
+    if told.get("seen") == newest + BEHIND and memory.rests(told.get("have"), row["id"]):
         return {}
     found = curves.of_run(store, row["id"])
     answer: Answer = {"seen": live.seen(row, found.last_id)}
@@ -124,13 +163,17 @@ def _news(page: Page, memory: Memory, told: Mapping[str, Any]) -> Answer:
     else:
         return answer | {"stale": True}
     log, hover = told.get("log") is True, told.get("hover") is True
+    had = memory.take(told.get("have"), row["id"])
+    there = live.drawable(found, row)
     now = Told(
-        row["id"],
-        doctor.box(findings, row),
-        tuple(live.drawings(found, row, log, _smoothing(told.get("smoothing")), hover)),
+        run=row["id"],
+        doctor=doctor.box(findings, row),
+        loss=live.loss(found, row, log, _smoothing(told.get("smoothing")), hover) if there else None,
+        sides=_sides(found, row, hover, had.sides if had else None),
     )
     answer |= {"stale": False, "head": live.head_html(page, row, found)}
-    had = memory.take(told.get("have"), row["id"])
+    if now.sides.last_id != found.last_id:
+        answer["seen"] += BEHIND
     if had is None or had.doctor != now.doctor:
         answer["doctor"] = now.doctor
     if had is None or len(had.charts) != len(now.charts):
@@ -138,6 +181,14 @@ def _news(page: Page, memory: Memory, told: Mapping[str, Any]) -> Answer:
     else:
         answer["charts"] = [new.since(old) for new, old in zip(now.charts, had.charts, strict=True)]
     return answer | {"have": memory.keep(now)}
+
+
+def _sides(found: Curves, row: Row, hover: bool, had: Sides | None) -> Sides:
+    """The small charts as they are, or as they were a moment ago where only steps came since."""
+    of = (row["state"], len(found.evals), live.width(row), hover)
+    if had is not None and had.of == of and had.stand():
+        return had
+    return Sides(tuple(live.sides(found, row, hover)), of, found.last_id, time.monotonic())
 
 
 def _smoothing(value: Any) -> float:

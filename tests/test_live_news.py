@@ -110,7 +110,10 @@ def shown(news: dict[str, Any], before: list[str]) -> list[str]:
     return found
 
 
-def test_a_page_that_has_the_charts_of_before_is_told_what_moved(page: Any, run: str) -> None:
+def test_a_page_that_has_the_charts_of_before_is_told_what_moved(
+    page: Any, run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_news, "ROUND", 0.0)
     ask, told, store = live_news.asked(page), question(page, run, seen=""), page.studio.store
     news = ask(told)
     charts, whole, sizes = shown(news, []), [], []
@@ -126,9 +129,45 @@ def test_a_page_that_has_the_charts_of_before_is_told_what_moved(page: Any, run:
     assert sum(whole) < 12 and sorted(sizes)[80] < 4_000
 
 
-def drawings(page: Any, run: str) -> Any:
+def drawings(page: Any, run: str, hover: bool = False) -> Any:
     store = page.studio.store
-    return live.drawings(curves.of_run(store, run), store.run(run), False, 0.6, hover=False)
+    return live.drawings(curves.of_run(store, run), store.run(run), False, 0.6, hover=hover)
+
+
+def test_small_charts_are_drawn_now_and_then_and_at_last_with_every_step(
+    page: Any, run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask, store = live_news.asked(page), page.studio.store
+    store.add_event(run, {**STEP, "step": 41})
+    told = question(page, run, seen="", have="")
+    news = ask(told)
+    charts, former = shown(news, []), drawings(page, run)
+    for _ in range(2):
+        store.add_event(run, {**STEP, "step": 42, "grad_norm": 0.5})
+        told |= {"seen": news["seen"], "have": news["have"]}
+        news = ask(told)
+        charts = shown(news, charts)
+        now = drawings(page, run)
+        assert now[2] != former[2] and charts == [now[0].html(), *(one.html() for one in former[1:])]
+    # The run rests: what the page lacks is not told before its time, and then it is.
+    told |= {"seen": news["seen"], "have": news["have"]}
+    assert ask(told) == {} == ask(told)
+    monkeypatch.setattr(live_news, "ROUND", 0.0)
+    news = ask(told)
+    assert shown(news, charts) == [one.html() for one in drawings(page, run)]
+    assert ask({**told, "seen": news["seen"], "have": news["have"]}) == {}
+
+
+def test_small_charts_that_changed_otherwise_are_drawn_at_once(page: Any, run: str) -> None:
+    ask, store = live_news.asked(page), page.studio.store
+    told = question(page, run, seen="", have="")
+    news = ask(told)
+    store.add_event(run, {**STEP, "step": 41})
+    pointed = ask({**told, "seen": news["seen"], "have": news["have"], "hover": True})
+    assert shown(pointed, shown(news, [])) == [one.html() for one in drawings(page, run, hover=True)]
+    store.add_event(run, {"type": "eval", "step": 41, "loss": 0.9, "metrics": {"accuracy": 0.5}})
+    told = question(page, run, seen=pointed["seen"], have=pointed["have"])
+    assert "accuracy" in ask(told)["curves"].lower()
 
 
 def test_what_a_page_says_it_has_is_its_own_and_is_known_once(page: Any, run: str, studio: Studio) -> None:

@@ -13,6 +13,7 @@ window.studioSave = (name, text) => {
   const apart = "#train-text, #train-own, [type=file]";
   const often = 100;
   const seldom = 1000;
+  const hardly = 10000;
   let before = null;
   let changed = 0;
   let address = null;
@@ -21,28 +22,28 @@ window.studioSave = (name, text) => {
   window.studioFormChanged = () => {
     changed = Date.now();
   };
-  // Says whether the form is in sight.
+  // Looks for changes, and says in how many milliseconds to look again.
   const look = () => {
     if (address !== window.location.search) {
       address = window.location.search;
       run = new URLSearchParams(address).get("run");
     }
-    // With a run in the address the form is about to give way to it.
-    if (document.hidden || run) return false;
+    // With a run in the address the form is about to give way to it, until the address changes.
+    if (document.hidden || run) return hardly;
     const form = document.getElementById("train-form");
-    if (!form || !form.getClientRects().length) return false;
+    if (!form || !form.getClientRects().length) return seldom;
     const fields = [...form.querySelectorAll("input, textarea")].filter((field) => !field.closest(apart));
     const now = JSON.stringify(fields.map((field) => (/checkbox|radio/.test(field.type) ? field.checked : field.value)));
     if (before !== null && now !== before) window.studioFormChanged();
     before = now;
-    if (!changed || Date.now() - changed < 80) return true;
+    if (!changed || Date.now() - changed < 80) return often;
     changed = 0;
     ["train-changed", "train-priced"].forEach((id) => document.getElementById(id)?.click());
-    return true;
+    return often;
   };
   const watch = () => {
     clearTimeout(next);
-    next = setTimeout(watch, look() ? often : seldom);
+    next = setTimeout(watch, look());
   };
   document.addEventListener("visibilitychange", watch);
   ["studio-address", "popstate"].forEach((name) => window.addEventListener(name, watch));
