@@ -88,6 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     from studio.context import Studio
     from studio.first_page import FirstPage
     from studio.front import Front
+    from studio.live_stream import LiveStream
     from studio.shell import create_app
 
     studio = Studio.open()
@@ -102,6 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     if with_tools:
         tools.install()
     doors = [] if entrance is None else [entrance.door()]
+    ours = [Middleware(Front), Middleware(FirstPage), Middleware(LiveStream, studio=studio)]
     try:
         app.queue(default_concurrency_limit=8)
         queueing.calm(app)
@@ -125,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
             theme=theme.theme(),
             head=theme.head(),
             max_file_size=MAX_UPLOAD if entrance is None else entrance.limits.upload,
-            app_kwargs={"middleware": [*doors, Middleware(Front), Middleware(FirstPage)]},
+            app_kwargs={"middleware": [*doors, *ours]},
         )
         if with_tools and not app.mcp_server:
             raise SystemExit(f"The tools for language models could not be served. {app.mcp_error or ''}")

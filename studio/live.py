@@ -17,6 +17,7 @@ from engine.errors import EngineError
 from engine.findings import BAD, Finding
 from studio import charts, curves, doctor, ranks, states, words
 from studio.charts import Drawing
+from studio.context import Studio
 from studio.curves import Curves
 from studio.forms import as_yaml
 from studio.i18n import language, reported, t
@@ -26,8 +27,7 @@ from studio.points import finite, thinned
 from studio.store import Row
 
 Updates = dict[Any, Any]
-Answer = dict[str, Any]
-FOLLOW = "window.studioLive(element, server, (drawn) => trigger('stale', drawn));"
+FOLLOW = "window.studioLive(element, (drawn) => trigger('stale', drawn));"
 """The script behind the head (assets/scripts/live.js); `stale` is its word that more than numbers and lines changed."""
 
 
@@ -64,14 +64,10 @@ _KEPT = ("new", "log_scale", "smoothing")
 """Widgets that no redraw touches: they are the person's."""
 
 
-def build(live_news: Callable[[Any], Answer]) -> Live:
-    """Lay out the live part; hidden until there is a run to show.
-
-    Args:
-        live_news: what the page's script asks the server, see `studio.live_news`.
-    """
+def build() -> Live:
+    """Lay out the live part; hidden until there is a run to show."""
     with gr.Column(visible=False) as view:
-        head = gr.HTML(elem_id="live-head", js_on_load=FOLLOW, server_functions=[live_news])
+        head = gr.HTML(elem_id="live-head", js_on_load=FOLLOW)
         fault = gr.HTML(visible=False, elem_id="live-fault")
         doctor_box = gr.HTML(elem_id="live-doctor")
         with gr.Row(elem_id="live-actions"):
@@ -220,12 +216,12 @@ def faults(row: Row, found: Curves) -> str:
     return box + "".join(notice("warn", t("Note"), reported(str(event.get("message", "")))) for event in warnings)
 
 
-def steady(page: Page, row: Row, found: Curves, told: Sequence[Finding]) -> dict[str, dict[str, Any]]:
+def steady(studio: Studio, row: Row, found: Curves, told: Sequence[Finding]) -> dict[str, dict[str, Any]]:
     """What seldom changes while a run goes on, by its name in `Live`; `told` is what the doctor finds."""
     fault = faults(row, found)
     return {
         "fault": {"value": fault, "visible": bool(fault)},
-        **buttons(page, row, found, doctor.curable(told)),
+        **buttons(studio, row, found, doctor.curable(told)),
         "options": {"visible": bool(len(found.column("step"))) or row["state"] in states.LIVE},
     }
 
@@ -254,9 +250,9 @@ def mark(row: Row, found: Curves, looked: str) -> str:
     )
 
 
-def head_html(page: Page, row: Row, found: Curves) -> str:
+def head_html(studio: Studio, row: Row, found: Curves) -> str:
     """Title, state, progress and newest numbers of a run."""
-    return words.run_head(row, newest(found), row["state"] in states.FINISHED and _adapter(page, row["id"]))
+    return words.run_head(row, newest(found), row["state"] in states.FINISHED and studio.jobs.has_adapter(row["id"]))
 
 
 def draw(
@@ -282,9 +278,9 @@ def draw(
     row = page.studio.store.run(run_id)
     found = curves.of_run(page.studio.store, run_id)
     told = doctor.findings(found, row)
-    parts = steady(page, row, found, told)
+    parts = steady(page.studio, row, found, told)
     # The events that were read, not those of this moment: what came between is asked for next.
-    head = mark(row, found, looks(row, found, parts)) + head_html(page, row, found)
+    head = mark(row, found, looks(row, found, parts)) + head_html(page.studio, row, found)
     updates: Updates = {
         live.head: head,
         live.doctor: doctor.box(told, row),
@@ -300,17 +296,13 @@ def draw(
     return updates
 
 
-def _adapter(page: Page, run_id: str) -> bool:
-    return page.studio.jobs.has_adapter(run_id)
-
-
-def buttons(page: Page, row: Row, found: Curves, cure: Finding | None) -> dict[str, dict[str, Any]]:
+def buttons(studio: Studio, row: Row, found: Curves, cure: Finding | None) -> dict[str, dict[str, Any]]:
     """How the buttons look: what can be done now, the one that is next as the primary one."""
     state, run_id = row["state"], row["id"]
     running, finished = state == states.RUNNING, state in states.FINISHED
-    adapter = finished and _adapter(page, run_id)
+    adapter = finished and studio.jobs.has_adapter(run_id)
     resumable = state in states.RESUMABLE and row["deleted_at"] is None
-    goes_on = page.studio.jobs.has_checkpoint(run_id)
+    goes_on = studio.jobs.has_checkpoint(run_id)
     # Going on as it was would end the same way.
     needed = state in (states.FAILED, states.LOST) and cure is not None and cure.severity == BAD
     return {

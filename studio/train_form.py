@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from studio import costs, forms, job_text, live, live_news, presets, recipes
+from studio import costs, forms, job_text, live, presets, recipes
 from studio.i18n import N_, t
 from studio.markup import esc
 from studio.own_presets import OwnPresets
@@ -77,7 +77,7 @@ def build(page: Page) -> Parts:
                 place(owned)
 
     # Before the form, which never shows beside it: the page looks each part up from its top on.
-    running = live.build(live_news.asked(page))
+    running = live.build()
     with gr.Column(elem_id="train-form") as form:
         gr.HTML(f'<h2 class="page-title">{esc(t("What should learn, and how?"))}</h2>')
         with gr.Row():

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from bench import activations, bench_page, live, measuring, sft
+from bench import activations, bench_page, live_cost, measuring, sft
+from studio import live_stream
 
 
 def _results(**rows: Any) -> dict[str, Any]:
@@ -103,18 +104,18 @@ def test_the_marked_template_makes_the_same_text() -> None:
 
 
 @pytest.mark.parametrize("cost", [0.0, 0.012, 0.024])
-def test_what_a_question_costs_the_training_is_found_below_its_noise(cost: float) -> None:
-    drawn, now, question, moments, questions = random.Random(1), 0.0, 1.0, [], []
+def test_what_a_told_costs_the_training_is_found_below_its_noise(cost: float) -> None:
+    drawn, now, told, moments, news = random.Random(1), 0.0, 1.0, [], []
     while now < 1800:
         # Steps of 80 ms, of which a seventh is noise, in a machine whose speed goes up and down by a fifth in a minute.
         step = max(0.03, drawn.gauss(0.08, 0.012)) * (1 + 0.1 * math.sin(now / 10))
-        while question < now + step:
+        while told < now + step:
             step += cost
-            questions.append(question)
-            question += live.EVERY
+            news.append(told)
+            told += live_stream.EVERY
         now += step
         moments.append(now)
-    span = live.Span("here", 0.0, 1800.0, questions=questions)
-    found = live._mean([loss / live.EVERY for loss in live.lost(moments, span)])
+    span = live_cost.Span("here", 0.0, 1800.0, news=news)
+    found = live_cost._mean([loss / live_stream.EVERY for loss in live_cost.lost(moments, span)])
     low, high = found["interval"]
-    assert abs(found["mean"] - cost / live.EVERY) < 0.004 and low < cost / live.EVERY < high < low + 0.01
+    assert abs(found["mean"] - cost / live_stream.EVERY) < 0.004 and low < cost / live_stream.EVERY < high < low + 0.01

@@ -131,13 +131,11 @@ def test_another_visitor_finds_nothing_by_list_or_by_id(server: Running, first: 
         assert refused["error"]["code"] == "unknown-id"
     assert mine.predict(run, 0, api_name="/run_status")["state"] == "done"
     assert mine.predict(first["work"], api_name="/download_export")[1] is None
-    # What the page of a run asks past the callbacks.
-    (head,) = (item["id"] for item in mine.config["components"] if item["props"].get("elem_id") == "live-head")
-    asked = {"data": {"run": run}, "component_id": head, "fn_name": "live_news", "session_hash": "x"}
+    # What the page of a run listens to, past the callbacks.
     for client, known in ((mine, True), (second, False)):
-        cookies = dict(client.cookies or {})
-        told = httpx.post(f"{server.address}/gradio_api/component_server", json=asked, cookies=cookies, timeout=60)
-        assert told.json().get("gone", False) is not known, cookies
+        asked = {"run": run, "once": "true"}
+        told = httpx.get(f"{server.address}/studio/live", params=asked, cookies=dict(client.cookies or {}), timeout=60)
+        assert ('{"gone": true}' in told.text) is not known and "data: {" in told.text
 
 
 @pytest.mark.slow

@@ -7,19 +7,18 @@ window.studioShow = (id) => {
   part.querySelector('button')?.focus({ preventScroll: true });
 };
 
-// The page of a run that goes on asks for its news and changes what differs where it stands: numbers, lines, the doctor's
-// words. What Gradio drew last is read off the mark in the head; where more than that has changed, Gradio draws anew
-// (`catchUp`, told what it drew last). See studio/live_news.py.
-window.studioLive = (element, server, catchUp) => {
-  const every = 1350;
-  // After so many questions without an answer Gradio asks: where the server has gone, it says so.
+// The page of a run that goes on listens to the run's news and changes what differs where it stands: numbers, lines, the
+// doctor's words. What Gradio drew last is read off the mark in the head; where more than that has changed, Gradio draws
+// anew (`catchUp`, told what it drew last). See studio/live_news.py.
+window.studioLive = (element, catchUp) => {
+  // After so many failures Gradio asks: where the server has gone, it says so.
   const patience = 3;
-  let last = null;
-  let asking = false;
-  let again = false;
+  const later = 4000;
+  let stream = null;
+  let asked = null;
+  let failed = 0;
   // Somebody comes to the page: a run that stood still is asked for once too, for it may have been resumed elsewhere.
   let came = false;
-  let unanswered = 0;
 
   const change = (old, fresh) => {
     if (old.nodeName !== fresh.nodeName) {
@@ -69,79 +68,96 @@ window.studioLive = (element, server, catchUp) => {
     });
   };
 
-  const ask = async () => {
-    const mark = element.querySelector(came ? ".live-mark" : ".live-mark[data-live]");
+  const mark = () => element.querySelector(".live-mark");
+  // What is to be asked for now; nothing for a run that stands still, nor for a page that nobody sees.
+  const wanted = () => {
+    const { run, looks, language, seen, live } = mark()?.dataset ?? {};
     const visible = element.checkVisibility?.() ?? element.getClientRects().length > 0;
-    if (!mark || document.hidden || !visible) return;
-    if (asking) {
-      again = true;
-      return;
-    }
-    came = false;
-    const wanted = () => ({
+    const still = live === undefined;
+    if (!run || document.hidden || !visible || !element.isConnected || (still && !came)) return null;
+    const question = {
+      ...{ run, looks, language, seen: still ? seen : "", once: still },
       log: Boolean(document.querySelector("#log-scale input")?.checked),
-      smoothing: Number(document.querySelector("#smoothing input[type=range]")?.value ?? NaN),
+      smoothing: document.querySelector("#smoothing input[type=range]")?.value ?? "",
       hover: Boolean(document.querySelector("#live-curves .plot:hover")),
-    });
-    const now = () => JSON.stringify([mark.isConnected, mark.dataset, wanted()]);
-    const drawn = { ...mark.dataset };
-    const before = now();
-    asking = true;
-    try {
-      const still = drawn.live === undefined ? drawn.seen : "";
-      const { seen, have } = last?.before === before ? last : { seen: still, have: "" };
-      const { run, looks, language } = drawn;
-      const news = await server.live_news({ run, looks, seen, have, language, ...wanted() });
-      if (!news) throw new Error();
-      unanswered = 0;
-      // What Gradio has drawn meanwhile, or for what was set meanwhile, is newer than this answer.
-      if (now() !== before) again = true;
-      else if (news.gone) mark.removeAttribute("data-live");
-      else if (news.stale) catchUp(drawn);
-      else if (news.seen) {
-        const whole = [
-          draw(element.querySelector(".run-head"), news.head),
-          draw(document.querySelector("#live-doctor .doctor"), news.doctor),
-          draw(document.querySelector("#live-curves .charts"), news.curves),
-          redraw(document.querySelector("#live-curves .charts"), news.charts),
-        ].every(Boolean);
-        // Where Gradio is to draw, what stands there is no ground for what comes next.
-        last = { before, seen: news.seen, have: whole ? news.have : "" };
-        window.studioHover();
-        if (!whole) catchUp(drawn);
+    };
+    // A private Space knows its visitor by this.
+    const sign = new URLSearchParams(window.location.search).get("__sign");
+    return new URLSearchParams(sign ? { ...question, __sign: sign } : question).toString();
+  };
+  const hear = (news) => {
+    failed = 0;
+    // What Gradio has drawn meanwhile, or for what was set meanwhile, is newer than this.
+    if (wanted() !== asked) return follow();
+    came = false;
+    if (news.gone) mark().removeAttribute("data-live");
+    if (news.stale) catchUp({ ...mark().dataset });
+    if (news.head !== undefined) {
+      const charts = document.querySelector("#live-curves .charts");
+      const whole = [
+        draw(element.querySelector(".run-head"), news.head),
+        draw(document.querySelector("#live-doctor .doctor"), news.doctor),
+        draw(charts, news.curves),
+        redraw(charts, news.charts),
+      ].every(Boolean);
+      window.studioHover();
+      if (!whole) catchUp({ ...mark().dataset });
+    }
+    if (mark().dataset.live === undefined) follow();
+  };
+  const follow = () => {
+    const now = wanted();
+    if (now === asked) return;
+    stream?.close();
+    stream = null;
+    asked = now;
+    if (now === null) return;
+    const opened = new EventSource(`${window.gradio_config?.root ?? ""}/studio/live?${now}`);
+    stream = opened;
+    opened.onmessage = (event) => stream === opened && hear(JSON.parse(event.data));
+    opened.onerror = () => {
+      if (stream !== opened) return;
+      failed += 1;
+      if (failed % patience === 0 && mark()) catchUp({ ...mark().dataset });
+      // Refused, it is not asked for again by itself.
+      if (opened.readyState === EventSource.CLOSED) {
+        asked = stream = null;
+        setTimeout(follow, later);
       }
-    } catch {
-      unanswered += 1;
-      if (unanswered % patience === 0) catchUp(drawn);
-    } finally {
-      asking = false;
-    }
-    if (again) {
-      again = false;
-      ask();
-    }
+    };
   };
 
   // Gradio may draw the component anew, and then this runs again, with another element.
-  const over = new AbortController();
-  const timer = setInterval(() => {
-    if (element.isConnected) ask();
-    else {
-      clearInterval(timer);
-      over.abort();
-    }
-  }, every);
-  const listen = (name, heard) => document.addEventListener(name, heard, { signal: over.signal });
+  window.studioLiveOver?.abort();
+  const over = (window.studioLiveOver = new AbortController());
+  const listen = (target, name, heard) => target.addEventListener(name, heard, { signal: over.signal });
   const arrive = () => {
     came = true;
-    ask();
+    follow();
   };
-  listen("visibilitychange", arrive);
-  const tab = (event) => event.detail === "train" && setTimeout(arrive, 50);
-  window.addEventListener("studio-tab", tab, { signal: over.signal });
+  listen(document, "visibilitychange", arrive);
+  listen(window, "studio-tab", (event) => event.detail === "train" && setTimeout(arrive, 50));
   // The data of the hover text is most of what there is to say of a curve; it comes where somebody points at one.
-  listen("pointerover", (event) => {
+  listen(document, "pointerover", (event) => {
     const [to, from] = [event.target, event.relatedTarget].map((one) => one?.closest?.("#live-curves .plot"));
-    if (to && to !== from) ask();
+    if (to && to !== from) follow();
   });
+  // Gradio has drawn another mark or changed it, or the page of the run has come into sight or gone out of it.
+  let known = "";
+  const drawn = new MutationObserver(() => {
+    const now = JSON.stringify(mark()?.dataset);
+    if (now !== known) follow();
+    known = now;
+  });
+  const attributeFilter = ["run", "seen", "looks", "language", "live"].map((name) => `data-${name}`);
+  drawn.observe(element, { childList: true, subtree: true, attributeFilter });
+  const sized = new ResizeObserver(follow);
+  sized.observe(element);
+  listen(over.signal, "abort", () => {
+    drawn.disconnect();
+    sized.disconnect();
+    stream?.close();
+    stream = null;
+  });
+  follow();
 };
