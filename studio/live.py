@@ -1,6 +1,6 @@
 """The live part of Train: one run's state, curves, samples and its own configuration.
 
-What changes with every step is asked for and drawn by a script of our own (`studio.live_news`). Gradio's way to change
+What changes with every step is told to a script of our own and drawn by it (`studio.live_news`). Gradio's way to change
 widgets, which goes through all that the page shows, is left for what seldom changes.
 """
 

@@ -132,7 +132,7 @@ def number(value: float | None, digits: int = 3) -> str:
     if value is None:
         return ""
     if value and (abs(value) < 0.0001 or abs(value) >= 100_000):
-        return f"{value:.{digits - 1}e}"
+        return f"{value:.{digits}g}"
     told = f"{value:,.{digits}g}"
     # From 999.5 on three digits are 1e+03.
     return told if abs(value) < 1000 and "e" not in told else f"{value:,.0f}"

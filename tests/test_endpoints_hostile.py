@@ -278,6 +278,8 @@ def test_the_servers_own_routes_send_no_file_of_the_machine(target: Target) -> N
         f"/gradio_api/stream/x/y/{secret}/playlist.m3u8",
         "/monitoring",
         "/gradio_api/vibe-code/",
+        f"/studio/live?once=true&run={secret}",
+        "/studio/live?once=true&run=../../../../etc/passwd&looks=/etc/passwd&language=../../../../etc",
     ):
         answered = client.get(path)
         assert CANARY not in answered.text and "root:" not in answered.text, path

@@ -35,7 +35,15 @@ def starting(studio: Studio) -> Row:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(999.4, "999"), (999.6, "1,000"), (-999.7, "-1,000"), (1000, "1,000"), (0.25, "0.25"), (1e6, "1.00e+06")],
+    [
+        (999.4, "999"),
+        (999.6, "1,000"),
+        (-999.7, "-1,000"),
+        (1000, "1,000"),
+        (0.25, "0.25"),
+        (9e-5, "9e-05"),
+        (1.234e6, "1.23e+06"),
+    ],
 )
 def test_a_number_reads_as_one(value: float, text: str) -> None:
     assert number(value) == text and number(99.6, 2) == "100"
