@@ -14,7 +14,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,14 +110,21 @@ class Apart:
         command = [str(CHROMIUM), *ARGUMENTS, "--headless=new", "--window-size=1280,900"]
         command += [f"--remote-debugging-port={self.port}", f"--user-data-dir={home}", "about:blank"]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not answers(f"http://127.0.0.1:{self.port}/json/version"):
-            time.sleep(0.2)
-        with self._page() as page:
-            page.add_init_script(TOLD)
-            page.goto(address)
-            page.locator("#live-curves polyline.thin").first.wait_for()
-        main = psutil.Process(self.process.pid)
-        self.parts = [main, *main.children(recursive=True)]
+        self.parts: list[psutil.Process] = []
+        try:
+            while not answers(f"http://127.0.0.1:{self.port}/json/version"):
+                time.sleep(0.2)
+            with self._page() as page:
+                page.add_init_script(TOLD)
+                page.goto(address)
+                page.locator("#live-curves polyline.thin").first.wait_for()
+            # What loading leaves behind, a browser tidies up within half a minute.
+            time.sleep(45)
+            main = psutil.Process(self.process.pid)
+            self.parts = [main, *main.children(recursive=True)]
+        except BaseException:
+            self.end()
+            raise
 
     @contextmanager
     def _page(self) -> Iterator[Any]:
@@ -140,7 +147,8 @@ class Apart:
     def end(self) -> None:
         """Close it."""
         for part in self.parts:
-            part.resume()
+            with suppress(psutil.Error):
+                part.resume()
         self.process.terminate()
         self.process.wait(timeout=30)
 
@@ -162,8 +170,6 @@ def cost(rounds: int = 6, seconds: float = 27.0, settling: float = 1.5) -> dict[
             while not studio.store.newest(run, "step"):
                 time.sleep(1)
             apart = Apart(f"{address}/?run={run}", home / "browser")
-            # What loading leaves behind, a browser tidies up within half a minute.
-            time.sleep(45)
             try:
                 for number in range(rounds):
                     for look in (*LOOKS, *reversed(LOOKS)):

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
+import anyio
 import anyio.to_thread
 from gradio.context import LocalContext
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, StreamingResponse
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from studio import visitors
 from studio.context import Studio
 from studio.live_news import Follower
 
@@ -25,12 +29,19 @@ PATH = "/studio/live"
 EVERY = 1.45
 """Seconds between two looks for news: with what comes after it, a step is on the page within a second and a half."""
 ALIVE = 15.0
-"""Seconds after which a silent stream says that it goes on: what is between it and the page may end it else."""
+"""Seconds after which a silent stream says that it goes on, by an empty answer: what is between it and the page may end
+it else, and the page takes a long silence for an end."""
 LIFE = 300.0
 """Seconds after which the page has to ask again, and so to say again who it is."""
-MOST = 500
-"""Streams at a time; further pages are drawn by Gradio's callbacks, less often."""
+MOST, EACH = 500, 12
+"""Streams at a time, of all and of one visitor in demo mode; further pages are drawn by Gradio's callbacks, seldom."""
+DRAWING = 4
+"""Threads that look for news; Gradio's callbacks have their own."""
+FAULT = 15_000
+"""Milliseconds after which a page may ask again where its news could not be drawn."""
 CHECK = "/gradio_api/login_check"
+
+_log = logging.getLogger(__name__)
 
 
 class LiveStream:
@@ -44,32 +55,35 @@ class LiveStream:
     def __init__(self, app: ASGIApp, studio: Studio) -> None:
         self.app = app
         self.studio = studio
-        self.open = 0
+        self.open: Counter[str] = Counter()
+        self._threads: anyio.CapacityLimiter | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        if scope["type"] != "http" or scope["path"] != PATH or scope["method"] != "GET":
+        ours = scope["type"] == "http" and scope["method"] == "GET"
+        if not ours or scope["path"].removeprefix(scope.get("root_path", "")) != PATH:
             await self.app(scope, receive, send)
-            return
-        refused = await self._refused(scope)
-        if refused:
-            await PlainTextResponse("", status_code=refused)(scope, receive, send)
             return
         request = Request(scope, receive)
         # Whose runs these are is read off the request, as in a callback.
         token = LocalContext.request.set(request)  # type: ignore[arg-type]
-        self.open += 1
+        who = visitors.present() or ""
+        self.open[who] += 1
         try:
+            refused = await self._refused(scope, who)
             headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-            answer = StreamingResponse(self._told(request), media_type="text/event-stream", headers=headers)
+            answer: Response = PlainTextResponse("", status_code=refused or 200)
+            if not refused:
+                answer = StreamingResponse(self._told(request), media_type="text/event-stream", headers=headers)
             await answer(scope, receive, send)
         finally:
-            self.open -= 1
+            self.open[who] -= 1
+            self.open += Counter()  # forgets who has none
             LocalContext.request.reset(token)
 
-    async def _refused(self, scope: Scope) -> int:
+    async def _refused(self, scope: Scope, who: str) -> int:
         """The status by which Gradio refuses somebody who has not logged in, or ours; 0 for whoever may come in."""
-        if self.open >= MOST:
+        if self.open.total() > MOST or (who and self.open[who] > EACH):
             return 503
         status = 0
 
@@ -91,13 +105,15 @@ class LiveStream:
         opened = spoken = time.monotonic()
         yield f"retry: {round(1000 * EVERY)}\n\n"
         while not ended.is_set() and time.monotonic() - opened < LIFE:
-            news: dict[str, Any] = await anyio.to_thread.run_sync(follower.news)
+            try:
+                news: dict[str, Any] = await anyio.to_thread.run_sync(follower.news, limiter=self._limiter())
+            except Exception:
+                _log.exception("The news of a run could not be told.")
+                yield f"retry: {FAULT}\n\n"
+                return
             now = time.monotonic()
-            if news or once:
+            if news or once or now - spoken > ALIVE:
                 yield f"data: {json.dumps(news)}\n\n"
-                spoken = now
-            elif now - spoken > ALIVE:
-                yield ": on\n\n"
                 spoken = now
             if once or news.get("gone"):
                 return
@@ -105,3 +121,8 @@ class LiveStream:
                 await asyncio.wait_for(ended.wait(), EVERY)
             except TimeoutError:
                 continue
+
+    def _limiter(self) -> anyio.CapacityLimiter:
+        if self._threads is None:
+            self._threads = anyio.CapacityLimiter(DRAWING)
+        return self._threads

@@ -44,9 +44,12 @@ class Served:
         asked = {"run": self.run, "looks": "", **more}
         return client.stream("GET", f"{self.address}/studio/live", params=asked, timeout=20)
 
+    def listening(self) -> int:
+        return sum(stream.open.total() for stream in self.streams)
+
     def nobody_listens(self) -> bool:
         for _ in range(200):
-            if not sum(stream.open for stream in self.streams):
+            if not self.listening():
                 return True
             time.sleep(0.1)
         return False
@@ -77,7 +80,7 @@ def test_news_come_as_they_happen_for_as_long_as_somebody_listens(served: Served
         assert next(lines) == "retry: 100"
         # Its mark says another page than there is.
         assert told(lines) == {"stale": True}
-        assert sum(stream.open for stream in served.streams) == 1
+        assert served.listening() == 1
     row, found = served.studio.store.run(served.run), curves.of_run(served.studio.store, served.run)
     looks = live.looks(row, found, live.steady(served.studio, row, found, doctor.findings(found, row)))
     with httpx.Client() as client, served.listen(client, looks=looks) as answer:
@@ -100,7 +103,33 @@ def test_a_silent_stream_says_that_it_goes_on_and_ends_after_its_life(
     monkeypatch.setattr(live_stream, "LIFE", 1.5)
     with httpx.Client() as client, served.listen(client) as answer:
         lines = [line for line in answer.iter_lines() if line]
-    assert lines[0].startswith("retry") and set(lines[1:]) == {": on"} and len(lines) >= 3
+    assert lines[0].startswith("retry") and set(lines[1:]) == {"data: {}"} and len(lines) >= 3
+
+
+def test_a_fault_ends_the_stream_and_is_not_met_again_at_once(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(follower: Any) -> dict[str, Any]:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(live_stream.Follower, "news", broken)
+    with httpx.Client() as client, served.listen(client) as answer:
+        assert [line for line in answer.iter_lines() if line] == ["retry: 100", f"retry: {live_stream.FAULT}"]
+    assert "ZeroDivisionError" in caplog.text and served.nobody_listens()
+
+
+def test_one_visitor_does_not_take_all_of_them(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    who = iter(["ann", "ann", "bob"])
+    monkeypatch.setattr(live_stream.visitors, "present", lambda: next(who, None))
+    monkeypatch.setattr(live_stream.Follower, "news", lambda follower: {})
+    monkeypatch.setattr(live_stream, "EACH", 1)
+    with (
+        httpx.Client() as client,
+        served.listen(client) as first,
+        served.listen(client) as second,
+        served.listen(client) as third,
+    ):
+        assert [answer.status_code for answer in (first, second, third)] == [200, 503, 200]
 
 
 def test_a_run_that_rests_is_asked_for_once(served: Served) -> None:
@@ -158,7 +187,7 @@ def test_the_server_ends_though_somebody_listens(served: Served, monkeypatch: py
 
     listener = threading.Thread(target=listen)
     listener.start()
-    while not sum(stream.open for stream in served.streams):
+    while not served.listening():
         time.sleep(0.05)
     started = time.monotonic()
     served.blocks.close(verbose=False)

@@ -13,9 +13,12 @@ window.studioShow = (id) => {
 window.studioLive = (element, catchUp) => {
   // After so many failures Gradio asks: where the server has gone, it says so.
   const patience = 3;
-  const later = 4000;
+  const [every, later, silent] = [1450, 4000, 45000];
   let stream = null;
   let asked = null;
+  let timer = 0;
+  let turn = null;
+  let giveBack = null;
   let failed = 0;
   // Somebody comes to the page: a run that stood still is asked for once too, for it may have been resumed elsewhere.
   let came = false;
@@ -76,7 +79,8 @@ window.studioLive = (element, catchUp) => {
     const still = live === undefined;
     if (!run || document.hidden || !visible || !element.isConnected || (still && !came)) return null;
     const question = {
-      ...{ run, looks, language, seen: still ? seen : "", once: still },
+      ...{ run, looks, language, seen: still ? seen : "" },
+      ...(still ? { once: true } : {}),
       log: Boolean(document.querySelector("#log-scale input")?.checked),
       smoothing: document.querySelector("#smoothing input[type=range]")?.value ?? "",
       hover: Boolean(document.querySelector("#live-curves .plot:hover")),
@@ -105,25 +109,65 @@ window.studioLive = (element, catchUp) => {
     }
     if (mark().dataset.live === undefined) follow();
   };
-  const follow = () => {
-    const now = wanted();
-    if (now === asked) return;
+  const fail = () => {
+    failed += 1;
+    if (failed % patience === 0 && mark()) catchUp({ ...mark().dataset });
+  };
+
+  const stop = () => {
     stream?.close();
     stream = null;
+    clearTimeout(timer);
+  };
+  // A browser keeps six connections to a server, and each of Gradio's pages holds one. So one page of a browser has a
+  // stream, for as long as it follows a run; others that are in sight ask.
+  const take = () =>
+    new Promise((done) => {
+      if (giveBack || !navigator.locks) return done(true);
+      navigator.locks.request("studio-live", { ifAvailable: true }, (lock) => {
+        done(Boolean(lock));
+        return lock && new Promise((released) => (giveBack = released));
+      });
+    });
+  const give = () => {
+    giveBack?.();
+    giveBack = null;
+  };
+  const follow = async (anew = false) => {
+    const now = over.signal.aborted ? null : wanted();
+    if (now === asked && anew !== true) return;
+    stop();
     asked = now;
-    if (now === null) return;
-    const opened = new EventSource(`${window.gradio_config?.root ?? ""}/studio/live?${now}`);
+    if (now === null) return give();
+    const mine = (turn = {});
+    const alone = await take();
+    if (mine !== turn || asked !== now) return asked === null && give();
+    // The page's own address: the server may not know by which it is reached.
+    const root = new URL(window.gradio_config?.root || "/", window.location.href).pathname.replace(/\/$/, "");
+    const question = alone ? now : `${now}&once=true`;
+    const opened = new EventSource(`${window.location.origin}${root}/studio/live?${question}`);
     stream = opened;
-    opened.onmessage = (event) => stream === opened && hear(JSON.parse(event.data));
+    // A stream that says nothing has broken on the way.
+    const watch = () => {
+      clearTimeout(timer);
+      timer = setTimeout(() => [fail(), follow(true)], silent);
+    };
+    watch();
+    opened.onmessage = (event) => {
+      if (stream !== opened) return;
+      watch();
+      hear(JSON.parse(event.data));
+      if (alone || stream !== opened) return;
+      stop();
+      timer = setTimeout(() => follow(true), every);
+    };
     opened.onerror = () => {
       if (stream !== opened) return;
-      failed += 1;
-      if (failed % patience === 0 && mark()) catchUp({ ...mark().dataset });
+      fail();
       // Refused, it is not asked for again by itself.
-      if (opened.readyState === EventSource.CLOSED) {
-        asked = stream = null;
-        setTimeout(follow, later);
-      }
+      if (opened.readyState !== EventSource.CLOSED || stream !== opened) return;
+      stop();
+      timer = setTimeout(() => follow(true), later);
     };
   };
 
@@ -142,22 +186,22 @@ window.studioLive = (element, catchUp) => {
     const [to, from] = [event.target, event.relatedTarget].map((one) => one?.closest?.("#live-curves .plot"));
     if (to && to !== from) follow();
   });
-  // Gradio has drawn another mark or changed it, or the page of the run has come into sight or gone out of it.
-  let known = "";
+  // Gradio has drawn another mark or changed it, and with it what the news were told for; or the page of the run has
+  // come into sight or gone out of it.
+  let known = JSON.stringify(mark()?.dataset);
   const drawn = new MutationObserver(() => {
     const now = JSON.stringify(mark()?.dataset);
-    if (now !== known) follow();
+    if (now !== known) follow(true);
     known = now;
   });
   const attributeFilter = ["run", "seen", "looks", "language", "live"].map((name) => `data-${name}`);
   drawn.observe(element, { childList: true, subtree: true, attributeFilter });
-  const sized = new ResizeObserver(follow);
+  const sized = new ResizeObserver(() => follow());
   sized.observe(element);
-  listen(over.signal, "abort", () => {
+  over.signal.addEventListener("abort", () => {
     drawn.disconnect();
     sized.disconnect();
-    stream?.close();
-    stream = null;
+    follow();
   });
   follow();
 };
