@@ -16,19 +16,16 @@ import contextlib
 import json
 import math
 import os
-import shutil
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.measuring import ROOT, machine
+from bench.measuring import machine
+from bench.pages import ARGUMENTS, CHROMIUM, serving
 from engine.train.job import DataSpec, JobSpec
 from studio import states
 from studio.context import Studio
@@ -79,31 +76,6 @@ def step_event(step: int, number: int) -> dict[str, float]:
     }
 
 
-@contextlib.contextmanager
-def serving(home: Path) -> Iterator[str]:
-    """`python app.py` on the home; its address."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    environment = {**os.environ, "STUDIO_HOME": str(home), "GRADIO_ANALYTICS_ENABLED": "False"}
-    command = [sys.executable, "app.py", "--no-browser", "--port", str(port)]
-    address = f"http://127.0.0.1:{port}"
-    with (home / "server.log").open("ab") as log:
-        server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-        try:
-            for _ in range(240):
-                with contextlib.suppress(OSError):
-                    urllib.request.urlopen(address, timeout=5).read()
-                    break
-                time.sleep(0.5)
-            else:
-                raise SystemExit((home / "server.log").read_text(encoding="utf-8"))
-            yield address
-        finally:
-            server.terminate()
-            server.wait(timeout=30)
-
-
 def timed(ask: Callable[[], Any], repeat: int) -> dict[str, float]:
     """Seconds of the first call and the median of as many more as asked."""
     taken = []
@@ -148,13 +120,12 @@ def ask_page(address: str, config: dict[str, Any], tab: str) -> Callable[[], Any
 
 def seen(address: str, repeat: int) -> dict[str, Any]:
     """Seconds from choosing a tab to its rows in a browser; empty where there is none."""
-    chromium = os.environ.get("STUDIO_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
+    if CHROMIUM is None:
         return {}
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*ARGUMENTS])
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.set_default_timeout(120_000)
         page.goto(address)

@@ -23,7 +23,8 @@ import numpy as np
 import psutil
 
 from bench.measuring import ROOT
-from bench.pages import ARGUMENTS, CHROMIUM, answers, free_port, serving
+from bench.pages import ARGUMENTS, CHROMIUM, answers, serving
+from bench.startup import free_port
 from engine.train.job import DataSpec, JobSpec, TrainingSpec
 from studio import curves, doctor, live, live_stream, states
 from studio.context import Studio

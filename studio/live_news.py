@@ -47,9 +47,14 @@ class Dated:
     last_id: int
     when: float
 
-    def stands(self, of: object) -> bool:
+    @property
+    def young(self) -> bool:
         """Whether it is too early to find it out again."""
-        return self.of == of and time.monotonic() - self.when < ROUND
+        return time.monotonic() - self.when < ROUND
+
+    def stands(self, of: object) -> bool:
+        """Whether it is still what would be found out for this, but for a few steps."""
+        return self.of == of and self.young
 
 
 class Follower:
@@ -90,7 +95,7 @@ class Follower:
     def _news(self) -> Answer:
         row = self.studio.store.run(self.run)
         newest, sides = self.studio.store.last_event_id(row["id"]), self._sides
-        late = sides is not None and sides.last_id < newest and not sides.stands(sides.of)
+        late = sides is not None and sides.last_id < newest and not sides.young
         if self.seen == live.seen(row, newest) and not late:
             return {}
         found = curves.of_run(self.studio.store, row["id"])
